@@ -1,0 +1,51 @@
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# uv does not read pip's settings, so the index and the certificates that pip was told to use are handed on.
+pip_setting = $$($(BIN)/python -m pip config list | sed -n "s/^[^=]*\.$(1)='\(.*\)'$$/\1/p" | head -n 1)
+
+.PHONY: help demo test check bench venv clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
+
+demo: $(STAMP) ## Install into .venv and run the whole story offline
+	$(BIN)/armour-surgery demo
+
+test: $(STAMP) ## Run the tests
+	$(BIN)/python -m pytest
+
+check: $(STAMP) ## Check formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP) ## Measure how long conversions take
+	$(BIN)/python benchmarks/conversion_speed.py
+
+venv: $(STAMP) ## Create .venv with everything that development needs
+
+clean: ## Remove .venv, caches and build outputs
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml
+	@echo "==> Creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -m venv $(VENV)
+	@echo "==> Installing armour-surgery and its development tools (PyTorch is large: minutes on the first run)"
+	@{ $(BIN)/python -m pip install --quiet uv \
+		&& index=$(call pip_setting,index-url) && cert=$(call pip_setting,cert) \
+		&& { [ -z "$$index" ] || export UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$$index}"; } \
+		&& { [ -z "$$cert" ] || export SSL_CERT_FILE="$${SSL_CERT_FILE:-$$cert}"; } \
+		&& $(BIN)/uv pip install --python $(BIN)/python -e ".[demo]" --group dev; \
+	} || { echo "==> uv could not do it; using pip" \
+		&& $(BIN)/python -m pip install --upgrade "pip>=25.1" \
+		&& $(BIN)/python -m pip install -e ".[demo]" --group dev; }
+	@touch $@
+	@echo "==> Ready: $(BIN)/armour-surgery --help"

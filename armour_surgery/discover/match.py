@@ -1,0 +1,174 @@
+"""Find the attention core in a traced graph: one fused call, or a softmax between two matrix products."""
+
+import operator
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from armour_surgery.errors import TraceError
+from armour_surgery.hosts.attention_interface import is_interface
+from armour_surgery.traced import Core
+
+__all__ = ["find_core", "inputs_of", "is_tensor"]
+
+_SDPA = F.scaled_dot_product_attention
+_SOFTMAX = {F.softmax, torch.softmax}
+_MATMUL = {torch.matmul, operator.matmul, torch.bmm}
+_MATMUL_METHODS = {"matmul", "bmm", "__matmul__"}
+
+
+def is_tensor(node: fx.Node) -> bool:
+    """Whether a node holds a tensor (or a tuple of them), rather than a size or a module."""
+    value = node.meta.get("value")
+    return isinstance(value, torch.Tensor) or (
+        isinstance(value, tuple | list) and any(isinstance(item, torch.Tensor) for item in value)
+    )
+
+
+def inputs_of(node: fx.Node) -> list[fx.Node]:
+    """The nodes that a node takes tensors from."""
+    return [source for source in node.all_input_nodes if is_tensor(source)]
+
+
+def _argument(node: fx.Node, index: int, name: str) -> fx.Node:
+    value = node.args[index] if len(node.args) > index else node.kwargs.get(name)
+    if not isinstance(value, fx.Node):
+        raise TraceError(f"its attention call has no traced {name}")
+    return value
+
+
+def _is_matmul(node: fx.Node) -> bool:
+    return (node.op == "call_function" and (node.target in _MATMUL or node.target is torch.einsum)) or (
+        node.op == "call_method" and node.target in _MATMUL_METHODS
+    )
+
+
+def _softmax_axis(node: fx.Node, modules: dict[str, nn.Module]) -> int | None:
+    """The axis of a softmax node, counted from the end; None if it is something else."""
+    if node.op == "call_module":
+        module = modules.get(str(node.target))
+        axis = module.dim if isinstance(module, nn.Softmax) else None
+    elif (node.op == "call_function" and node.target in _SOFTMAX) or (node.op == "call_method" and node.target == "softmax"):
+        found = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+        axis = found if isinstance(found, int) else None
+    else:
+        return None
+    rank = node.meta["value"].ndim
+    return axis - rank if axis is not None and axis >= 0 else axis
+
+
+def _above(node: fx.Node) -> Iterator[fx.Node]:
+    """Everything a node is computed from, nearest first; matrix products end a path."""
+    queue, seen = inputs_of(node), set()
+    while queue:
+        current = queue.pop(0)
+        if current in seen:
+            continue
+        seen.add(current)
+        yield current
+        if not _is_matmul(current):
+            queue += inputs_of(current)
+
+
+def _below(node: fx.Node) -> Iterator[fx.Node]:
+    """Everything that is computed from a node, nearest first; matrix products end a path."""
+    queue, seen = list(node.users), set()
+    while queue:
+        current = queue.pop(0)
+        if current in seen or not is_tensor(current):
+            continue
+        seen.add(current)
+        yield current
+        if not _is_matmul(current):
+            queue += list(current.users)
+
+
+def _einsum_axes(node: fx.Node) -> tuple[str, str, str]:
+    equation = node.args[0]
+    if not isinstance(equation, str) or "->" not in equation or equation.count(",") != 1 or "." in equation:
+        raise TraceError(f"its einsum {equation!r} is not a product of two tensors with named axes")
+    inputs, output = equation.replace(" ", "").split("->")
+    first, second = inputs.split(",")
+    return first, second, output
+
+
+def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    arguments = node.args[1:] if node.target is torch.einsum else node.args
+    first, second = arguments[0], arguments[1]
+    if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
+        raise TraceError(f"its matrix product {node.name} has a constant operand")
+    return first, second
+
+
+def _product_axes(node: fx.Node) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(row axis, contracted axis) of the first operand and (column axis, contracted axis) of the second, from the end."""
+    if node.target is not torch.einsum:
+        return (-2, -1), (-1, -2)
+    first, second, output = _einsum_axes(node)
+    contracted = [axis for axis in first if axis in second and axis not in output]
+    rows = [axis for axis in first if axis in output and axis not in second]
+    columns = [axis for axis in second if axis in output and axis not in first]
+    if (len(contracted), len(rows), len(columns)) != (1, 1, 1):
+        raise TraceError(f"its einsum {node.args[0]!r} is not a batched matrix product")
+    return (
+        (first.index(rows[0]) - len(first), first.index(contracted[0]) - len(first)),
+        (second.index(columns[0]) - len(second), second.index(contracted[0]) - len(second)),
+    )
+
+
+def _is_row_axis(product: fx.Node, axis: int) -> bool:
+    """Whether output axis `axis` (from the end) of a product runs over its first operand's rows."""
+    if product.target is not torch.einsum:
+        return axis == -2
+    first, second, output = _einsum_axes(product)
+    letter = output[axis]
+    return letter in first and letter not in second
+
+
+def _softmax_core(node: fx.Node, axis: int) -> Core | None:
+    """q and k from the product above a softmax, v from the product below it."""
+    above = next((found for found in _above(node) if _is_matmul(found)), None)
+    below = next((found for found in _below(node) if _is_matmul(found)), None)
+    if above is None or below is None or axis not in (-1, -2):
+        return None
+    first, second = _operands(above)
+    first_axes, second_axes = _product_axes(above)
+    # The softmax runs over the keys: they are the second operand's columns, or the first one's rows.
+    keys_are_rows = _is_row_axis(above, axis)
+    q, k = (second, first) if keys_are_rows else (first, second)
+    q_axes, k_axes = (second_axes, first_axes) if keys_are_rows else (first_axes, second_axes)
+    left, right = _operands(below)
+    left_axes, right_axes = _product_axes(below)
+    weights_left = node is left or node in set(_above(left))
+    weights_right = node is right or node in set(_above(right))
+    if weights_left == weights_right:
+        return None
+    v, v_axes = (right, right_axes) if weights_left else (left, left_axes)
+    # In the product with V it is the tokens that are contracted.
+    return Core("softmax", node, q, k, v, q_axes, k_axes, (v_axes[1], v_axes[0]))
+
+
+def find_core(graph: fx.Graph, modules: dict[str, nn.Module]) -> Core:
+    """The attention core of a graph.
+
+    Raises:
+        TraceError: there is none, or more than one.
+    """
+    cores: list[Core] = []
+    for node in graph.nodes:
+        if node.op == "call_function" and (node.target is _SDPA or is_interface(node.target)):
+            start = 2 if is_interface(node.target) else 0
+            q, k, v = (_argument(node, start + index, name) for index, name in enumerate(("query", "key", "value")))
+            kind = "interface" if start else "sdpa"
+            cores.append(Core(kind, node, q, k, v, (-2, -1), (-2, -1), (-2, -1)))
+        elif is_tensor(node) and (axis := _softmax_axis(node, modules)) is not None:
+            core = _softmax_core(node, axis)
+            if core is not None:
+                cores.append(core)
+    if not cores:
+        raise TraceError("no softmax(q k^T) v was found in its forward")
+    if len(cores) > 1:
+        raise TraceError(f"its forward holds {len(cores)} attention cores, and only one per module can be rewritten")
+    return cores[0]

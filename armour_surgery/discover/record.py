@@ -1,0 +1,118 @@
+"""Run the model once, without weights, and note which module computes attention and how it was called."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from armour_surgery.errors import ArmourError, ExampleInputError
+from armour_surgery.meta import meta_copy
+from armour_surgery.traced import Call
+
+__all__ = ["Recording", "is_builtin", "record"]
+
+# What attention cannot do without. Everything else about it is read off the traced graph.
+_CORE_FUNCTIONS = {
+    F.scaled_dot_product_attention,
+    F.softmax,
+    torch.softmax,
+    torch.Tensor.softmax,
+    F.multi_head_attention_forward,
+}
+
+
+@dataclass
+class Recording:
+    """What one run showed.
+
+    `model` is the copy that ran. `calls` has the first call of every module. `innermost` lists the modules which
+    themselves called a softmax or an attention function, `around` all modules that were running at such a moment.
+    """
+
+    model: nn.Module
+    calls: dict[str, Call] = field(default_factory=dict)
+    innermost: list[str] = field(default_factory=list)
+    around: set[str] = field(default_factory=set)
+
+
+def is_builtin(module: nn.Module) -> bool:
+    """Whether a module is one of torch.nn's own layers (containers are looked into, layers are not)."""
+    return type(module).__module__.startswith("torch.nn.") and not isinstance(
+        module, nn.Sequential | nn.ModuleList | nn.ModuleDict
+    )
+
+
+class _Watch(TorchFunctionMode):
+    """Tell `seen` each time a function that attention needs is called."""
+
+    def __init__(self, seen: Any) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _CORE_FUNCTIONS:
+            self.seen()
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _stack_of(model: nn.Module, recording: Recording) -> Iterator[list[str]]:
+    """Keep the fully qualified names of the running modules, outermost first, while the context is open."""
+    stack: list[str] = []
+    handles = []
+    for fqn, module in model.named_modules():
+
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fqn: str = fqn) -> None:
+            stack.append(fqn)
+            recording.calls.setdefault(fqn, Call(args, dict(kwargs)))
+
+        def leave(*_: Any) -> None:
+            stack.pop()
+
+        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        yield stack
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def record(model: nn.Module, example: dict[str, Any]) -> Recording:
+    """Run a weightless copy of `model` in eval mode on `example` (keyword arguments) and note its attention.
+
+    The model itself is not run and not changed.
+
+    Raises:
+        ExampleInputError: the model did not accept the example.
+    """
+    copy = meta_copy(model).eval()
+    recording = Recording(copy)
+    names = dict(copy.named_modules())
+
+    with _stack_of(copy, recording) as stack:
+
+        def seen() -> None:
+            recording.around.update(stack)
+            # nn.Softmax and its like are how their parent computes attention, not a place of their own.
+            own = [fqn for fqn in stack if not is_builtin(names[fqn]) or isinstance(names[fqn], nn.MultiheadAttention)]
+            if own and own[-1] not in recording.innermost:
+                recording.innermost.append(own[-1])
+
+        try:
+            with torch.no_grad(), _Watch(seen):
+                copy(**{name: value.to("meta") for name, value in example.items()})
+        except ArmourError:
+            raise
+        except Exception as error:
+            shapes = {name: tuple(value.shape) for name, value in example.items()}
+            raise ExampleInputError(
+                f"{type(model).__name__} could not run on inputs of shape {shapes}: {type(error).__name__}: {error}. "
+                "Pass example_input= with what its forward takes"
+            ) from error
+    return recording

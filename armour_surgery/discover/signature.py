@@ -1,0 +1,126 @@
+"""How a module was called: which arguments are data, which are fixed, and under which conditions that holds."""
+
+import inspect
+import keyword
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from armour_surgery.traced import Call, Signature
+
+__all__ = ["bind"]
+
+Rebuild = Callable[[tuple[Any, ...]], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+class _Reader:
+    """Walks the arguments of one call and collects its data and its conditions."""
+
+    def __init__(self) -> None:
+        self.data: dict[str, torch.Tensor] = {}
+        self.preamble: list[str] = []
+        self.conditions: list[str] = []
+        self.objects: dict[str, Any] = {}
+
+    def name_object(self, value: Any) -> str:
+        name = f"_fixed_{len(self.objects)}"
+        self.objects[name] = value
+        return name
+
+    def read(self, value: Any, expression: str, required: bool) -> Callable[[tuple[Any, ...]], Any]:
+        """Note one argument; the returned function finds it again among the traced leaves."""
+        if isinstance(value, torch.Tensor):
+            index = len(self.data)
+            name = expression if expression.isidentifier() else f"input_{index}"
+            if name != expression:
+                self.preamble.append(f"{name} = {expression}")
+            if not required:
+                self.conditions.append(f"isinstance({expression}, {self.name_object(torch.Tensor)})")
+            self.data[name] = value
+            return lambda leaves: leaves[index]
+        if isinstance(value, tuple | list) and _holds_tensors(value):
+            self.conditions.append(f"isinstance({expression}, {type(value).__name__}) and len({expression}) == {len(value)}")
+            readers = [self.read(item, f"{expression}[{index}]", False) for index, item in enumerate(value)]
+            return lambda leaves: type(value)(reader(leaves) for reader in readers)
+        if isinstance(value, dict) and _holds_tensors(list(value.values())):
+            keys = sorted(value)
+            self.conditions.append(f"isinstance({expression}, dict) and sorted({expression}) == {keys!r}")
+            found = {key: self.read(value[key], f"{expression}[{key!r}]", False) for key in keys}
+            return lambda leaves: {key: reader(leaves) for key, reader in found.items()}
+        if value is None or isinstance(value, bool):
+            self.conditions.append(f"{expression} is {value!r}")
+        elif isinstance(value, int | float | str) or value in ((), [], {}):
+            self.conditions.append(f"{expression} == {value!r}")
+        else:
+            self.conditions.append(f"{expression} is {self.name_object(value)}")
+        return lambda leaves: value
+
+
+def _holds_tensors(values: Any) -> bool:
+    return any(
+        isinstance(value, torch.Tensor)
+        or (isinstance(value, tuple | list | dict) and _holds_tensors(value.values() if isinstance(value, dict) else value))
+        for value in values
+    )
+
+
+def _header(parameters: list[inspect.Parameter], reader: _Reader) -> str:
+    """The argument list of the host's forward, as source; defaults that have no literal become globals."""
+    parts = ["self"]
+    starred = False
+    for parameter in parameters:
+        text = parameter.name
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            text, starred = f"*{text}", True
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            text = f"**{text}"
+        elif parameter.kind is parameter.KEYWORD_ONLY and not starred:
+            parts.append("*")
+            starred = True
+        if parameter.default is not parameter.empty:
+            plain = parameter.default is None or isinstance(parameter.default, bool | int | float | str)
+            text += f"={parameter.default!r}" if plain else f"={reader.name_object(parameter.default)}"
+        parts.append(text)
+        if parameter.kind is parameter.POSITIONAL_ONLY and parameter is parameters[-1]:
+            parts.append("/")
+    return ", ".join(parts)
+
+
+def bind(host: type[nn.Module], call: Call) -> tuple[Signature, dict[str, torch.Tensor], Rebuild]:
+    """Split a call of `host.forward` into data (tensors, by name) and what was fixed.
+
+    Returns the signature, the data by placeholder name, and a function that turns traced data back into the call's
+    positional and keyword arguments.
+    """
+    signature = inspect.signature(host.forward)
+    parameters = list(signature.parameters.values())[1:]
+    bound = signature.bind(None, *call.args, **call.kwargs)
+    bound.apply_defaults()
+    reader = _Reader()
+    positional: list[Callable[[tuple[Any, ...]], Any]] = []
+    named: dict[str, Callable[[tuple[Any, ...]], Any]] = {}
+    for parameter in parameters:
+        value = bound.arguments[parameter.name]
+        name = parameter.name
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            reader.conditions.append(f"len({name}) == {len(value)}")
+            positional += [reader.read(item, f"{name}[{index}]", False) for index, item in enumerate(value)]
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            reader.conditions.append(f"sorted({name}) == {sorted(value)!r}" if value else f"not {name}")
+            named.update({key: reader.read(value[key], f"{name}[{key!r}]", False) for key in sorted(value)})
+        else:
+            find = reader.read(value, name, parameter.default is parameter.empty)
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                named[name] = find
+            else:
+                positional.append(find)
+    assert not any(keyword.iskeyword(name) for name in reader.data)
+    header = _header(parameters, reader)
+
+    def rebuild(leaves: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return tuple(find(leaves) for find in positional), {key: find(leaves) for key, find in named.items()}
+
+    result = Signature(header, tuple(reader.conditions), tuple(reader.preamble), reader.objects)
+    return result, reader.data, rebuild

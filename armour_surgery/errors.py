@@ -1,0 +1,140 @@
+"""Every error this package raises on purpose.
+
+```
+ArmourError                    exit code 1
+├── UsageError                 a wrong option or argument (exit code 2)
+├── ModelError                 MODEL could not be turned into a model
+│   ├── UnknownModelError      no library knows the name
+│   ├── HubUnreachableError    weights or config are not here and the hub did not answer
+│   └── CheckpointError        a weights file is unreadable, unsafe or belongs to another architecture
+├── DiscoveryError             the model could not be examined
+│   ├── ExampleInputError      nobody knows what to feed the model, or it failed on what it was fed
+│   └── NoAttentionError       the model ran, and nothing in it is attention
+├── TraceError                 one attention module could not be followed (becomes a refusal reason)
+├── ConversionError            the model was examined and cannot be converted as asked
+│   ├── NothingToConvertError  no site fits the mode
+│   ├── PatternError           an include/exclude pattern matches no site
+│   ├── AlreadyConvertedError  the model went through surgery before
+│   └── PostconditionError     a pass did not keep its promise (a bug: please report it)
+├── SpecializationError        a converted attention was called in a way it cannot follow
+└── FolderError                a saved folder cannot be written or read
+    ├── NotOursError           --out exists and was not written by this tool
+    ├── SchemaError            surgery.json is unreadable, of an unknown schema, or names what must not be named
+    ├── CorruptFileError       a file is truncated or damaged
+    └── KeyMismatchError       the tensors are not the ones that this surgery needs
+```
+
+A message says what was wrong (with the value), where (fqn or file) and what to do next.
+"""
+
+__all__ = [
+    "AlreadyConvertedError",
+    "ArmourError",
+    "CheckpointError",
+    "ConversionError",
+    "CorruptFileError",
+    "DiscoveryError",
+    "ExampleInputError",
+    "FolderError",
+    "HubUnreachableError",
+    "KeyMismatchError",
+    "ModelError",
+    "NoAttentionError",
+    "NotOursError",
+    "NothingToConvertError",
+    "PatternError",
+    "PostconditionError",
+    "SchemaError",
+    "SpecializationError",
+    "TraceError",
+    "UnknownModelError",
+    "UsageError",
+]
+
+
+class ArmourError(Exception):
+    """Base of everything this package raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(ArmourError):
+    """An option or argument has a value that is never right."""
+
+    exit_code = 2
+
+
+class ModelError(ArmourError):
+    """MODEL could not be turned into a model."""
+
+
+class UnknownModelError(ModelError):
+    """No library knows the name."""
+
+
+class HubUnreachableError(ModelError):
+    """Weights or a config are not on this machine and the hub did not answer."""
+
+
+class CheckpointError(ModelError):
+    """A weights file is unreadable, unsafe, or belongs to another architecture."""
+
+
+class DiscoveryError(ArmourError):
+    """The model could not be examined."""
+
+
+class ExampleInputError(DiscoveryError):
+    """Nobody knows what to feed the model, or it failed on what it was fed."""
+
+
+class NoAttentionError(DiscoveryError):
+    """The model ran, and nothing in it is attention."""
+
+
+class TraceError(ArmourError):
+    """One attention module could not be followed; `convert` turns it into that site's reason."""
+
+
+class ConversionError(ArmourError):
+    """The model was examined and cannot be converted as asked."""
+
+
+class NothingToConvertError(ConversionError):
+    """No site fits the mode."""
+
+
+class PatternError(ConversionError):
+    """An include or exclude pattern matches no site."""
+
+
+class AlreadyConvertedError(ConversionError):
+    """The model went through surgery before."""
+
+
+class PostconditionError(ConversionError):
+    """A pass did not keep its promise. This is a bug of ours."""
+
+
+class SpecializationError(ArmourError):
+    """A converted attention was called in a way that it cannot follow."""
+
+
+class FolderError(ArmourError):
+    """A saved folder cannot be written or read."""
+
+
+class NotOursError(FolderError):
+    """The output path exists and was not written by this tool."""
+
+
+class SchemaError(FolderError):
+    """`surgery.json` is unreadable, of an unknown schema, or names what must not be named."""
+
+
+class CorruptFileError(FolderError):
+    """A file is truncated or damaged."""
+
+
+class KeyMismatchError(FolderError):
+    """The tensors in the file are not the ones that this surgery needs."""

@@ -1,0 +1,59 @@
+"""transformers' attention interface: the one public place where its models hand over q, k and v.
+
+A transformers attention looks its function up in `ALL_ATTENTION_FUNCTIONS` at every call, by
+`config._attn_implementation`. Traced code must go on doing that (a user switches to "eager" to see attention maps),
+so while a module is traced the look-up returns a stand-in that stays one call in the graph.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import fx, nn
+
+__all__ = ["attention_interface", "is_interface", "traced_interfaces"]
+
+
+def attention_interface(default: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call the attention function that `module.config` names, as the host would: `(module, q, k, v, mask, ...)`."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, default)
+    return function(module, *args, **kwargs)
+
+
+def is_interface(target: Any) -> bool:
+    """Whether a graph node's target is the attention interface; its args are (default, module, q, k, v, mask, ...)."""
+    return target is attention_interface
+
+
+@contextmanager
+def traced_interfaces() -> Iterator[None]:
+    """While open, attention functions that transformers' modules look up are kept as calls by a tracer.
+
+    Does nothing unless transformers is in use: importing it takes seconds and a timm model does not need it.
+    """
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None:
+        yield
+        return
+    interfaces = type(modeling.ALL_ATTENTION_FUNCTIONS)
+    original = interfaces.get_interface
+
+    def get_interface(self: Any, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        def stand_in(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            proxies = [argument for argument in args if isinstance(argument, fx.Proxy)]
+            if not proxies:
+                return original(self, name, default)(module, *args, **kwargs)
+            return proxies[0].tracer.create_proxy(
+                "call_function", attention_interface, (default, module, *args), kwargs
+            )
+
+        return stand_in
+
+    interfaces.get_interface = get_interface
+    try:
+        yield
+    finally:
+        interfaces.get_interface = original

@@ -1,0 +1,167 @@
+"""torchvision's models: loading, naming, rebuilding."""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+from torchvision.models import get_model, get_model_builder, get_model_weights, list_models
+
+from armour_surgery.errors import ModelError, SchemaError, UnknownModelError, UsageError
+from armour_surgery.hosts.checkpoint import load_strictly, read_weights
+from armour_surgery.hosts.hub import offline, quiet, require_url, unreachable
+from armour_surgery.hosts.skeleton import first_difference, meta_parameters
+from armour_surgery.sites import Source
+
+__all__ = ["build", "example", "known_names", "load", "owns", "source_of"]
+
+FORBIDDEN = frozenset(("weights", "weights_backbone", "pretrained", "pretrained_backbone", "progress"))
+
+
+def owns(model: nn.Module) -> bool:
+    """Whether the class of the model, or one it derives from, is torchvision's."""
+    return any(cls.__module__.startswith("torchvision.models.") for cls in type(model).__mro__)
+
+
+def known_names() -> list[str]:
+    """Every model that this torchvision can build."""
+    names: list[str] = list_models()
+    return names
+
+
+def load(
+    name: str, *, pretrained: bool, checkpoint: str | Path | None, sizes: Mapping[str, int]
+) -> tuple[nn.Module, Source]:
+    """A registered model. `sizes` holds those of img_size, num_classes and in_chans that were asked for."""
+    typed = f"torchvision:{name}"
+    if name not in list_models():
+        raise UnknownModelError(f"torchvision {torchvision.__version__} has no model {name!r}")
+    if "in_chans" in sizes:
+        raise UsageError(f"torchvision's {name} takes no in_chans; leave --in-chans out, or use a timm model")
+    file_weights = read_weights(checkpoint) if checkpoint is not None else None
+    names = {"img_size": "image_size"}
+    arguments = {names.get(option, option): value for option, value in sizes.items()}
+    try:
+        with quiet():
+            model = _make(name, arguments)
+    except TypeError as error:
+        for option in sizes:
+            if f"'{names.get(option, option)}'" in str(error):
+                raise UsageError(
+                    f"torchvision's {name} takes no {option}; leave --{option.replace('_', '-')} out"
+                ) from error
+        raise ModelError(f"torchvision could not make {name} with {arguments}: {error}") from error
+    if file_weights is not None:
+        load_strictly(
+            model,
+            file_weights,
+            path=checkpoint or "",
+            architecture=typed,
+            num_classes_given="num_classes" in sizes,
+        )
+    elif pretrained:
+        _load_published(model, name, sizes)
+    return model.eval().float(), Source("torchvision", name, arguments, {}, typed)
+
+
+def source_of(model: nn.Module, arguments: Mapping[str, Any]) -> Source:
+    """The registered builder that makes such a model, found by trying those of its module."""
+    module = type(model).__module__
+    candidates = [name for name in list_models() if get_model_builder(name).__module__ == module]
+    merged = {**_read_off(model), **arguments}
+    for name in candidates:
+        try:
+            with meta_parameters(), offline(), quiet():
+                built = build(name, merged)
+        except Exception:
+            # A builder that cannot take these arguments (each fails in its own way) is not the one.
+            continue
+        if first_difference(built, model) is None:
+            return Source("torchvision", name, merged, {}, f"torchvision:{name}")
+    tried = ", ".join(candidates) or "none is registered for its module"
+    raise ModelError(
+        f"no torchvision builder makes this {type(model).__qualname__} with the arguments {merged} (tried: "
+        f"{tried})"
+    )
+
+
+def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """The registered builder without weights.
+
+    Raises:
+        SchemaError: the name is not registered or an argument may not be given.
+    """
+    if architecture not in list_models():
+        raise SchemaError(
+            f"architecture {architecture!r} is not a torchvision {torchvision.__version__} model; is it "
+            "older than the folder?"
+        )
+    refused = sorted(FORBIDDEN & set(arguments))
+    if refused:
+        raise SchemaError(
+            f"arguments of {architecture} name {refused[0]!r}, which must not come from a folder"
+        )
+    return _make(architecture, arguments)
+
+
+def example(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name, shape without batch, and type of what `forward` takes."""
+    size = getattr(model, "image_size", 224)
+    name = next(iter(inspect.signature(model.forward).parameters))
+    return {name: ((3, size, size), torch.float32)}
+
+
+def _make(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    # Detection and segmentation builders fetch backbone weights unless they are told not to.
+    accepted = inspect.signature(get_model_builder(name)).parameters
+    backbone = {"weights_backbone": None} if "weights_backbone" in accepted else {}
+    model: nn.Module = get_model(name, weights=None, **backbone, **arguments)
+    return model
+
+
+def _read_off(model: nn.Module) -> dict[str, Any]:
+    arguments: dict[str, Any] = {}
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    if linears and linears[-1].out_features != 1000:
+        arguments["num_classes"] = linears[-1].out_features
+    size = getattr(model, "image_size", 224)
+    if size != 224:
+        arguments["image_size"] = size
+    return arguments
+
+
+def _load_published(model: nn.Module, name: str, sizes: Mapping[str, int]) -> None:
+    typed = f"torchvision:{name}"
+    published = get_model_weights(name)
+    if not list(published):
+        raise ModelError(f"torchvision has no weights for {name}; pass --no-pretrained or --checkpoint FILE")
+    weights = published.DEFAULT
+    require_url(weights.url, typed)
+    try:
+        state = weights.get_state_dict(progress=True, check_hash=True)
+    except OSError as error:
+        raise unreachable(typed, "weights") from error
+    expected = model.state_dict()
+    if "num_classes" in sizes:
+        # A head for other classes starts fresh, as it does in timm and transformers.
+        state.update(
+            {k: v for k, v in expected.items() if k in state and k.rpartition(".")[0] in _head_names(model)}
+        )
+    try:
+        load_strictly(model, state, path=weights.url, architecture=typed, num_classes_given=False)
+    except ModelError as error:
+        if "img_size" in sizes:
+            raise UsageError(
+                f"the pretrained weights of {typed} do not fit img_size={sizes['img_size']}; leave "
+                "--img-size out, or "
+                "pass --no-pretrained"
+            ) from error
+        raise
+
+
+def _head_names(model: nn.Module) -> set[str]:
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return {names[-1]} if names else set()

@@ -1,0 +1,357 @@
+"""transformers' models: loading, naming, rebuilding."""
+
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING
+from transformers.utils import logging as transformers_logging
+
+from armour_surgery.errors import (
+    CheckpointError,
+    ExampleInputError,
+    ModelError,
+    SchemaError,
+    UnknownModelError,
+    UsageError,
+)
+from armour_surgery.hosts.checkpoint import mismatch_message, read_weights
+from armour_surgery.hosts.hub import hub_or_cache, offline, quiet, unreachable
+from armour_surgery.sites import Source
+
+__all__ = ["build", "example", "known_names", "load", "owns", "source_of"]
+
+# Keys of a config that fetch, run foreign code, or say where this copy came from.
+FETCHING = frozenset(
+    ("auto_map", "trust_remote_code", "pretrained", "use_pretrained_backbone", "quantization_config")
+)
+VOLATILE = ("_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype")
+# Other names can mean kernels that are downloaded.
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flex_attention")
+
+
+def owns(model: nn.Module) -> bool:
+    """Whether the model is a PreTrainedModel."""
+    return isinstance(model, PreTrainedModel)
+
+
+def known_names() -> list[str]:
+    """The model types that this transformers can build from their default config."""
+    return sorted(CONFIG_MAPPING.keys())
+
+
+def load(
+    name: str, *, pretrained: bool, checkpoint: str | Path | None, sizes: Mapping[str, int]
+) -> tuple[nn.Module, Source]:
+    """A hub id, a folder, or (without weights) a model type.
+
+    `sizes` holds those of img_size, num_classes and in_chans that were asked for.
+    """
+    weights = read_weights(checkpoint) if checkpoint is not None else None
+    pretrained = pretrained and weights is None
+    typed = f"hf:{name}"
+    if Path(name).is_dir():
+        _require_files(name, pretrained)
+    elif name in CONFIG_MAPPING:
+        if pretrained:
+            raise ModelError(
+                f"{typed} is a transformers model type and has no weights; pass --no-pretrained for its "
+                "default config with "
+                f"random weights, or name a model: hf:ORG/NAME"
+            )
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UnknownModelError(f"{typed}: the folder does not exist; check the path")
+    local = Path(name).is_dir() or name in CONFIG_MAPPING
+    with _silent(bars=not local), _reach(name, local=local) as answers:
+        try:
+            model = _load(name, pretrained, weights, checkpoint, sizes)
+        except (ModelError, UsageError):
+            raise
+        except Exception as error:
+            raise _failed(name, pretrained, answers, error) from error
+    source = source_of(model, {})
+    return model.eval().float(), Source(
+        "transformers",
+        source.architecture,
+        source.arguments,
+        {},
+        typed,
+        source.revision if pretrained else None,
+    )
+
+
+def source_of(model: nn.Module, arguments: Mapping[str, Any]) -> Source:
+    """The class and config of the model; `arguments` are config entries that win."""
+    cls = type(model)
+    config: Any = model.config
+    if getattr(transformers, cls.__name__, None) is not cls:
+        raise ModelError(
+            f"{cls.__module__}.{cls.__qualname__} is not a model class that transformers exports, so it "
+            "cannot be built again"
+        )
+    entries = _entries(config)
+    if "num_labels" in arguments:
+        # The label names carry the number of labels, and would win over it.
+        entries.pop("id2label", None)
+        entries.pop("label2id", None)
+    merged = {**entries, **arguments}
+    attention = getattr(config, "_attn_implementation", None)
+    if attention in ATTENTION and attention != "sdpa":
+        merged["_attn_implementation"] = attention
+    origin = getattr(config, "_name_or_path", "") or config.model_type
+    return Source(
+        "transformers", cls.__name__, merged, {}, f"hf:{origin}", getattr(config, "_commit_hash", None)
+    )
+
+
+def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """A model class of transformers with a config made from `arguments`.
+
+    Raises:
+        SchemaError: the name is not a model class that transformers exports, or the config would fetch
+            something.
+    """
+    cls: Any = getattr(transformers, architecture, None) if architecture.isidentifier() else None
+    config_class = getattr(cls, "config_class", None)
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)) or config_class is None:
+        raise SchemaError(
+            f"architecture {architecture!r} is not a model class of transformers {transformers.__version__}; "
+            "is it older than the folder?"
+        )
+    for key, value in _walk(arguments):
+        if key in FETCHING and value:
+            raise SchemaError(f"the config of {architecture} sets {key!r}, which must not come from a folder")
+    arguments = dict(arguments)
+    attention = arguments.pop("_attn_implementation", None)
+    if attention is not None and attention not in ATTENTION:
+        raise SchemaError(
+            f"the config of {architecture} asks for the attention {attention!r}; known: "
+            f"{', '.join(ATTENTION)}"
+        )
+    config = config_class.from_dict(arguments)
+    if attention is not None:
+        config._attn_implementation = attention
+    model: nn.Module = cls(config)
+    return model
+
+
+def example(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name, shape without batch, and type of what `forward` takes.
+
+    Raises:
+        ExampleInputError: the model's main input is not an image or a video.
+    """
+    if "pixel_values" not in inspect.signature(model.forward).parameters:
+        raise ExampleInputError(
+            f"{type(model).__name__} takes {model.main_input_name} and no pixel_values, and only images are "
+            "known here; "
+            "pass example_input={name: tensor}"
+        )
+    config: Any = model.config
+    vision = getattr(config, "vision_config", None) or config
+    size = getattr(vision, "image_size", None) or 224
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    shape: tuple[int, ...] = (getattr(vision, "num_channels", None) or 3, height, width)
+    if isinstance(frames := getattr(vision, "num_frames", None), int):
+        shape = (frames, *shape)
+    inputs = {"pixel_values": (shape, torch.float32)}
+    if vision is not config and getattr(config, "text_config", None) is not None:
+        inputs["input_ids"] = (
+            (min(8, getattr(config.text_config, "max_position_embeddings", 8)),),
+            torch.int64,
+        )
+    return inputs
+
+
+@contextmanager
+def _silent(*, bars: bool) -> Iterator[None]:
+    # transformers' switch covers download bars too, so it is used only where nothing can be downloaded.
+    hide = not bars and transformers_logging.is_progress_bar_enabled()
+    if hide:
+        transformers_logging.disable_progress_bar()
+    try:
+        with quiet():
+            yield
+    finally:
+        if hide:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _reach(name: str, *, local: bool) -> Iterator[bool]:
+    with offline() if local else hub_or_cache(name) as answers:
+        yield answers is not False
+
+
+def _require_files(folder: str, pretrained: bool) -> None:
+    needed = {"config.json": ["config.json"]}
+    if pretrained:
+        weights = (
+            "model.safetensors",
+            "model.safetensors.index.json",
+            "pytorch_model.bin",
+            "pytorch_model.bin.index.json",
+        )
+        needed["model.safetensors (or pytorch_model.bin)"] = list(weights)
+    for label, names in needed.items():
+        if not any((Path(folder) / name).is_file() for name in names):
+            advice = (
+                ""
+                if label == "config.json"
+                else "; pass --no-pretrained for random weights, or --checkpoint FILE"
+            )
+            raise UnknownModelError(f"hf:{folder}: the folder has no {label}{advice}")
+
+
+def _load(
+    name: str,
+    pretrained: bool,
+    weights: dict[str, torch.Tensor] | None,
+    checkpoint: str | Path | None,
+    sizes: Mapping[str, int],
+) -> nn.Module:
+    if not Path(name).is_dir() and name in CONFIG_MAPPING:
+        config = CONFIG_MAPPING[name]()
+    else:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    cls = _class_for(config, name, "num_classes" in sizes)
+    _apply(config, name, sizes)
+    if not pretrained and weights is None:
+        model: nn.Module = cls(config)
+        return model
+    # from_pretrained and not load_state_dict: files keep the key names of older versions, and it
+    # translates them.
+    model, info = cls.from_pretrained(
+        None if weights is not None else name,
+        config=config,
+        state_dict=weights,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    _require_complete(model, name, info, checkpoint, sizes)
+    return model
+
+
+def _class_for(config: PreTrainedConfig, name: str, classify: bool) -> type[PreTrainedModel]:
+    """The class that the config was saved from; else the classifier of its type; else its backbone."""
+    declared = [getattr(transformers, arch, None) for arch in getattr(config, "architectures", None) or ()]
+    classifier = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None)
+    backbone = MODEL_MAPPING.get(type(config), None)
+    if classify:
+        declared = [cls for cls in declared if cls is not None and "ForImageClassification" in cls.__name__]
+        if not declared and classifier is None:
+            raise UsageError(f"hf:{name} has no image classifier in transformers; leave --num-classes out")
+    for cls in (*declared, classifier, backbone):
+        # Some types map to several classes; the first is the plain one.
+        first = cls[0] if isinstance(cls, (tuple, list)) else cls
+        if first is not None:
+            found: type[PreTrainedModel] = first
+            return found
+    raise ModelError(
+        f"hf:{name} has the type {config.model_type!r}, for which transformers has no model class"
+    )
+
+
+def _apply(config: PreTrainedConfig, name: str, sizes: Mapping[str, int]) -> None:
+    vision = getattr(config, "vision_config", None) or config
+    for option, key in (("img_size", "image_size"), ("in_chans", "num_channels")):
+        if option not in sizes:
+            continue
+        if not hasattr(vision, key):
+            raise UsageError(f"hf:{name} takes no {option}; leave --{option.replace('_', '-')} out")
+        setattr(vision, key, sizes[option])
+    if "num_classes" in sizes and config.num_labels != sizes["num_classes"]:
+        config.num_labels = sizes["num_classes"]
+
+
+def _require_complete(
+    model: nn.Module,
+    name: str,
+    info: Mapping[str, Any],
+    checkpoint: str | Path | None,
+    sizes: Mapping[str, int],
+) -> None:
+    """Refuse weights that would leave a part of the model random, except a head that was asked for."""
+    wrong = {key: (tuple(found), tuple(wanted)) for key, found, wanted in info["mismatched_keys"]}
+    missing, unexpected = set(info["missing_keys"]) - set(wrong), set(info["unexpected_keys"])
+    if checkpoint is None:
+        unexpected = set()
+        if "num_classes" in sizes:
+            body = f"{model.base_model_prefix}."
+            missing = {key for key in missing if key.startswith(body)}
+            wrong = {key: shapes for key, shapes in wrong.items() if key.startswith(body)}
+        changed = [option for option in ("img_size", "in_chans") if option in sizes]
+        if wrong and changed:
+            raise UsageError(
+                f"the pretrained weights of hf:{name} do not fit {changed[0]}={sizes[changed[0]]} "
+                f"({sorted(wrong)[0]} has "
+                f"another shape); leave --{changed[0].replace('_', '-')} out, or pass --no-pretrained"
+            )
+    message = mismatch_message(
+        missing,
+        unexpected,
+        wrong,
+        path=checkpoint if checkpoint is not None else f"of hf:{name}",
+        architecture=type(model).__name__,
+        num_classes_given="num_classes" in sizes,
+    )
+    if message:
+        raise CheckpointError(message)
+
+
+def _failed(name: str, pretrained: bool, answers: bool, error: Exception) -> ModelError:
+    text = str(error).strip()
+    reason = text.splitlines()[0] if text else type(error).__name__
+    typed = f"hf:{name}"
+    if isinstance(error, OSError) and not Path(name).is_dir():
+        if not answers:
+            return unreachable(typed, "config or weights" if pretrained else "config")
+        return UnknownModelError(f"the hub has no transformers model {name!r} that you may read: {reason}")
+    if isinstance(error, SafetensorError):
+        return CheckpointError(
+            f"the weights of {typed} are truncated or damaged ({reason}); copy or download them again"
+        )
+    return ModelError(f"transformers could not make {typed}: {reason}")
+
+
+def _entries(config: PreTrainedConfig) -> dict[str, Any]:
+    """The config as JSON that makes an equal config again: what differs from defaults, if that will do."""
+    wanted = _comparable(config.to_dict())
+    for candidate in (config.to_diff_dict(), config.to_dict()):
+        try:
+            entries: dict[str, Any] = _comparable(candidate)
+            again = type(config).from_dict(json.loads(json.dumps(entries)))
+            if _comparable(again.to_dict()) == wanted:
+                return entries
+        except (TypeError, ValueError):
+            continue
+    raise ModelError(
+        f"the {type(config).__name__} of this model cannot be written as JSON and read back equal"
+    )
+
+
+def _comparable(entries: Any) -> Any:
+    if isinstance(entries, Mapping):
+        return {str(key): _comparable(value) for key, value in entries.items() if key not in VOLATILE}
+    if isinstance(entries, (list, tuple)):
+        return [_comparable(value) for value in entries]
+    return json.loads(json.dumps(entries))
+
+
+def _walk(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield key, inner
+            yield from _walk(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _walk(inner)

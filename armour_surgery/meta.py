@@ -1,0 +1,64 @@
+"""Copies of a model that have its structure and none of its numbers."""
+
+import copy
+import types
+from collections import OrderedDict, deque
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+__all__ = ["meta_copy"]
+
+_CALL_HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name and "state_dict" not in name)
+# What deepcopy hands over as it is: nothing behind these is copied, so nothing behind them needs replacing.
+_ATOMIC = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, str, bytes, int, float)
+
+
+def meta_copy(module: nn.Module, *, buffers: bool = True) -> nn.Module:
+    """A deep copy of `module` in which every parameter is an empty tensor on the meta device.
+
+    It has the same classes, plain attributes, training flags, shapes, strides, dtypes and `requires_grad`;
+    a parameter that has two names has two names in the copy. Weights are never copied, so the cost does not
+    depend on their size. With `buffers`, buffers and tensors kept as plain attributes go to meta too;
+    without, they are detached copies with their values.
+
+    The original is not run and not changed, and shares no container with the copy: filling a cache of the
+    copy (as LeViT does with its attention biases) leaves the original's alone. Forward and backward hooks
+    are not carried over, since a user's hook must not see a dry run.
+    """
+    memo: dict[int, Any] = {}
+    seen: set[int] = set()
+    waiting: list[Any] = [module]
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen or isinstance(item, _ATOMIC):
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            if not is_lazy(item):
+                memo[id(item)] = _stand_in(item, buffers)
+        elif isinstance(item, Mapping):
+            waiting.extend(item.values())
+        elif isinstance(item, list | tuple | set | frozenset | deque):
+            waiting.extend(item)
+        else:
+            attributes = dict(getattr(item, "__dict__", {}))
+            if isinstance(item, nn.Module):
+                for name in _CALL_HOOKS:
+                    memo[id(attributes.pop(name))] = OrderedDict()
+            waiting.extend(attributes.values())
+    return copy.deepcopy(module, memo)
+
+
+def _stand_in(tensor: Tensor, buffers: bool) -> Tensor:
+    if isinstance(tensor, nn.Parameter):
+        empty = nn.Parameter(torch.empty_like(tensor, device="meta"), tensor.requires_grad)
+        # Marks that libraries leave on parameters, such as transformers' `_is_hf_initialized`.
+        empty.__dict__.update(tensor.__dict__)
+        return empty
+    # deepcopy refuses tensors that a computation made (an eval-time cache holds such); these are leaves.
+    plain = torch.empty_like(tensor, device="meta") if buffers else tensor.detach().clone()
+    return plain.requires_grad_(tensor.requires_grad)

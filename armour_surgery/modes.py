@@ -1,0 +1,156 @@
+"""The modes: one declarative entry each. What K and V are made of, and when that is possible.
+
+A role is a sequence of *parts*: `"q"`, `"k"`, `"v"` take the channels that the site has for that role (as many as are
+still missing), `"grouped"` and `"grouped-shuffled"` make the missing channels with a grouped 1x1 convolution.
+`V = concat(Q, V_rest)` is `value=("q", "v")`: the first key_dim channels of each head are Q, the others stay V's own.
+
+Source: Armour paper, eq. 2 (`qv`), Table 1 (`qk`, `qk-diag`, `kv`), Fig. 3 (`concat-half`, `concat-full`),
+section 4, last paragraph (`grouped`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from armour_surgery.errors import UsageError
+from armour_surgery.sites import AttentionSite, Projection
+
+__all__ = ["AUTO", "MODES", "Mode", "choose", "get_mode", "judge"]
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way of sharing. `fits` returns the reason why a site cannot take it, or None."""
+
+    name: str
+    formula: str
+    key: tuple[str, ...]
+    value: tuple[str, ...]
+    fits: Callable[[AttentionSite], str | None]
+    mask_diagonal: bool = False
+
+
+def _roles(site: AttentionSite) -> tuple[Projection, Projection, Projection]:
+    assert site.q is not None
+    assert site.k is not None
+    assert site.v is not None
+    return site.q, site.k, site.v
+
+
+def _same_tokens(site: AttentionSite, a: str, b: str) -> str | None:
+    first: Projection = getattr(site, a)
+    second: Projection = getattr(site, b)
+    letters = f"{a.upper()} and {b.upper()}"
+    if first.tokens != second.tokens:
+        if site.kind == "downsampling":
+            return (
+                f"downsampling attention: {a.upper()} is made from {first.tokens} tokens and {b.upper()} from "
+                f"{second.tokens}, so one projection cannot serve as both (the paper leaves these blocks alone too)"
+            )
+        return f"{letters} are made from different tokens ({first.tokens} and {second.tokens})"
+    if site.reads[a] != site.reads[b]:
+        return f"{letters} are projected from different inputs ({site.reads[a]} and {site.reads[b]})"
+    if first.num_heads != second.num_heads:
+        return f"{letters} have different numbers of heads ({first.num_heads} and {second.num_heads})"
+    return None
+
+
+def _same_size(site: AttentionSite, a: str, b: str, hint: str) -> str | None:
+    first: Projection = getattr(site, a)
+    second: Projection = getattr(site, b)
+    if first.head_dim != second.head_dim:
+        return (
+            f"{a.upper()} has {first.head_dim} channels a head and {b.upper()} has {second.head_dim}; "
+            f"this mode needs equal sizes{hint}"
+        )
+    return None
+
+
+def _fits_qv(site: AttentionSite) -> str | None:
+    wide = " (concat-half fits wider values)" if site.value_dim > site.key_dim else ""
+    return _same_tokens(site, "q", "v") or _same_size(site, "q", "v", wide)
+
+
+def _fits_qk(site: AttentionSite) -> str | None:
+    return _same_tokens(site, "q", "k")
+
+
+def _fits_kv(site: AttentionSite) -> str | None:
+    return _same_tokens(site, "k", "v") or _same_size(site, "k", "v", "")
+
+
+def _fits_wide_value(site: AttentionSite) -> str | None:
+    if site.value_dim <= site.key_dim:
+        return (
+            f"V is not wider than Q ({site.value_dim} and {site.key_dim} channels a head), so nothing is left to "
+            "concatenate; use qv"
+        )
+    return _same_tokens(site, "q", "v")
+
+
+def _fits_concat_full(site: AttentionSite) -> str | None:
+    if site.value_dim > site.key_dim and site.value_dim < 2 * site.key_dim:
+        return (
+            f"V has {site.value_dim} channels a head, fewer than Q and K together ({2 * site.key_dim}); use concat-half"
+        )
+    return _fits_wide_value(site) or _same_tokens(site, "k", "v")
+
+
+def _fits_grouped(site: AttentionSite) -> str | None:
+    reason = _fits_wide_value(site)
+    if reason is None and not site.plain_value_projection:
+        return f"{_roles(site)[2].fqn} is not a plain Linear or 1x1 convolution, so it has no grouped form"
+    return reason
+
+
+MODES: dict[str, Mode] = {
+    mode.name: mode
+    for mode in (
+        Mode("qv", "softmax(Q K^T) Q", ("k",), ("q",), _fits_qv),
+        Mode("qk", "softmax(Q Q^T) V", ("q",), ("v",), _fits_qk),
+        Mode("qk-diag", "softmax(Q Q^T without its diagonal) V", ("q",), ("v",), _fits_qk, mask_diagonal=True),
+        Mode("kv", "softmax(Q K^T) K", ("k",), ("k",), _fits_kv),
+        Mode("concat-half", "softmax(Q K^T) concat(Q, V_rest)", ("k",), ("q", "v"), _fits_wide_value),
+        Mode("concat-full", "softmax(Q K^T) concat(Q, K)", ("k",), ("q", "k", "v"), _fits_concat_full),
+        Mode("grouped", "softmax(Q K^T) concat(Q, grouped(x))", ("k",), ("q", "grouped"), _fits_grouped),
+        Mode(
+            "grouped-shuffled",
+            "softmax(Q K^T) concat(Q, shuffle(grouped(x)))",
+            ("k",),
+            ("q", "grouped-shuffled"),
+            _fits_grouped,
+        ),
+    )
+}
+
+
+def get_mode(name: str) -> Mode:
+    """The mode of that name.
+
+    Raises:
+        UsageError: there is no such mode; the message lists the names.
+    """
+    if name not in MODES:
+        raise UsageError(f"unknown mode {name!r}; choose one of {AUTO}, {', '.join(MODES)}")
+    return MODES[name]
+
+
+def judge(site: AttentionSite) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Ask every mode whether it fits: the names that do, and the reasons of those that do not."""
+    reasons = {name: mode.fits(site) for name, mode in MODES.items()}
+    fitting = tuple(name for name, reason in reasons.items() if reason is None)
+    return fitting, {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def choose(site: AttentionSite, requested: str) -> tuple[str | None, str]:
+    """The mode for this site under `requested`, or None and the reason.
+
+    `auto` takes `qv` where V is as wide as Q, `concat-half` where it is wider, and nothing else.
+    """
+    candidates = ("qv", "concat-half") if requested == AUTO else (get_mode(requested).name,)
+    for name in candidates:
+        if name in site.modes:
+            return name, ""
+    widest = candidates[-1] if site.value_dim > site.key_dim else candidates[0]
+    return None, site.refused.get(widest, "nothing fits")

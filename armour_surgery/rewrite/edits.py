@@ -1,0 +1,104 @@
+"""What a rewritten forward asks of its module: fewer rows, projections that are gone, a new grouped one."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from armour_surgery.rewrite.grouped import GroupedProjection
+
+__all__ = ["AddGrouped", "Edit", "KeepRows", "Remove", "apply_edits"]
+
+
+@dataclass(frozen=True)
+class KeepRows:
+    """Keep `rows` (old output channels, in their new order) of a projection's tensors, and state the new number."""
+
+    tensors: tuple[str, ...]
+    sizes: tuple[tuple[str, str], ...]
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Remove:
+    """A parameter, buffer or module that nothing reads any more; its name stays and holds None."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class AddGrouped:
+    """A new submodule `name`: a grouped projection that starts from rows `rows` of tensor `weight`.
+
+    `tensors` are the other tensors with a row per channel, such as a bias or a BatchNorm's.
+    """
+
+    name: str
+    weight: str
+    tensors: tuple[str, ...]
+    rows: tuple[int, ...]
+    groups: int
+    shuffle: bool
+    axis: int
+
+
+Edit = KeepRows | Remove | AddGrouped
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, attribute = name.rpartition(".")
+    return module.get_submodule(path), attribute
+
+
+def _take(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().index_select(0, rows.to(tensor.device)).clone(memory_format=torch.contiguous_format)
+
+
+def _keep_rows(module: nn.Module, edit: KeepRows) -> None:
+    rows = torch.tensor(edit.rows)
+    for name in edit.tensors:
+        owner, attribute = _owner(module, name)
+        tensor = getattr(owner, attribute)
+        kept = _take(tensor, rows)
+        if isinstance(tensor, nn.Parameter):
+            setattr(owner, attribute, nn.Parameter(kept, requires_grad=tensor.requires_grad))
+        else:
+            setattr(owner, attribute, kept)
+    for path, attribute in edit.sizes:
+        owner = module.get_submodule(path)
+        if hasattr(owner, attribute):
+            setattr(owner, attribute, len(edit.rows))
+
+
+def apply_edits(module: nn.Module, edits: list[Edit]) -> None:
+    """Do the edits to a module, in place. New tensors keep dtype, device and requires_grad of the old ones.
+
+    Grouped projections come first: they start from rows that the others then drop.
+    """
+    with torch.no_grad():
+        for edit in sorted(edits, key=lambda one: not isinstance(one, AddGrouped)):
+            if isinstance(edit, KeepRows):
+                _keep_rows(module, edit)
+            elif isinstance(edit, Remove):
+                owner, attribute = _owner(module, edit.name)
+                setattr(owner, attribute, None)
+            else:
+                rows = torch.tensor(edit.rows)
+                tensors = {name: _take(_get(module, name), rows) for name in (edit.weight, *edit.tensors)}
+                norms = {name.rpartition(".")[0] for name in edit.tensors} - {edit.weight.rpartition(".")[0]}
+                norm = module.get_submodule(norms.pop()) if norms else None
+                grouped = GroupedProjection.from_rows(
+                    tensors[edit.weight],
+                    {name.rpartition(".")[2]: tensor for name, tensor in tensors.items() if name != edit.weight},
+                    norm if isinstance(norm, nn.modules.batchnorm._BatchNorm) else None,
+                    edit.groups,
+                    edit.shuffle,
+                    edit.axis,
+                )
+                setattr(module, edit.name, grouped.train(module.training))
+
+
+def _get(module: nn.Module, name: str) -> torch.Tensor:
+    owner, attribute = _owner(module, name)
+    tensor: torch.Tensor = getattr(owner, attribute)
+    return tensor

@@ -1,0 +1,107 @@
+"""Bring a tensor from one layout to another with views only: unflatten, permute, flatten.
+
+No size of a batch or a token axis is ever written down, so the emitted code runs at any of them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from armour_surgery.traced import Atom, Layout
+
+__all__ = ["Step", "block_layout", "relayout", "separate"]
+
+Step = tuple[str, tuple[Any, ...]]  # a tensor method and its arguments
+
+
+def block_layout(rank: int, axis: int) -> Layout:
+    """The layout of a projection's own output: `[.., H * d, ..]` with the channels at `axis`."""
+    return tuple(("h", "j") if number == axis % rank else (number,) for number in range(rank))
+
+
+def separate(layout: Layout) -> Layout:
+    """The same order of atoms with heads and dimensions on axes of their own; empty axes are gone."""
+    axes: list[tuple[Atom, ...]] = []
+    for atoms in layout:
+        run: list[Atom] = []
+        for atom in atoms:
+            if isinstance(atom, str):
+                axes += [tuple(run)] if run else []
+                axes.append((atom,))
+                run = []
+            else:
+                run.append(atom)
+        axes += [tuple(run)] if run else []
+    return tuple(axes)
+
+
+def _unmerge(layout: Layout, sizes: dict[Atom, int]) -> tuple[list[Step], Layout] | None:
+    """Steps that put heads and dimensions on axes of their own."""
+    steps: list[Step] = []
+    axes: list[tuple[Atom, ...]] = []
+    for atoms in layout:
+        if not atoms:
+            steps.append(("squeeze", (len(axes),)))
+            continue
+        pieces = list(separate((atoms,)))
+        if len(pieces) > 1:
+            unknown = [piece for piece in pieces if not isinstance(piece[0], str)]
+            if len(unknown) > 1:
+                return None
+            lengths = tuple(sizes[piece[0]] if isinstance(piece[0], str) else -1 for piece in pieces)
+            steps.append(("unflatten", (len(axes), lengths)))
+        axes += pieces
+    return steps, tuple(axes)
+
+
+def _merge_runs(axes: Layout, wanted: Layout) -> tuple[list[Step], Layout] | None:
+    """Flatten axes that only occur together in `wanted`, such as the rows and columns of an image."""
+    steps: list[Step] = []
+    current = list(axes)
+    for atoms in wanted:
+        if len(atoms) > 1 and atoms not in current:
+            singles = [(atom,) for atom in atoms]
+            starts = [i for i in range(len(current)) if current[i : i + len(singles)] == singles]
+            if not starts:
+                return None
+            start = starts[0]
+            steps.append(("flatten", (start, start + len(singles) - 1)))
+            current[start : start + len(singles)] = [atoms]
+    return steps, tuple(current)
+
+
+def _permutation(order: Sequence[int]) -> list[Step]:
+    moved = [index for index, source in enumerate(order) if index != source]
+    if not moved:
+        return []
+    if len(moved) == 2:
+        return [("transpose", (moved[0], moved[1]))]
+    return [("permute", tuple(order))]
+
+
+def relayout(source: Layout, target: Layout, sizes: dict[Atom, int]) -> list[Step] | None:
+    """The tensor methods that turn `source` into `target`; None where views cannot express it.
+
+    `sizes` are the numbers of heads ("h") and of dimensions ("j").
+    """
+    if source == target:
+        return []
+    opened = _unmerge(source, sizes)
+    if opened is None:
+        return None
+    steps, axes = opened
+    wanted = separate(target)
+    merged = _merge_runs(axes, wanted)
+    if merged is None or sorted(merged[1], key=str) != sorted(wanted, key=str):
+        return None
+    steps = steps + merged[0]
+    axes = merged[1]
+    steps += _permutation([axes.index(axis) for axis in wanted])
+    position = 0
+    for atoms in target:
+        pieces = len(separate((atoms,)))
+        if pieces == 0:
+            steps.append(("unsqueeze", (position,)))
+        elif pieces > 1:
+            steps.append(("flatten", (position, position + pieces - 1)))
+        position += 1
+    return steps

@@ -1,0 +1,64 @@
+"""Take out what nothing reads any more, and put the rest back in order."""
+
+import operator
+
+from torch import fx
+
+from armour_surgery.errors import TraceError
+from armour_surgery.rewrite.edits import Remove
+from armour_surgery.rewrite.surgery import Surgery
+
+__all__ = ["RemoveDeadNodesPass"]
+
+
+_READS = (getattr, operator.getitem)  # reading a size that is not used has no effect
+
+
+class RemoveDeadNodesPass:
+    """Remove nodes that lost their last user in this surgery (what never had one may act by side effect: it stays)."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.unused = {node for node in graph.nodes if not node.users}
+
+    def requires(self, surgery: Surgery) -> None:
+        """Nothing: any graph can be cleaned."""
+
+    def __call__(self, surgery: Surgery) -> bool:
+        """Remove and reorder."""
+        before = str(surgery.graph)
+        for node in reversed(list(surgery.graph.nodes)):
+            lost = node not in self.unused or node.target in _READS
+            if not node.users and lost and node.op not in ("placeholder", "output"):
+                surgery.graph.erase_node(node)
+        _mend_order(surgery.graph)
+        return str(surgery.graph) != before
+
+    def ensures(self, surgery: Surgery) -> None:
+        """The graph is sound, and what is to be removed from the module is not read.
+
+        Raises:
+            TraceError: the host reads a projection for something else too.
+        """
+        surgery.graph.lint()
+        gone = {edit.name for edit in surgery.edits if isinstance(edit, Remove)}
+        for node in surgery.graph.nodes:
+            target = str(node.target)
+            if node.op in ("get_attr", "call_module") and any(target == name or target.startswith(f"{name}.") for name in gone):
+                raise TraceError(f"its forward also uses {target} for something other than attention")
+
+
+def _mend_order(graph: fx.Graph) -> None:
+    """Move every node that is read before it is computed to right before its first reader."""
+    done: set[fx.Node] = set()
+
+    def place_inputs(node: fx.Node, reader: fx.Node) -> None:
+        for source in node.all_input_nodes:
+            if source not in done:
+                place_inputs(source, reader)
+                reader.prepend(source)
+                done.add(source)
+
+    for node in list(graph.nodes):
+        if node not in done:
+            place_inputs(node, node)
+            done.add(node)

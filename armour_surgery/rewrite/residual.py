@@ -1,0 +1,43 @@
+"""How far the weights that a site has now are from those it had: zero where the sharing changes nothing."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from armour_surgery.rewrite.grouped import group_of_output
+
+__all__ = ["Share", "residual"]
+
+
+@dataclass(frozen=True)
+class Share:
+    """Rows `old_rows` of tensor `old` are replaced by rows `new_rows` of tensor `new`.
+
+    With `groups`, by the slices of their own rows that a grouped projection reads.
+    """
+
+    old: str
+    old_rows: tuple[int, ...]
+    new: str
+    new_rows: tuple[int, ...]
+    groups: int = 1
+    shuffle: bool = False
+
+
+def residual(module: nn.Module, shares: list[Share]) -> float | None:
+    """`||W_old - W_new||_F / ||W_old||_F` over all shared roles of a site, before its surgery; None without weights."""
+    lost = total = 0.0
+    for share in shares:
+        old, new = (module.get_parameter(name).detach() for name in (share.old, share.new))
+        if old.is_meta:
+            return None
+        first = old[list(share.old_rows)].double()
+        second = new[list(share.new_rows)].double()
+        if share.groups > 1:
+            group = group_of_output(len(share.new_rows), share.groups, share.shuffle)
+            slices = torch.nn.functional.one_hot(group, share.groups).double().to(second.device)
+            second = (second.reshape(len(group), share.groups, -1) * slices[..., None]).reshape(second.shape)
+        lost += float((first - second).square().sum())
+        total += float(first.square().sum())
+    return float(torch.tensor(lost / total).sqrt()) if total else 0.0

@@ -1,0 +1,105 @@
+"""The way out where views cannot express a sharing: lay the projection's old output out again, by copying.
+
+Correct for whatever the host does with the packed tensor, at the price of one concatenation.
+"""
+
+import torch
+from torch import fx
+
+from armour_surgery.errors import PostconditionError
+from armour_surgery.rewrite.share_roles_pass import is_expressible, wanted_parts
+from armour_surgery.rewrite.surgery import Surgery
+from armour_surgery.traced import Producer
+
+__all__ = ["RestoreChannelsPass"]
+
+Place = tuple[fx.Node, int]
+
+
+class RestoreChannelsPass:
+    """Rebuild each narrowed projection's output with every channel where the host expects it."""
+
+    def requires(self, surgery: Surgery) -> None:
+        """All that is put together has its channels on the same axis."""
+        axes = {producer.axis for producer in surgery.producers()}
+        if not is_expressible(surgery) and len(axes) > 1:
+            raise PostconditionError("its projections have their channels on different axes")
+
+    def __call__(self, surgery: Surgery) -> bool:
+        """Rewrite; does nothing where `ShareRolesPass` did the work."""
+        if is_expressible(surgery):
+            return False
+        places = _new_places(surgery)
+        touched = [p for p in surgery.producers() if _old_places(surgery, p, places) != _identity(p)]
+        created: set[fx.Node] = set()
+        for producer in touched:
+            runs: list[list[object]] = []
+            for node, channel in _old_places(surgery, producer, places):
+                if runs and runs[-1][0] is node and runs[-1][2] == channel:
+                    runs[-1][2] = channel + 1
+                else:
+                    runs.append([node, channel, channel + 1])
+            with surgery.graph.inserting_before(producer.node.next):
+                pieces = [
+                    surgery.graph.call_method("narrow", (node, producer.axis, start, stop - start))  # type: ignore
+                    for node, start, stop in runs
+                ]
+                whole = surgery.graph.call_function(torch.cat, (tuple(pieces), producer.axis))
+            created |= {*pieces, whole}
+            producer.node.replace_all_uses_with(whole, delete_user_cb=lambda user: user not in created)
+        return bool(touched)
+
+    def ensures(self, surgery: Surgery) -> None:
+        """Every place that was read exists."""
+        if is_expressible(surgery):
+            return
+        for producer in surgery.producers():
+            places = _new_places(surgery)
+            if len(_old_places(surgery, producer, places)) != producer.channels:
+                raise PostconditionError(f"{producer.fqn} was not restored whole")
+
+
+def _identity(producer: Producer) -> list[Place]:
+    return [(producer.node, channel) for channel in range(producer.channels)]
+
+
+def _new_places(surgery: Surgery) -> dict[tuple[str, int, int], Place]:
+    """(letter, head, dimension) -> where these channels are now, for all that is kept."""
+    places: dict[tuple[str, int, int], Place] = {}
+    for part in surgery.parts():
+        role = surgery.role(part.letter)
+        block = surgery.blocks.get(part)
+        for head in range(role.num_heads):
+            for dimension in range(part.start, part.stop):
+                if block is not None:
+                    index = block.offset + head * part.size + dimension - part.start
+                    places[part.letter, head, dimension] = (block.node, index)
+                else:
+                    places[part.letter, head, dimension] = (role.producer.node, role.channels[head][dimension])
+    return places
+
+
+def _old_places(surgery: Surgery, producer: Producer, places: dict[tuple[str, int, int], Place]) -> list[Place]:
+    """For each old output channel of a projection: where what the host should find there is now."""
+    found: dict[int, Place] = {}
+    for letter in "qkv":
+        role = surgery.role(letter)
+        if role.producer is not producer:
+            continue
+        for head, channels in enumerate(role.channels):
+            filled = 0
+            for part in wanted_parts(surgery, letter):
+                for offset in range(part.size):
+                    found[channels[filled + offset]] = places[part.letter, head, part.start + offset]
+                filled += part.size
+    others = [channel for channel in range(producer.channels) if channel not in found]
+    kept = producer.channels if producer.node not in surgery.replaced else _kept(surgery, producer)
+    for index, channel in enumerate(others):
+        found[channel] = (producer.node, channel if producer.node not in surgery.replaced else kept - len(others) + index)
+    return [found[channel] for channel in range(producer.channels)]
+
+
+def _kept(surgery: Surgery, producer: Producer) -> int:
+    return next(
+        (len(edit.rows) for edit in surgery.edits if producer.rows and getattr(edit, "tensors", ()) == producer.rows), 0
+    )

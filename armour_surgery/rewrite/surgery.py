@@ -1,0 +1,113 @@
+"""The state that the passes work on, and the contract they keep."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import fx
+
+from armour_surgery.errors import PostconditionError
+from armour_surgery.modes import Mode
+from armour_surgery.rewrite.edits import Edit
+from armour_surgery.traced import Producer, Role, TracedSite
+
+__all__ = ["Block", "Part", "Pass", "Surgery", "parts_of", "run_passes"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Dimensions `start` to `stop` of a role's every head ("q", "k", "v"), or of a new grouped projection."""
+
+    letter: str
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """Channels per head."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Block:
+    """Where a part's channels are in the rewritten graph: from `offset` on in `node`, heads outermost."""
+
+    node: fx.Node
+    offset: int
+    axis: int
+
+
+@dataclass
+class Surgery:
+    """One site under rewriting. Passes change `graph`, and list in `edits` what has to happen to the module."""
+
+    traced: TracedSite
+    mode: Mode
+    graph: fx.Graph
+    key: tuple[Part, ...]
+    value: tuple[Part, ...]
+    edits: list[Edit] = field(default_factory=list)
+    blocks: dict[Part, Block] = field(default_factory=dict)
+    replaced: set[fx.Node] = field(default_factory=set)
+
+    def role(self, letter: str) -> Role:
+        """The role of that letter, as discovered; a grouped part stands in for channels of v."""
+        role: Role = getattr(self.traced, letter if letter in ("q", "k") else "v")
+        return role
+
+    def parts(self) -> list[Part]:
+        """Everything that is still needed, in the order q, k, v, new."""
+        needed = {Part("q", 0, self.role("q").head_dim), *self.key, *self.value}
+        return sorted(needed, key=lambda part: ("qkv".find(part.letter[0]) % 4, part.start))
+
+    def producers(self) -> list[Producer]:
+        """The projections of the site, each once."""
+        found = {role.producer.node: role.producer for role in (self.traced.q, self.traced.k, self.traced.v)}
+        return list(found.values())
+
+    def channels(self, part: Part) -> list[int]:
+        """Old output channels of a part in its producer, heads outermost."""
+        return [channel for head in self.role(part.letter).channels for channel in head[part.start : part.stop]]
+
+
+class Pass(Protocol):
+    """One rewrite. `requires` and `ensures` raise `PostconditionError`; `__call__` says whether it changed anything."""
+
+    def requires(self, surgery: Surgery) -> None:
+        """Check what the pass builds on."""
+
+    def __call__(self, surgery: Surgery) -> bool:
+        """Do the rewrite."""
+
+    def ensures(self, surgery: Surgery) -> None:
+        """Check what the pass promises."""
+
+
+def parts_of(names: tuple[str, ...], own: str, sizes: dict[str, int]) -> tuple[Part, ...]:
+    """Resolve a mode's role, such as ("q", "v"), into parts that fill `sizes[own]` dimensions one after the other."""
+    filled, parts = 0, []
+    for name in names:
+        if filled < sizes[own]:
+            # A role's own channels stay where they were; others bring theirs from the first on.
+            start = filled if name == own or name not in sizes else 0
+            stop = sizes[own] if name == own or name not in sizes else min(sizes[name], sizes[own] - filled)
+            parts.append(Part(name, start, stop))
+            filled += stop - start
+    if filled < sizes[own]:
+        parts.append(Part(own, filled, sizes[own]))
+    return tuple(parts)
+
+
+def run_passes(surgery: Surgery, passes: Iterable[Pass]) -> None:
+    """Run the passes in order, each with its checks.
+
+    Raises:
+        PostconditionError: a check failed; nothing has happened to any module yet.
+    """
+    for one in passes:
+        one.requires(surgery)
+        before = str(surgery.graph)
+        modified = one(surgery)
+        if modified != (str(surgery.graph) != before):
+            raise PostconditionError(f"{type(one).__name__} misreported whether it changed the graph")
+        one.ensures(surgery)

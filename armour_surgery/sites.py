@@ -1,0 +1,156 @@
+"""The records that the stages hand to each other: plain, frozen, comparable, and writable as JSON.
+
+Shapes and words: B batch, N tokens, D embed_dim, H num_heads, d key_dim (per head), e value_dim (per head).
+A *site* is one module whose forward holds an attention core; its *projections* are the modules that make q, k and v.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = ["AttentionSite", "Projection", "RefusedSite", "SitePlan", "Source", "SurgeryPlan"]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Where the queries, keys or values of a site come from.
+
+    `fqn` names the module (or the parameter, where the host calls `F.linear` on one) inside the model.
+    `channels[h][j]` is the output channel of that projection which is dimension j of head h.
+    `tokens` is how many tokens it projects per image in the example that was run.
+    """
+
+    fqn: str
+    channels: tuple[tuple[int, ...], ...]
+    tokens: int
+
+    @property
+    def num_heads(self) -> int:
+        """Heads that this projection feeds."""
+        return len(self.channels)
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per head."""
+        return len(self.channels[0])
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention of a model: what `inspect` shows and what a mode is chosen by.
+
+    `kind` is self-attention, downsampling or cross-attention. `reads` names, for each role, the tensor that its
+    projection is applied to; equal names mean the same tensor. `plain_value_projection` says that V comes from one
+    Linear or 1x1 convolution. `modes` are the names that fit, `refused` maps every other mode to the reason in a user's words.
+    `key_dim` and `value_dim` are per head. `q`, `k`, `v` are None when the site could not be followed at all;
+    then `num_heads` and the sizes are 0 and every mode carries the same reason.
+    """
+
+    fqn: str
+    kind: str
+    num_heads: int
+    key_dim: int
+    value_dim: int
+    q: Projection | None
+    k: Projection | None
+    v: Projection | None
+    reads: dict[str, str] = field(default_factory=dict)
+    plain_value_projection: bool = False
+    modes: tuple[str, ...] = ()
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form: the contract's keys, and the name of each role's projection."""
+        roles = {name: role.fqn for name, role in (("q", self.q), ("k", self.k), ("v", self.v)) if role}
+        return {
+            "fqn": self.fqn,
+            "kind": self.kind,
+            "num_heads": self.num_heads,
+            "key_dim": self.key_dim,
+            "value_dim": self.value_dim,
+            "modes": list(self.modes),
+            "refused": dict(self.refused),
+            "projections": roles,
+        }
+
+
+@dataclass(frozen=True)
+class Source:
+    """How to build the unconverted host again, from its library alone.
+
+    `library` is timm, transformers or torchvision. `architecture` is a timm or torchvision model name, or a
+    transformers class name. `arguments` are the builder's keyword arguments (timm, torchvision) or the config
+    (transformers); JSON values only. `attributes` are plain values that differ from a fresh build
+    (`{"blocks.0.attn.attn_drop.p": 0.1}`) and are put back after it.
+    """
+
+    library: str
+    architecture: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    attributes: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
+    revision: str | None = None
+    license: str | None = None
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What was done at one site. MACs are for one image; `residual` is unitless, 0 means nothing was lost.
+
+    `residual` is the relative Frobenius distance between the weight that the site had for the merged role and the
+    one it has now, `||W_old - W_shared|| / ||W_old||`; None where there were no weights to compare.
+    """
+
+    fqn: str
+    mode: str
+    init: str
+    params_before: int
+    params_after: int
+    macs_before: int
+    macs_after: int
+    residual: float | None
+
+
+@dataclass(frozen=True)
+class RefusedSite:
+    """A site that was left as it was, and why."""
+
+    fqn: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class SurgeryPlan:
+    """Everything that `convert` did (or, from `plan`, would do). It rides on the model as `model.surgery`."""
+
+    mode: str
+    init: str
+    sites: tuple[SitePlan, ...]
+    refused: tuple[RefusedSite, ...]
+    params_before: int
+    params_after: int
+    macs_before: int
+    macs_after: int
+    example: tuple[tuple[str, tuple[int, ...], str], ...] = ()
+    source: Source | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; `from_dict` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "SurgeryPlan":
+        """Rebuild a plan from `to_dict`'s output.
+
+        Raises:
+            KeyError, TypeError: a key is missing, unknown, or of the wrong kind.
+        """
+        source = data["source"]
+        return cls(
+            **{
+                **data,
+                "sites": tuple(SitePlan(**site) for site in data["sites"]),
+                "refused": tuple(RefusedSite(**site) for site in data["refused"]),
+                "example": tuple((name, tuple(shape), dtype) for name, shape, dtype in data["example"]),
+                "source": Source(**source) if source else None,
+            }
+        )

@@ -1,0 +1,165 @@
+"""What discovery hands to rewriting: one attention module as a graph, and where its q, k and v come from.
+
+Words: a *producer* is the node whose output channels are (some of) q, k and v: the call of a Linear, of a 1x1
+convolution, of a container around one (LeViT's Linear and BatchNorm), or an `F.linear` on parameters. An *anchor* is
+the first node that holds exactly one role's channels, and nothing has acted on them yet but layout. A *layout* tells,
+axis by axis, what an anchor's axes run over, in *atoms*: an integer for the producer's own axis of that number, "h"
+for heads, "j" for a head's dimensions. `(0,), ("h",), (1,), ("j",)` is `[B, H, N, d]`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+__all__ = [
+    "Anchor",
+    "Atom",
+    "BiasPiece",
+    "Call",
+    "Core",
+    "FunctionReference",
+    "Layout",
+    "Producer",
+    "Role",
+    "Signature",
+    "Trace",
+    "TracedSite",
+]
+
+Atom = int | str
+Layout = tuple[tuple[Atom, ...], ...]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module: its arguments as the host passed them."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FunctionReference:
+    """A function that is an argument of a node. It prints as its name, which is how generated code refers to it."""
+
+    function: Callable[..., Any]
+
+    def __repr__(self) -> str:
+        return self.function.__name__
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How a module was called: what of the call is data, and what was fixed while tracing.
+
+    `conditions` are Python expressions over the arguments (and `self`) that hold exactly for this call;
+    `preamble` unpacks nested arguments; `objects` are globals that the conditions name.
+    """
+
+    header: str
+    conditions: tuple[str, ...]
+    preamble: tuple[str, ...]
+    objects: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The graph of one call. Every node carries its value in that call (on meta) in `node.meta["value"]`."""
+
+    graph: fx.Graph
+    signature: Signature
+
+
+@dataclass(frozen=True)
+class Core:
+    """The attention core: softmax(q k^T) v. Axes are (token axis, channel axis) of each operand.
+
+    `kind` is "sdpa", "interface" (an attention function of the library, called with q, k, v) or "softmax".
+    `node` is the call itself, or the softmax.
+    """
+
+    kind: str
+    node: fx.Node
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    q_axes: tuple[int, int]
+    k_axes: tuple[int, int]
+    v_axes: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class BiasPiece:
+    """A part of a bias that the host puts together by concatenation: rows `start` to `stop` come from `node`."""
+
+    node: fx.Node
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Producer:
+    """A projection in the graph.
+
+    `node` is the last node of which the output channels are still whole and in order (after a bias that is added
+    separately). `rows` are the parameters and buffers with one row per output channel, `sizes` the module attributes
+    that state their number; both by name inside the site. `bias` lists the pieces of a concatenated bias.
+    `modules` are what can go when no channel is left. `plain` says it is one Linear or 1x1 convolution.
+    """
+
+    node: fx.Node
+    fqn: str
+    reads: str
+    axis: int
+    channels: int
+    rows: tuple[str, ...]
+    sizes: tuple[tuple[str, str], ...]
+    bias: tuple[BiasPiece, ...]
+    weight: str
+    plain: bool
+    chain: tuple[fx.Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A node that holds exactly the channels of one role, and how its axes are laid out (None: not expressible)."""
+
+    node: fx.Node
+    layout: Layout | None
+
+
+@dataclass(frozen=True)
+class Role:
+    """q, k or v: channel `channels[h][j]` of `producer` is dimension j of head h.
+
+    `whole` says that everything which uses these channels goes through the anchors.
+    """
+
+    producer: Producer
+    channels: tuple[tuple[int, ...], ...]
+    anchors: tuple[Anchor, ...]
+    whole: bool
+    tokens: int
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of this role."""
+        return len(self.channels)
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per head of this role."""
+        return len(self.channels[0])
+
+
+@dataclass(frozen=True)
+class TracedSite:
+    """One call of an attention module, understood."""
+
+    trace: Trace
+    core: Core
+    q: Role
+    k: Role
+    v: Role

@@ -1,0 +1,148 @@
+"""The exactness oracle: where the merged projections are already equal, surgery must change nothing.
+
+It needs neither weights nor data nor knowledge of an architecture: it copies rows of whatever discovery found.
+"""
+
+import copy
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+
+from armour_surgery.convert import convert
+from armour_surgery.discover import find_sites
+from armour_surgery.modes import get_mode
+from armour_surgery.rewrite.surgery import parts_of
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every parameter and every statistic a value of its own: zero biases and unit scales hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not tensor.is_floating_point():
+            continue
+        with torch.no_grad():
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
+            if name.endswith("running_var"):
+                tensor.copy_(noise.abs() + 0.5)
+            elif tensor.ndim > 1 and "table" not in name and "attention_biases" not in name:
+                tensor.copy_(noise / max(1, tensor[0].numel()) ** 0.5)
+            elif "scale" in name or "gamma" in name or name.endswith("weight"):
+                tensor.copy_(1 + 0.2 * noise)
+            elif not name.endswith(("k_bias", "inv_freq", "freqs", "bands", "periods")):
+                tensor.copy_(0.3 * noise)
+    return model
+
+
+def merge(model: nn.Module, mode: str, example: dict[str, torch.Tensor]) -> list[str]:
+    """Copy, at every site that the mode fits, the rows of the role that stays over those of the role that goes.
+
+    Returns the sites' names.
+    """
+    merged = []
+    for found in find_sites(model, example):
+        if mode not in found.site.modes or found.traced is None:
+            continue
+        merged.append(found.site.fqn)
+        module, traced = model.get_submodule(found.site.fqn), found.traced
+        sizes = {letter: getattr(traced, letter).head_dim for letter in "qkv"}
+        for letter, names in (("k", get_mode(mode).key), ("v", get_mode(mode).value)):
+            role, filled = getattr(traced, letter), 0
+            for part in parts_of(names, letter, sizes):
+                rows = [c for head in role.channels for c in head[filled : filled + part.size]]
+                filled += part.size
+                if part.letter.startswith("grouped"):
+                    _keep_own_groups(module, role, rows, part.letter.endswith("shuffled"))
+                elif part.letter != letter:
+                    source = getattr(traced, part.letter)
+                    from_rows = [c for head in source.channels for c in head[part.start : part.stop]]
+                    _copy(module, source.producer, from_rows, role.producer, rows)
+    return merged
+
+
+def _tensors(producer, module: nn.Module, rows: list[int]) -> list[tuple[torch.Tensor, int]]:
+    """Where row r of each of a projection's tensors is stored, for every r in rows, tensor by tensor."""
+    places = [(_tensor(module, name), row) for name in producer.rows for row in rows]
+    for row in rows if producer.bias else ():
+        piece = next(p for p in producer.bias if p.start <= row < p.stop)
+        places.append((_tensor(module, str(piece.node.target)), row - piece.start))
+    return places
+
+
+def _tensor(module: nn.Module, name: str) -> torch.Tensor:
+    owner, _, attribute = name.rpartition(".")
+    return getattr(module.get_submodule(owner), attribute)
+
+
+def _short(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _copy(module, source, from_rows, target, to_rows) -> None:
+    with torch.no_grad():
+        if source is target or (source.bias and target.bias):
+            pairs = zip(_tensors(source, module, from_rows), _tensors(target, module, to_rows), strict=True)
+            for (a, i), (b, j) in pairs:
+                b[j] = a[i]
+            return
+        # Separate modules: tensors correspond by their short names; a bias that only one has counts as zero.
+        own = {_short(name): _tensor(module, name) for name in source.rows}
+        for name in target.rows:
+            values = own.pop(_short(name), None)
+            tensor = _tensor(module, name)
+            tensor[to_rows] = 0.0 if values is None else values[from_rows].clone()
+        for left in own.values():
+            left[from_rows] = 0.0
+
+
+def _keep_own_groups(module, role, rows: list[int], shuffle: bool) -> None:
+    import math
+
+    weight = _tensor(module, role.producer.weight)
+    channels, inputs = len(rows), weight.shape[1]
+    common = math.gcd(channels, inputs)
+    groups = max(n for n in range(1, role.num_heads + 1) if common % n == 0)
+    with torch.no_grad():
+        for index, row in enumerate(rows):
+            group = index % groups if shuffle else index * groups // channels
+            keep = torch.zeros(inputs, dtype=torch.bool)
+            keep[group * inputs // groups : (group + 1) * inputs // groups] = True
+            weight[row, ~keep] = 0.0
+
+
+def outputs(model: nn.Module, batch: dict[str, torch.Tensor], seed: int = 1) -> list[torch.Tensor]:
+    """All tensors that a model returns, with a fixed seed for its dropout."""
+    torch.manual_seed(seed)
+    result = model(**batch)
+    if hasattr(result, "to_tuple"):
+        result = result.to_tuple()
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+
+
+def relative_error(expected: list[torch.Tensor], got: list[torch.Tensor]) -> float:
+    """The largest difference, relative to the largest value, over all outputs."""
+    assert len(expected) == len(got)
+    return max(
+        float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in zip(expected, got, strict=True)
+    )
+
+
+def check(model: nn.Module, mode: str, batches: list[dict[str, torch.Tensor]], **options) -> dict[str, float]:
+    """Run the oracle on a whole model: worst relative error in eval and in train mode over the batches."""
+    model = copy.deepcopy(model)
+    example = {name: value.to("meta") for name, value in batches[0].items()}
+    merged = merge(model, mode, example)
+    converted = convert(model, mode, example_input=example, **options)
+    assert [site.fqn for site in converted.surgery.sites] == merged
+    assert all(site.residual == 0.0 for site in converted.surgery.sites)
+    errors = {}
+    for name, training in (("eval", False), ("train", True)):
+        worst = 0.0
+        for batch in batches:
+            a, b = copy.deepcopy(model), copy.deepcopy(converted)
+            a.train(training)
+            b.train(training)
+            with torch.no_grad():
+                worst = max(worst, relative_error(outputs(a, batch), outputs(b, batch)))
+        errors[name] = worst
+    return errors
