@@ -1,0 +1,40 @@
+"""Rewrite a Vision Transformer's attention so that fewer projections do the work.
+
+discover -> rewrite -> initialize -> save: `convert` runs the story, `inspect` tells what it would work on.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from armour_surgery.conversion import convert as convert
+    from armour_surgery.conversion import inspect as inspect
+    from armour_surgery.conversion import plan as plan
+    from armour_surgery.errors import ArmourError as ArmourError
+    from armour_surgery.folder import load as load
+    from armour_surgery.folder import save as save
+    from armour_surgery.sites import AttentionSite as AttentionSite
+    from armour_surgery.sites import SurgeryPlan as SurgeryPlan
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ArmourError": "errors",
+    "AttentionSite": "sites",
+    "SurgeryPlan": "sites",
+    "convert": "conversion",
+    "inspect": "conversion",
+    "load": "folder",
+    "plan": "conversion",
+    "save": "folder",
+}
+
+__all__ = ["ArmourError", "AttentionSite", "SurgeryPlan", "convert", "inspect", "load", "plan", "save"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first asked for: torch takes seconds, and `armour-surgery --help` does without it.
+    if name not in _HOME:
+        raise AttributeError(f"module 'armour_surgery' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"armour_surgery.{_HOME[name]}"), name)

@@ -4,8 +4,9 @@
 
 The models of a comparison come from the same weights, are in eval mode, and get the same batches and the
 same compilation; they are timed in turns, and what is reported is the distribution of the ratios within
-rounds (see armour_surgery.measure.speed). Weights are random: they do not change the time. Writes JSON
-and, beside it, a Markdown table.
+rounds (see armour_surgery.measure.speed). The host is also held against itself: a ratio within that row's
+spread is noise. Weights are random: they do not change the time. Writes JSON and, beside it, a Markdown
+table.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from armour_surgery.convert import convert
+from armour_surgery import convert
 from armour_surgery.hosts import load_model
 from armour_surgery.measure.cost import count_macs, count_params
 from armour_surgery.measure.speed import SpeedReport, compare
@@ -56,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(name: str, modes: Sequence[str], compiled: bool, batch_size: int, rounds: int) -> SpeedReport:
     host: nn.Module = load_model(name, pretrained=False)[0].eval()
-    models = {name: host, **{f"{name} {mode}": convert(host, mode=mode).eval() for mode in modes}}
+    converted = {f"{name} {mode}": convert(host, mode=mode).eval() for mode in modes}
+    # The host against itself shows what this machine's noise alone does to a ratio.
+    models: dict[str, nn.Module] = {name: host, f"{name} again": host, **converted}
     for label, model in models.items():
         macs = count_macs(model, {"x": torch.empty(1, *IMAGE, device="meta")}).macs
         print(f"  {label}: {count_params(model):,} parameters, {macs:,} MACs", file=sys.stderr)

@@ -36,7 +36,16 @@ from armour_surgery.hosts.skeleton import (
 )
 from armour_surgery.sites import Source
 
-__all__ = ["build", "describe", "example_input", "library_of", "load_model", "suggest"]
+__all__ = [
+    "build",
+    "describe",
+    "example_input",
+    "library_of",
+    "load_model",
+    "mark_converted",
+    "outline",
+    "suggest",
+]
 
 # transformers first: its TimmWrapper models are transformers' to build, whatever they hold.
 LIBRARIES = ("transformers", "timm", "torchvision")
@@ -132,6 +141,28 @@ def describe(model: nn.Module, arguments: Mapping[str, Any] | None = None) -> So
             "Pass model_args={...}: the arguments that the model was built with"
         )
     return replace(source, attributes=changed_attributes(built, model))
+
+
+def outline(model: nn.Module, arguments: Mapping[str, Any]) -> Source:
+    """How to build the model, read off it and off `arguments`, which win. Unlike `describe`, nothing is verified.
+
+    Raises:
+        FolderError: the library is unknown, or the model does not say what it is.
+    """
+    library = library_of(model)
+    if library is None:
+        raise FolderError(f"{type(model).__qualname__} is not a model of timm, transformers or torchvision")
+    try:
+        source: Source = _adapter(library).source_of(model, dict(arguments))
+    except ModelError as error:
+        raise FolderError(str(error)) from error
+    return source
+
+
+def mark_converted(model: nn.Module) -> None:
+    """Keep a converted model from being taken for an unconverted one by its library's own save and load."""
+    if library_of(model) == "transformers":
+        _adapter("transformers").mark_converted(model)
 
 
 def build(source: Source) -> nn.Module:

@@ -355,3 +355,20 @@ def _walk(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, (list, tuple)):
         for inner in value:
             yield from _walk(inner)
+
+
+_ARMOUR_CONFIGS: dict[type, type] = {}
+
+
+def mark_converted(model: nn.Module) -> None:
+    """Give the model's config a model type of its own.
+
+    `save_pretrained` on a converted model would otherwise write a folder that looks like the plain architecture, and
+    `from_pretrained` would fill the projections that are gone with random weights.
+    """
+    config: Any = model.config
+    kind = type(config)
+    if kind not in _ARMOUR_CONFIGS:
+        members = {"model_type": f"armour_{kind.model_type}", "__module__": kind.__module__}
+        _ARMOUR_CONFIGS[kind] = type(f"Armour{kind.__name__}", (kind,), members)
+    object.__setattr__(config, "__class__", _ARMOUR_CONFIGS[kind])

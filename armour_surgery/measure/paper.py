@@ -119,7 +119,7 @@ def _baseline(row: PaperRow) -> PaperRow:
 
 def _cost(name: str, mode: str) -> _Cost:
     # Imported here: of all measuring, only this needs what comes before it.
-    from armour_surgery.convert import convert
+    from armour_surgery.conversion import convert
     from armour_surgery.hosts import build, example_input
 
     source = Source(library="timm", architecture=name)

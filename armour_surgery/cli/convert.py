@@ -1,0 +1,119 @@
+"""`armour-surgery convert MODEL`."""
+
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from armour_surgery.cli.options import AsJson, Checkpoint, ImgSize, InChans, Model, NumClasses, Pretrained, read_model
+from armour_surgery.cli.run import command, console_for, print_json
+
+if TYPE_CHECKING:
+    from armour_surgery.sites import SurgeryPlan
+
+__all__ = ["convert"]
+
+
+@command
+def convert(
+    model: Model,
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="auto, qv, qk, qk-diag, kv, concat-half, concat-full, grouped, or grouped-shuffled.", metavar="MODE"
+        ),
+    ] = "auto",
+    init: Annotated[str, typer.Option(help="How the shared weight is chosen: wq.", metavar="INIT")] = "wq",
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Convert only sites that match, such as 'blocks.0*'.")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Leave sites that match alone.")] = None,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = True,
+    img_size: ImgSize = None,
+    num_classes: NumClasses = None,
+    in_chans: InChans = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder to write. Default: NAME-armour-MODE.", show_default=False)
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Rewrite MODEL's attention and save the result to a folder that `armour_surgery.load` reads."""
+    started = time.perf_counter()
+    console = console_for(as_json)
+    with console.status(f"loading {model}"):
+        from armour_surgery import convert as convert_model
+        from armour_surgery import plan as plan_conversion
+        from armour_surgery import save
+        from armour_surgery.folder import check_output
+
+        if out is not None and not dry_run:
+            check_output(out)
+        host, source = read_model(
+            model, pretrained and not dry_run, checkpoint, img_size, num_classes, in_chans
+        )
+    kind = type(host).__name__
+    options: dict[str, Any] = {"init": init, "include": include, "exclude": exclude, "source": source}
+    if dry_run:
+        with console.status("planning"):
+            surgery = plan_conversion(host, mode, **options)
+        target = None
+    else:
+        with console.status("rewriting attention"):
+            converted = convert_model(host, mode, inplace=True, **options)
+        surgery = converted.surgery  # type: ignore[assignment]
+        target = out if out is not None else Path(_default_name(model, surgery))
+        with console.status(f"saving {target}"):
+            save(converted, target)
+    if as_json:
+        print_json(_document(model, surgery, target, time.perf_counter() - started))
+        return
+    _tell(console, model, kind, surgery, target)
+
+
+def _default_name(model: str, surgery: "SurgeryPlan") -> str:
+    """`NAME-armour-MODE`, with the mode that `auto` chose where it chose one."""
+    modes = {site.mode for site in surgery.sites}
+    mode = modes.pop() if len(modes) == 1 else surgery.mode
+    name = re.sub(r"[^\w.-]+", "-", model.rstrip("/").rpartition("/")[2].rpartition(":")[2]).strip("-")
+    return f"{name or 'model'}-armour-{mode}"
+
+
+def _document(model: str, surgery: "SurgeryPlan", target: Path | None, seconds: float) -> dict[str, Any]:
+    return {
+        "model": model,
+        "mode": surgery.mode,
+        "init": surgery.init,
+        "out": str(target) if target is not None else None,
+        "params_before": surgery.params_before,
+        "params_after": surgery.params_after,
+        "macs_before": surgery.macs_before,
+        "macs_after": surgery.macs_after,
+        "sites": [{"fqn": site.fqn, "mode": site.mode, "residual": site.residual} for site in surgery.sites],
+        "refused": [{"fqn": site.fqn, "reason": site.reason} for site in surgery.refused],
+        "seconds": round(seconds, 3),
+    }
+
+
+def _tell(console: Any, model: str, kind: str, surgery: "SurgeryPlan", target: Path | None) -> None:
+    from armour_surgery.cli.tables import cost_table, refused_lines
+
+    verb = "converted" if target is not None else "would be converted"
+    total = len(surgery.sites) + len(surgery.refused)
+    console.print(f"[bold]{model}[/bold] ({kind}): {len(surgery.sites)} of {total} attention sites {verb}")
+    console.print(cost_table(surgery))
+    for line in refused_lines(surgery.refused):
+        console.print(f"  left alone: {line}", style="dim")
+    if target is None:
+        console.print("Nothing was written (--dry-run).")
+        return
+    console.print(f"Saved to [bold]{target}[/bold]")
+    console.print(
+        "\nThis model needs training. Its projections now serve a purpose that they were not trained for (init wq), "
+        "so its accuracy is near chance until it is fine-tuned: load it where your recipe creates the model, and train "
+        "as you would the original (the paper: from scratch, same recipe, learning rate 1e-3)."
+    )
+    console.print(f'\n    from armour_surgery import load\n    model = load("{target}")\n')

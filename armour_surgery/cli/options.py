@@ -1,0 +1,72 @@
+"""The options that several commands have, spelled and explained once."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from armour_surgery.sites import Source
+
+__all__ = [
+    "AsJson",
+    "Checkpoint",
+    "ImgSize",
+    "InChans",
+    "Model",
+    "NumClasses",
+    "Pretrained",
+    "read_model",
+]
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="timm name, timm:NAME, hf-hub:ORG/NAME, local-dir:DIR, hf:ID_OR_DIR, or torchvision:NAME.",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; everything else on stderr.")]
+Checkpoint = Annotated[
+    Path | None, typer.Option("--checkpoint", metavar="FILE", help="Weights to load (safetensors, or plain weights).")
+]
+Pretrained = Annotated[
+    bool, typer.Option("--pretrained/--no-pretrained", help="Take the library's pretrained weights, or random ones.")
+]
+ImgSize = Annotated[int | None, typer.Option("--img-size", metavar="N", help="Input height and width.")]
+NumClasses = Annotated[int | None, typer.Option("--num-classes", metavar="N", help="Size of a new head.")]
+InChans = Annotated[int | None, typer.Option("--in-chans", metavar="N", help="Input channels.")]
+
+
+def read_model(
+    name: str,
+    pretrained: bool,
+    checkpoint: Path | None,
+    img_size: int | None,
+    num_classes: int | None,
+    in_chans: int | None,
+) -> "tuple[nn.Module, Source]":
+    """Load MODEL; a folder of ours is told from an original.
+
+    Raises:
+        AlreadyConvertedError: MODEL is a folder that this tool saved.
+    """
+    from armour_surgery.errors import AlreadyConvertedError
+    from armour_surgery.folder import is_saved_folder, read_plan
+    from armour_surgery.hosts import load_model
+
+    if is_saved_folder(name):
+        plan = read_plan(name)
+        origin = plan.source.name if plan.source else "the original"
+        raise AlreadyConvertedError(f"{name} is converted already (from {origin}, mode {plan.mode}); name the original")
+    return load_model(
+        name,
+        pretrained=pretrained,
+        checkpoint=checkpoint,
+        img_size=img_size,
+        num_classes=num_classes,
+        in_chans=in_chans,
+    )

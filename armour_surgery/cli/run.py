@@ -1,0 +1,65 @@
+"""What every command shares: where output goes, and how failures end."""
+
+import functools
+import json
+import os
+import traceback
+import warnings
+from collections.abc import Callable
+from typing import Any, ParamSpec
+
+import typer
+from rich.console import Console
+
+from armour_surgery.errors import ArmourError
+
+__all__ = ["command", "console_for", "print_json"]
+
+P = ParamSpec("P")
+
+
+def console_for(as_json: bool) -> Console:
+    """The console for people: stderr while stdout belongs to JSON."""
+    return Console(stderr=as_json, highlight=False)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """One JSON document on stdout, and nothing else."""
+    typer.echo(json.dumps(document, indent=1, allow_nan=False))
+
+
+def command(function: Callable[P, None]) -> Callable[P, None]:
+    """Turn errors into one line on stderr and an exit code: 1 it failed, 2 wrong usage.
+
+    `ARMOUR_DEBUG=1` adds the traceback.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        debug = os.environ.get("ARMOUR_DEBUG") == "1"
+        try:
+            with warnings.catch_warnings():
+                if not debug:
+                    # Libraries warn about their own affairs; what a user has to know, we say.
+                    warnings.simplefilter("ignore")
+                function(*args, **kwargs)
+        except (typer.Exit, typer.Abort):
+            raise
+        except ArmourError as error:
+            raise _failed(str(error), error.exit_code, debug) from error
+        except KeyboardInterrupt as error:
+            raise _failed("interrupted; nothing was left half-written", 1, debug) from error
+        except MemoryError as error:
+            raise _failed("out of memory; use a smaller model or a machine with more", 1, debug) from error
+        except Exception as error:
+            hint = "" if debug else " (this is a bug; ARMOUR_DEBUG=1 shows where)"
+            raise _failed(f"{type(error).__name__}: {error}{hint}", 1, debug) from error
+
+    return run
+
+
+def _failed(message: str, code: int, debug: bool) -> typer.Exit:
+    if debug:
+        traceback.print_exc()
+    typer.secho(f"error: {' '.join(message.split())}", err=True, fg=typer.colors.RED)
+    return typer.Exit(code)

@@ -1,0 +1,360 @@
+"""The spine: find the sites, choose a mode for each, rewrite them, and keep the plan on the model.
+
+`plan` says what would happen, `convert` does it. Every stage hands over records (`sites.py`, `traced.py`) and knows
+none of the others.
+"""
+
+import copy
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from inspect import signature
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+
+from armour_surgery import hosts
+from armour_surgery.discover import FoundSite, find_sites, trace_call
+from armour_surgery.errors import (
+    AlreadyConvertedError,
+    ArmourError,
+    ExampleInputError,
+    NothingToConvertError,
+    PatternError,
+    PostconditionError,
+    SchemaError,
+    TraceError,
+    UsageError,
+)
+from armour_surgery.measure.cost import CostReport, count_macs, count_params
+from armour_surgery.meta import meta_copy
+from armour_surgery.modes import AUTO, choose, get_mode
+from armour_surgery.rewrite import ArmourAttention, Rewritten, Variant, apply_edits, make_class, render, residual, rewrite
+from armour_surgery.sites import AttentionSite, RefusedSite, SitePlan, Source, SurgeryPlan
+from armour_surgery.traced import Call
+
+__all__ = ["INITS", "convert", "inspect", "plan", "replay"]
+
+INITS = ("wq",)
+Example = dict[str, torch.Tensor] | torch.Tensor | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Operation:
+    """What is ready to be done at one site, and the class that its module becomes."""
+
+    fqn: str
+    mode: str
+    rewritten: Rewritten
+    cls: type[nn.Module]
+
+
+def inspect(model: nn.Module, *, example_input: Example | None = None) -> list[AttentionSite]:
+    """Every attention of a model: its projections and sizes, which modes fit, and why the others do not.
+
+    The model is neither run nor changed.
+
+    Raises:
+        ExampleInputError: nobody knows what to feed the model; pass `example_input`.
+        NoAttentionError: nothing in it is attention.
+    """
+    _refuse_converted(model)
+    return [found.site for found in find_sites(model, _example(model, example_input))]
+
+
+def plan(
+    model: nn.Module,
+    mode: str = AUTO,
+    *,
+    init: str = "wq",
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    example_input: Example | None = None,
+    source: Source | None = None,
+) -> SurgeryPlan:
+    """What `convert` with the same arguments would do. Works on a copy without weights, so it costs no memory.
+
+    Residuals are None in it: there are no weights to compare.
+    """
+    converted = convert(
+        meta_copy(model),
+        mode,
+        init=init,
+        include=include,
+        exclude=exclude,
+        inplace=True,
+        example_input=_example(model, example_input),
+        source=source,
+    )
+    result: SurgeryPlan = converted.surgery  # type: ignore[assignment]
+    return result
+
+
+def convert(
+    model: nn.Module,
+    mode: str = AUTO,
+    *,
+    init: str = "wq",
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    inplace: bool = False,
+    example_input: Example | None = None,
+    source: Source | None = None,
+) -> nn.Module:
+    """Rewrite a model's attention so that fewer projections do the work.
+
+    Returns a new model of the same class (the same object with `inplace`); only its attention modules change, into
+    instances of subclasses of their own class. Parameters that the mode does not touch are bit-identical. What was
+    done is on `.surgery`.
+
+    Args:
+        mode: `auto` (qv where V is as wide as Q, concat-half where it is wider) or a name from `modes.MODES`.
+            Sites that the mode does not fit are left alone and listed in `.surgery.refused`.
+        init: how the shared weight is chosen. `wq`: it is Q's, everything else as it was.
+        include: patterns of site names (`blocks.0*`, `*.attn`); None takes all. `exclude` wins over it.
+        example_input: what to run the (weightless) model on, if it is of no known library: a tensor, a shape
+            with the batch first, or keyword arguments for its forward.
+        source: how to build the model again, where the caller knows it (`save` needs it).
+
+    Raises:
+        UsageError: unknown mode or init.
+        AlreadyConvertedError: the model went through surgery before.
+        NoAttentionError, NothingToConvertError, PatternError: nothing to do; the message says why.
+        ExampleInputError: the model's input is not known, or it did not run on it.
+    """
+    if mode != AUTO:
+        get_mode(mode)
+    if init not in INITS:
+        raise UsageError(f"unknown init {init!r}; choose one of {', '.join(INITS)}")
+    _refuse_converted(model)
+    example = _example(model, example_input)
+    found = _select(find_sites(model, example), include, exclude)
+    source = source or _describe(model)
+    operations, refused = _prepare(model, found, mode)
+    if not operations:
+        reasons = dict.fromkeys(f"{one.fqn}: {one.reason}" for one in refused)
+        listed = "; ".join(list(reasons)[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
+        raise NothingToConvertError(
+            f"mode {mode!r} fits none of the {len(found)} attention sites of {type(model).__name__}: {listed}. "
+            "`armour-surgery inspect` lists the modes that fit"
+        )
+    before, params_before = count_macs(model, example), count_params(model)
+    result = model if inplace else copy.deepcopy(model)
+    sites = [_operate(result, operation, init) for operation in operations]
+    after = count_macs(result, example)
+    result.surgery = SurgeryPlan(  # type: ignore[assignment]
+        mode=mode,
+        init=init,
+        sites=tuple(_with_macs(site, before, after) for site in sites),
+        refused=tuple(refused),
+        params_before=params_before,
+        params_after=count_params(result),
+        macs_before=before.macs,
+        macs_after=after.macs,
+        example=tuple((name, tuple(value.shape), str(value.dtype)[6:]) for name, value in example.items()),
+        source=source,
+    )
+    hosts.mark_converted(result)
+    return result
+
+
+def replay(host: nn.Module, surgery: SurgeryPlan) -> nn.Module:
+    """Do a recorded surgery again on a freshly built host, in place; its weights come afterwards.
+
+    Raises:
+        SchemaError: the plan names a site that the host does not have, or a mode that does not fit there.
+    """
+    own = next((p.dtype for p in host.parameters() if p.is_floating_point()), torch.float32)
+    example = {}
+    for name, shape, recorded in surgery.example:
+        # A fresh build is in float32, whatever the converted model was cast to.
+        dtype: torch.dtype = getattr(torch, recorded)
+        example[name] = torch.empty(shape, dtype=own if dtype.is_floating_point else dtype, device="meta")
+    found = {one.site.fqn: one for one in find_sites(host, example)}
+    done: dict[str, tuple[Rewritten, type[nn.Module]]] = {}
+    operations = []
+    for site in surgery.sites:
+        one = found.get(site.fqn)
+        if one is None or site.mode not in one.site.modes:
+            reason = one.site.refused.get(site.mode, "there is no such mode") if one else "it has no such attention"
+            raise SchemaError(f"the plan converts {site.fqn!r} to {site.mode!r}, but in {type(host).__name__} {reason}")
+        key = f"{site.mode} {one.fingerprint}"
+        if key not in done:
+            done[key] = _rewrite_site(host.get_submodule(site.fqn), one, site.mode)
+        operations.append(_Operation(site.fqn, site.mode, *done[key]))
+    for operation in operations:
+        _operate(host, operation, surgery.init)
+    host.surgery = surgery  # type: ignore[assignment]
+    hosts.mark_converted(host)
+    return host
+
+
+def _refuse_converted(model: nn.Module) -> None:
+    done = next((name for name, module in model.named_modules() if isinstance(module, ArmourAttention)), None)
+    if done is not None or hasattr(model, "surgery"):
+        raise AlreadyConvertedError(
+            f"{type(model).__name__} is converted already ({done or 'it carries a surgery plan'}). Convert the "
+            "original model, with everything that you want in one call"
+        )
+
+
+def _example(model: nn.Module, given: Example | None) -> dict[str, torch.Tensor]:
+    """Keyword arguments on the meta device."""
+    if given is None:
+        return hosts.example_input(model)
+    if isinstance(given, tuple):
+        if len(given) != 4 or any(size < 1 for size in given):
+            raise ExampleInputError(f"example_input {given} is not a shape (batch, channels, height, width)")
+        given = torch.empty(given, device="meta")
+    if isinstance(given, torch.Tensor):
+        first = list(signature(type(model).forward).parameters)[1]
+        given = {first: given}
+    example = {}
+    for name, value in given.items():
+        # Axes of size one hide which axis is which; a batch of two costs nothing on the meta device.
+        shape = (max(2, value.shape[0]), *value.shape[1:]) if value.ndim else value.shape
+        example[name] = torch.empty(shape, dtype=value.dtype, device="meta")
+    return example
+
+
+def _describe(model: nn.Module) -> Source | None:
+    """How to build the model again; None where that is not known (then `save` explains what it needs)."""
+    try:
+        return hosts.describe(model)
+    except ArmourError:
+        return None
+
+
+def _patterns(given: str | Iterable[str] | None) -> list[str]:
+    return [given] if isinstance(given, str) else list(given or ())
+
+
+def _select(
+    found: list[FoundSite], include: str | Iterable[str] | None, exclude: str | Iterable[str] | None
+) -> list[FoundSite]:
+    """The sites that the patterns leave. A pattern also matches everything below a module that it matches."""
+
+    def matches(fqn: str, pattern: str) -> bool:
+        return fnmatch.fnmatchcase(fqn, pattern) or fnmatch.fnmatchcase(fqn, f"{pattern}.*")
+
+    names = [one.site.fqn for one in found]
+    for pattern in [*_patterns(include), *_patterns(exclude)]:
+        if not any(matches(name, pattern) for name in names):
+            raise PatternError(
+                f"pattern {pattern!r} matches none of the {len(names)} attention sites, which are named like "
+                f"{names[0]!r} and {names[-1]!r}"
+            )
+    chosen = [
+        one
+        for one in found
+        if (include is None or any(matches(one.site.fqn, pattern) for pattern in _patterns(include)))
+        and not any(matches(one.site.fqn, pattern) for pattern in _patterns(exclude))
+    ]
+    if not chosen:
+        raise PatternError(f"exclude patterns {_patterns(exclude)} leave none of the {len(names)} attention sites")
+    return chosen
+
+
+def _prepare(model: nn.Module, found: list[FoundSite], requested: str) -> tuple[list[_Operation], list[RefusedSite]]:
+    """Rewrite every site on a weightless copy of its module; sites that are alike share one class."""
+    operations: list[_Operation] = []
+    refused: list[RefusedSite] = []
+    done: dict[str, tuple[Rewritten, type[nn.Module]] | TraceError] = {}
+    for one in found:
+        name, reason = choose(one.site, requested)
+        if name is None:
+            refused.append(RefusedSite(one.site.fqn, reason))
+            continue
+        key = f"{name} {one.fingerprint}"
+        if key not in done:
+            try:
+                done[key] = _rewrite_site(model.get_submodule(one.site.fqn), one, name)
+            except TraceError as error:
+                done[key] = error
+        outcome = done[key]
+        if isinstance(outcome, TraceError):
+            refused.append(RefusedSite(one.site.fqn, str(outcome)))
+        else:
+            operations.append(_Operation(one.site.fqn, name, *outcome))
+    return operations, refused
+
+
+def _rewrite_site(module: nn.Module, found: FoundSite, name: str) -> tuple[Rewritten, type[nn.Module]]:
+    """The edits and the class for one site, for eval and train mode, tried out on a weightless copy."""
+    skeleton = meta_copy(module)
+    mode = get_mode(name)
+    results: list[Rewritten] = []
+    variants: list[Variant] = []
+    for training in (False, True):
+        skeleton.train(training)
+        traced = trace_call(skeleton, found.call, found.around)
+        results.append(rewrite(traced, mode))
+        variants.append(render(results[-1].graph, traced.trace.signature))
+    edits = results[0].edits
+    if results[1].edits != edits:
+        raise TraceError("its train mode and its eval mode use its projections differently")
+    host = type(module)
+
+    def specialize(converted: nn.Module, call: Call) -> Variant:
+        case = meta_copy(skeleton)
+        for fqn, child in case.named_modules():
+            _copy_flags(converted, fqn, child)
+        traced = trace_call(case, _on_meta(call), found.around)
+        result = rewrite(traced, mode)
+        if result.edits != edits:
+            raise PostconditionError(f"{host.__name__} needs other weights for this call than it was converted for")
+        return render(result.graph, traced.trace.signature)
+
+    cls = make_class(host, name, variants, specialize)
+    _try_out(skeleton, found.call, results[0], cls)
+    return results[0], cls
+
+
+def _copy_flags(converted: nn.Module, fqn: str, child: nn.Module) -> None:
+    """Flags that a user may have switched since the conversion, such as `training` or `fused_attn`."""
+    try:
+        current = converted.get_submodule(fqn)
+    except AttributeError:
+        return
+    for name, value in vars(current).items():
+        if isinstance(value, bool) and isinstance(vars(child).get(name), bool):
+            object.__setattr__(child, name, value)
+
+
+def _on_meta(call: Call) -> Call:
+    def move(leaf: Any) -> Any:
+        return torch.empty_like(leaf, device="meta") if isinstance(leaf, torch.Tensor) else leaf
+
+    return Call(pytree.tree_map(move, call.args), pytree.tree_map(move, call.kwargs))
+
+
+def _try_out(skeleton: nn.Module, call: Call, rewritten: Rewritten, cls: type[nn.Module]) -> None:
+    """Run the rewritten module once, without weights: its output must have the original's shapes."""
+    original, converted = meta_copy(skeleton), meta_copy(skeleton)
+    apply_edits(converted, rewritten.edits)
+    object.__setattr__(converted, "__class__", cls)
+    with torch.no_grad():
+        wanted, got = (
+            [tuple(leaf.shape) for leaf in pytree.tree_leaves(module(*call.args, **call.kwargs)) if hasattr(leaf, "shape")]
+            for module in (original, converted)
+        )
+    if wanted != got:
+        raise PostconditionError(f"{cls.__name__} returns {got}, and its original {wanted}")
+
+
+def _operate(model: nn.Module, operation: _Operation, init: str) -> SitePlan:
+    """Do one site's surgery on the model itself."""
+    module = model.get_submodule(operation.fqn)
+    params = count_params(module)
+    lost = residual(module, operation.rewritten.shares)
+    apply_edits(module, operation.rewritten.edits)
+    object.__setattr__(module, "__class__", operation.cls)
+    return SitePlan(operation.fqn, operation.mode, init, params, count_params(module), 0, 0, lost)
+
+
+def _with_macs(site: SitePlan, before: CostReport, after: CostReport) -> SitePlan:
+    return replace(
+        site, macs_before=before.by_module.get(site.fqn, 0), macs_after=after.by_module.get(site.fqn, 0)
+    )

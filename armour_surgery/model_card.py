@@ -1,0 +1,63 @@
+"""The README of a saved folder: where the model came from, what was shared, and how to load it."""
+
+from collections import Counter
+
+from armour_surgery.sites import SurgeryPlan
+
+__all__ = ["model_card"]
+
+
+def model_card(surgery: SurgeryPlan, name: str) -> str:
+    """The model card as Markdown with the metadata block that the hub reads.
+
+    Everything in it follows from the plan; accuracy is stated only where it was measured.
+    """
+    source = surgery.source
+    origin = source.name if source else "a model built in Python"
+    license_name = (source.license if source else None) or "unknown"
+    modes = Counter(site.mode for site in surgery.sites)
+    shared = ", ".join(f"{count} x `{mode}`" for mode, count in modes.items())
+    lines = [
+        "---",
+        f"license: {license_name if source and source.license else 'other'}",
+        *([f"base_model: {origin.partition(':')[2]}"] if origin.startswith("hf-hub:") else []),
+        "library_name: armour-surgery",
+        "tags: [vision, armour, model-compression]",
+        "---",
+        f"# {name}",
+        "",
+        f"`{origin}` after Armour surgery (arXiv 2108.01778): {shared}, initialized with `{surgery.init}`.",
+        "",
+        "| | before | after | change |",
+        "|---|---:|---:|---:|",
+        _row("parameters", surgery.params_before, surgery.params_after),
+        _row("MACs per image", surgery.macs_before, surgery.macs_after),
+        "",
+        *_advice(surgery),
+        "```python",
+        "from armour_surgery import load",
+        f'model = load("{name}")  # a model of the class it was before, in eval mode',
+        "```",
+        "",
+        f"Converted: {', '.join(f'`{site.fqn}`' for site in surgery.sites)}.",
+    ]
+    if surgery.refused:
+        lines += ["", "Left as they were:", ""]
+        lines += [f"- `{site.fqn}`: {site.reason}" for site in surgery.refused]
+    lines += ["", f"License of the base model: {license_name}.", ""]
+    return "\n".join(lines)
+
+
+def _row(label: str, before: int, after: int) -> str:
+    change = f"{100 * (after - before) / before:+.1f} %" if before else ""
+    return f"| {label} | {before:,} | {after:,} | {change} |"
+
+
+def _advice(surgery: SurgeryPlan) -> list[str]:
+    if surgery.init != "wq":
+        return []
+    return [
+        "**It needs training.** `wq` keeps Q's weights and gives them to V as well, so the network receives what it",
+        "was not trained for: until it is fine-tuned, its accuracy is near chance.",
+        "",
+    ]
