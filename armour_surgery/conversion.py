@@ -6,6 +6,7 @@ none of the others.
 
 import copy
 import fnmatch
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -31,11 +32,20 @@ from armour_surgery.errors import (
 from armour_surgery.measure.cost import CostReport, count_macs, count_params
 from armour_surgery.meta import meta_copy
 from armour_surgery.modes import AUTO, choose, get_mode
-from armour_surgery.rewrite import ArmourAttention, Rewritten, Variant, apply_edits, make_class, render, residual, rewrite
+from armour_surgery.rewrite import (
+    ArmourAttention,
+    Rewritten,
+    Variant,
+    apply_edits,
+    make_class,
+    render,
+    residual,
+    rewrite,
+)
 from armour_surgery.sites import AttentionSite, RefusedSite, SitePlan, Source, SurgeryPlan
 from armour_surgery.traced import Call
 
-__all__ = ["INITS", "convert", "inspect", "plan", "replay"]
+__all__ = ["INITS", "convert", "inspect", "plan", "replay", "surgery_of"]
 
 INITS = ("wq",)
 Example = dict[str, torch.Tensor] | torch.Tensor | tuple[int, ...]
@@ -88,8 +98,7 @@ def plan(
         example_input=_example(model, example_input),
         source=source,
     )
-    result: SurgeryPlan = converted.surgery  # type: ignore[assignment]
-    return result
+    return surgery_of(converted)
 
 
 def convert(
@@ -160,6 +169,18 @@ def convert(
     return result
 
 
+def surgery_of(model: nn.Module) -> SurgeryPlan:
+    """What was done to a converted model.
+
+    Raises:
+        UsageError: the model is not converted.
+    """
+    surgery = getattr(model, "surgery", None)
+    if not isinstance(surgery, SurgeryPlan):
+        raise UsageError(f"this {type(model).__name__} is not converted; pass what convert() returned")
+    return surgery
+
+
 def replay(host: nn.Module, surgery: SurgeryPlan) -> nn.Module:
     """Do a recorded surgery again on a freshly built host, in place; its weights come afterwards.
 
@@ -183,6 +204,11 @@ def replay(host: nn.Module, surgery: SurgeryPlan) -> nn.Module:
         key = f"{site.mode} {one.fingerprint}"
         if key not in done:
             done[key] = _rewrite_site(host.get_submodule(site.fqn), one, site.mode)
+        if _layout(done[key][0]) != site.layout:
+            raise SchemaError(
+                f"the plan keeps the channels of {site.fqn!r} in an order that this version of armour-surgery does not "
+                "produce; load the folder with the version that saved it"
+            )
         operations.append(_Operation(site.fqn, site.mode, *done[key]))
     for operation in operations:
         _operate(host, operation, surgery.init)
@@ -337,7 +363,11 @@ def _try_out(skeleton: nn.Module, call: Call, rewritten: Rewritten, cls: type[nn
     object.__setattr__(converted, "__class__", cls)
     with torch.no_grad():
         wanted, got = (
-            [tuple(leaf.shape) for leaf in pytree.tree_leaves(module(*call.args, **call.kwargs)) if hasattr(leaf, "shape")]
+            [
+                tuple(leaf.shape)
+                for leaf in pytree.tree_leaves(module(*call.args, **call.kwargs))
+                if hasattr(leaf, "shape")
+            ]
             for module in (original, converted)
         )
     if wanted != got:
@@ -351,10 +381,13 @@ def _operate(model: nn.Module, operation: _Operation, init: str) -> SitePlan:
     lost = residual(module, operation.rewritten.shares)
     apply_edits(module, operation.rewritten.edits)
     object.__setattr__(module, "__class__", operation.cls)
-    return SitePlan(operation.fqn, operation.mode, init, params, count_params(module), 0, 0, lost)
+    layout = _layout(operation.rewritten)
+    return SitePlan(operation.fqn, operation.mode, init, params, count_params(module), 0, 0, lost, layout)
+
+
+def _layout(rewritten: Rewritten) -> str:
+    return hashlib.sha256(repr(rewritten.edits).encode()).hexdigest()[:16]
 
 
 def _with_macs(site: SitePlan, before: CostReport, after: CostReport) -> SitePlan:
-    return replace(
-        site, macs_before=before.by_module.get(site.fqn, 0), macs_after=after.by_module.get(site.fqn, 0)
-    )
+    return replace(site, macs_before=before.by_module.get(site.fqn, 0), macs_after=after.by_module.get(site.fqn, 0))

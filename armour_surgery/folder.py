@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from armour_surgery import hosts
-from armour_surgery.conversion import replay
+from armour_surgery.conversion import replay, surgery_of
 from armour_surgery.errors import (
     ArmourError,
     ConversionError,
@@ -77,13 +77,12 @@ def save(model: nn.Module, path: str | Path, *, model_args: Mapping[str, Any] | 
             entries of transformers).
 
     Raises:
-        FolderError: the model is not converted, cannot be rebuilt from its library (the message says what differs),
+        UsageError: the model is not converted.
+        FolderError: it cannot be rebuilt from its library (the message says what differs),
             or could not be written.
         NotOursError: `path` exists and is not ours.
     """
-    surgery = getattr(model, "surgery", None)
-    if not isinstance(surgery, SurgeryPlan):
-        raise FolderError(f"this {type(model).__name__} is not converted; pass what convert() returned")
+    surgery = surgery_of(model)
     target = Path(path)
     check_output(target)
     source = _rebuildable(model, surgery, dict(model_args or {}))
@@ -163,7 +162,9 @@ def _rebuildable(model: nn.Module, surgery: SurgeryPlan, model_args: dict[str, A
         candidates.append(hosts.outline(model, {**base, **model_args}))
     except FolderError as error:
         if not candidates:
-            raise FolderError(f"{error}; a saved folder could not build it again. Save its state_dict instead") from error
+            raise FolderError(
+                f"{error}; a saved folder could not build it again. Save its state_dict instead"
+            ) from error
     problem = ""
     for candidate in candidates:
         try:
@@ -281,7 +282,7 @@ def _check_types(document: dict[str, Any], surgery: SurgeryPlan) -> None:
         TypeError: something is of another kind than `save` writes.
     """
     strings = [document["weights"], document["sha256"], surgery.mode, surgery.init]
-    strings += [text for site in surgery.sites for text in (site.fqn, site.mode)]
+    strings += [text for site in surgery.sites for text in (site.fqn, site.mode, site.layout)]
     for mapping in (document["tied"], document["buffer_dtypes"]):
         strings += [*mapping.keys(), *mapping.values()]
     for name, shape, dtype in surgery.example:
@@ -307,7 +308,7 @@ def _weights_path(folder: Path, name: str) -> Path:
 def _read_weights(path: Path, digest: str) -> dict[str, torch.Tensor]:
     try:
         with safe_open(path, framework="pt") as stream:
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}
+            tensors = {name: stream.get_tensor(name) for name in list(stream.keys())}
     except (SafetensorError, OSError) as error:
         raise CorruptFileError(f"{path} is truncated or damaged ({error}); copy it again") from error
     if _digest(path) != digest:
@@ -326,7 +327,12 @@ def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], tied: dict[str, st
         for name, tensor in tensors.items()
         if name in wanted and tensor.shape != wanted[name].shape
     ]
-    problems = [("lacks", missing), ("has left over", extra), ("ties to absent", loose), ("has the wrong shape for", wrong)]
+    problems = [
+        ("lacks", missing),
+        ("has left over", extra),
+        ("ties to absent", loose),
+        ("has the wrong shape for", wrong),
+    ]
     found = [f"{verb} {', '.join(names[:3])}{' and more' * (len(names) > 3)}" for verb, names in problems if names]
     if found:
         raise KeyMismatchError(f"{path} {'; '.join(found)}: it does not belong to this surgery.json")
@@ -335,4 +341,3 @@ def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], tied: dict[str, st
         owner, _, attribute = name.rpartition(".")
         source, _, original = other.rpartition(".")
         setattr(model.get_submodule(owner), attribute, getattr(model.get_submodule(source), original))
-

@@ -38,11 +38,11 @@ class Projection:
 class AttentionSite:
     """One attention of a model: what `inspect` shows and what a mode is chosen by.
 
-    `kind` is self-attention, downsampling or cross-attention. `reads` names, for each role, the tensor that its
-    projection is applied to; equal names mean the same tensor. `plain_value_projection` says that V comes from one
-    Linear or 1x1 convolution. `modes` are the names that fit, `refused` maps every other mode to the reason in a user's words.
-    `key_dim` and `value_dim` are per head. `q`, `k`, `v` are None when the site could not be followed at all;
-    then `num_heads` and the sizes are 0 and every mode carries the same reason.
+    `kind` is self-attention, downsampling, reduced keys or cross-attention. `reads` names, for each role, the tensor
+    that its projection is applied to; equal names mean the same tensor. `plain_value_projection` says that V comes
+    from one Linear or 1x1 convolution. `modes` are the names that fit, `refused` maps every other mode to the reason
+    in a user's words. `key_dim` and `value_dim` are per head. `q`, `k`, `v` are None when the site could not be
+    followed at all; then `num_heads` and the sizes are 0 and every mode carries the same reason.
     """
 
     fqn: str
@@ -98,6 +98,7 @@ class SitePlan:
 
     `residual` is the relative Frobenius distance between the weight that the site had for the merged role and the
     one it has now, `||W_old - W_shared|| / ||W_old||`; None where there were no weights to compare.
+    `layout` is a digest of which rows were kept, in which order: weights only fit a surgery of equal layout.
     """
 
     fqn: str
@@ -108,6 +109,7 @@ class SitePlan:
     macs_before: int
     macs_after: int
     residual: float | None
+    layout: str
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from armour_surgery.cli.options import AsJson, Checkpoint, ImgSize, InChans, Model, NumClasses, Pretrained, read_model
+from armour_surgery.cli.options import (
+    AsJson,
+    Checkpoint,
+    ImgSize,
+    InChans,
+    Model,
+    NumClasses,
+    Pretrained,
+    read_model,
+)
 from armour_surgery.cli.run import command, console_for, print_json
 
 if TYPE_CHECKING:
@@ -22,12 +31,14 @@ def convert(
     mode: Annotated[
         str,
         typer.Option(
-            help="auto, qv, qk, qk-diag, kv, concat-half, concat-full, grouped, or grouped-shuffled.", metavar="MODE"
+            help="auto, qv, qk, qk-diag, kv, concat-half, concat-full, grouped, or grouped-shuffled.",
+            metavar="MODE",
         ),
     ] = "auto",
     init: Annotated[str, typer.Option(help="How the shared weight is chosen: wq.", metavar="INIT")] = "wq",
     include: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Convert only sites that match, such as 'blocks.0*'.")
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Convert only sites that match, such as 'blocks.0*'."),
     ] = None,
     exclude: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Leave sites that match alone.")] = None,
     checkpoint: Checkpoint = None,
@@ -36,7 +47,8 @@ def convert(
     num_classes: NumClasses = None,
     in_chans: InChans = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder to write. Default: NAME-armour-MODE.", show_default=False)
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder to write. Default: NAME-armour-MODE.", show_default=False),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
     as_json: AsJson = False,
@@ -48,13 +60,12 @@ def convert(
         from armour_surgery import convert as convert_model
         from armour_surgery import plan as plan_conversion
         from armour_surgery import save
+        from armour_surgery.conversion import surgery_of
         from armour_surgery.folder import check_output
 
         if out is not None and not dry_run:
             check_output(out)
-        host, source = read_model(
-            model, pretrained and not dry_run, checkpoint, img_size, num_classes, in_chans
-        )
+        host, source = read_model(model, pretrained and not dry_run, checkpoint, img_size, num_classes, in_chans)
     kind = type(host).__name__
     options: dict[str, Any] = {"init": init, "include": include, "exclude": exclude, "source": source}
     if dry_run:
@@ -64,7 +75,7 @@ def convert(
     else:
         with console.status("rewriting attention"):
             converted = convert_model(host, mode, inplace=True, **options)
-        surgery = converted.surgery  # type: ignore[assignment]
+        surgery = surgery_of(converted)
         target = out if out is not None else Path(_default_name(model, surgery))
         with console.status(f"saving {target}"):
             save(converted, target)

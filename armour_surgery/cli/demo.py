@@ -28,7 +28,11 @@ print(json.dumps({name: accuracy(load(name), images, labels) for name in sys.arg
 def demo(
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Keep the converted models here. Default: a temporary folder.", show_default=False),
+        typer.Option(
+            metavar="DIR",
+            help="Keep the converted models here. Default: a temporary folder.",
+            show_default=False,
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -48,6 +52,7 @@ def _story(console: Any, folder: Path) -> dict[str, Any]:
 
         from armour_surgery import convert, inspect, save
         from armour_surgery.cli.tables import change, plain_table, site_table
+        from armour_surgery.conversion import surgery_of
         from armour_surgery.demo import accuracy, digits_split, load_digits_vit
         from armour_surgery.measure.speed import compare
 
@@ -65,19 +70,24 @@ def _story(console: Any, folder: Path) -> dict[str, Any]:
         with console.status(f"converting to {mode}"):
             converted[mode] = convert(model, mode)
             found[mode] = accuracy(converted[mode], images, labels)
-        console.print(f"  {mode:8} {len(converted[mode].surgery.sites)} sites converted, {found[mode]:.1f} % right")
+        console.print(f"  {mode:8} {len(surgery_of(converted[mode]).sites)} sites converted, {found[mode]:.1f} % right")
 
     console.rule("3. save, and load in a new process", align="left")
     paths = {mode: str(save(one, folder / f"digits_vit-armour-{mode}")) for mode, one in converted.items()}
     with console.status("a fresh Python loads them"):
         reloaded = _evaluate_fresh(list(paths.values()))
     same = all(reloaded[paths[mode]] == found[mode] for mode in _MODES)
-    console.print(f"  reloaded models get {'the same accuracy, every one' if same else f'OTHER accuracies: {reloaded}'}")
+    console.print(
+        f"  reloaded models get {'the same accuracy, every one' if same else f'OTHER accuracies: {reloaded}'}"
+    )
 
     console.rule("4. time", align="left")
     with console.status("timing in turns with the original"):
         report = compare(
-            {"original": model, **converted}, lambda: torch.randn(256, *images.shape[1:]), rounds=20, budget_s=20
+            {"original": model, **converted},
+            lambda: torch.randn(256, *images.shape[1:]),
+            rounds=20,
+            budget_s=20,
         )
     speed = {pair.b: pair for pair in report.pairs}
 
@@ -85,7 +95,7 @@ def _story(console: Any, folder: Path) -> dict[str, Any]:
     for column, side in (("model", "left"), ("parameters", "right"), ("change", "right"), ("MACs", "right"),
                          ("accuracy", "right"), ("speed", "right")):  # fmt: skip
         summary.add_column(column, justify=side)  # type: ignore[arg-type]
-    plans = {mode: converted[mode].surgery for mode in _MODES}
+    plans = {mode: surgery_of(converted[mode]) for mode in _MODES}
     first = plans["qv"]
     summary.add_row("original", f"{first.params_before:,}", "", f"{first.macs_before:,}", f"{before:.1f} %", "1.00 x")
     for mode, surgery in plans.items():

@@ -1,6 +1,15 @@
 """`armour-surgery inspect MODEL`."""
 
-from armour_surgery.cli.options import AsJson, Checkpoint, ImgSize, InChans, Model, NumClasses, Pretrained, read_model
+from armour_surgery.cli.options import (
+    AsJson,
+    Checkpoint,
+    ImgSize,
+    InChans,
+    Model,
+    NumClasses,
+    Pretrained,
+    read_model,
+)
 from armour_surgery.cli.run import command, console_for, print_json
 
 __all__ = ["inspect"]

@@ -31,10 +31,12 @@ Model = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; everything else on stderr.")]
 Checkpoint = Annotated[
-    Path | None, typer.Option("--checkpoint", metavar="FILE", help="Weights to load (safetensors, or plain weights).")
+    Path | None,
+    typer.Option("--checkpoint", metavar="FILE", help="Weights to load (safetensors, or plain weights)."),
 ]
 Pretrained = Annotated[
-    bool, typer.Option("--pretrained/--no-pretrained", help="Take the library's pretrained weights, or random ones.")
+    bool,
+    typer.Option("--pretrained/--no-pretrained", help="Take the library's pretrained weights, or random ones."),
 ]
 ImgSize = Annotated[int | None, typer.Option("--img-size", metavar="N", help="Input height and width.")]
 NumClasses = Annotated[int | None, typer.Option("--num-classes", metavar="N", help="Size of a new head.")]

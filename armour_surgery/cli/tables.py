@@ -53,7 +53,15 @@ def _span(values: list[int]) -> str:
 
 def _alike(site: AttentionSite) -> tuple[object, ...]:
     local = tuple(role.fqn[len(site.fqn) + 1 :] for role in (site.q, site.k, site.v) if role)
-    return (site.kind, site.num_heads, site.key_dim, site.value_dim, local, site.modes, tuple(site.refused.items()))
+    return (
+        site.kind,
+        site.num_heads,
+        site.key_dim,
+        site.value_dim,
+        local,
+        site.modes,
+        tuple(site.refused.items()),
+    )
 
 
 def site_table(sites: Sequence[AttentionSite]) -> tuple[Table, list[str]]:

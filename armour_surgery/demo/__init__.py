@@ -47,8 +47,7 @@ def digits_split() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         from sklearn.model_selection import train_test_split
     except ImportError as error:
         raise ArmourError(
-            "the digits come with scikit-learn, which is not installed; "
-            'run: pip install "armour-surgery[demo]"'
+            'the digits come with scikit-learn, which is not installed; run: pip install "armour-surgery[demo]"'
         ) from error
     pixels, labels = load_digits(return_X_y=True)
     train_x, test_x, train_y, test_y = train_test_split(

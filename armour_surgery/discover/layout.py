@@ -80,7 +80,10 @@ def _same_shape_input(node: fx.Node, flow: Flow) -> fx.Node | None:
 
 
 def follow(
-    graph: fx.Graph, producer: fx.Node, barriers: Collection[fx.Node] = (), transparent: Collection[fx.Node] = ()
+    graph: fx.Graph,
+    producer: fx.Node,
+    barriers: Collection[fx.Node] = (),
+    transparent: Collection[fx.Node] = (),
 ) -> Flow:
     """Number the producer's output elements and follow them through the graph.
 
@@ -101,7 +104,7 @@ def follow(
         sources = [source for source in inputs_of(node) if source in flow]
         if not sources:
             continue
-        first = node.args[0] if node.args else None
+        first: Any = node.args[0] if node.args else None
         if _is_layout(node) and first in flow:
             flow[node] = _apply(node, flow)
             if first in flow.pure:
@@ -111,7 +114,9 @@ def follow(
             if first in flow.pure:
                 flow.pure.add(node)
         elif node.op == "call_function" and node.target in (torch.cat, torch.concat) and _all_known(node, flow):
-            flow[node] = torch.cat([flow[part] for part in node.args[0]], *value_of(node.args[1:]), **value_of(node.kwargs))
+            flow[node] = torch.cat(
+                [flow[part] for part in node.args[0]], *value_of(node.args[1:]), **value_of(node.kwargs)
+            )
         elif (same := _same_shape_input(node, flow)) is not None:
             flow[node] = flow[same]
     return flow
@@ -125,7 +130,9 @@ def _all_known(node: fx.Node, flow: Flow) -> bool:
 
 
 def find_layout(
-    numbers: torch.Tensor, coordinates: Callable[[torch.Tensor], dict[Any, torch.Tensor]], sizes: dict[Any, int]
+    numbers: torch.Tensor,
+    coordinates: Callable[[torch.Tensor], dict[Any, torch.Tensor]],
+    sizes: dict[Any, int],
 ) -> Layout | None:
     """Read off which atoms each axis of a tensor runs over, in order; None if its axes do not split that way.
 
@@ -137,7 +144,9 @@ def find_layout(
     separable = torch.zeros((), dtype=torch.long)
     for axis, size in enumerate(numbers.shape):
         along = numbers.movedim(axis, -1).reshape(-1, size)[0]
-        separable = separable + (along - along[0]).reshape([-1 if other == axis else 1 for other in range(numbers.ndim)])
+        separable = separable + (along - along[0]).reshape(
+            [-1 if other == axis else 1 for other in range(numbers.ndim)]
+        )
         line = coordinates(along)
         varying = [atom for atom, values in line.items() if bool((values != values[0]).any())]
         # The atom that changes most rarely comes first in a merged axis.

@@ -50,7 +50,9 @@ def _softmax_axis(node: fx.Node, modules: dict[str, nn.Module]) -> int | None:
     if node.op == "call_module":
         module = modules.get(str(node.target))
         axis = module.dim if isinstance(module, nn.Softmax) else None
-    elif (node.op == "call_function" and node.target in _SOFTMAX) or (node.op == "call_method" and node.target == "softmax"):
+    elif (node.op == "call_function" and node.target in _SOFTMAX) or (
+        node.op == "call_method" and node.target == "softmax"
+    ):
         found = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
         axis = found if isinstance(found, int) else None
     else:
@@ -103,7 +105,7 @@ def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 
 def _product_axes(node: fx.Node) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(row axis, contracted axis) of the first operand and (column axis, contracted axis) of the second, from the end."""
+    """(row, contracted) axis of the first operand and (column, contracted) axis of the second, counted from the end."""
     if node.target is not torch.einsum:
         return (-2, -1), (-1, -2)
     first, second, output = _einsum_axes(node)

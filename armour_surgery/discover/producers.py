@@ -71,7 +71,9 @@ def _container(node: fx.Node, modules: dict[str, nn.Module], trace_inside: Trace
         return None
     graph = trace_inside(path, node).graph
     relative = {name[len(path) + 1 :]: module for name, module in inside.items()}
-    outputs = [argument for argument in next(n for n in graph.nodes if n.op == "output").args if isinstance(argument, fx.Node)]
+    outputs = [
+        argument for argument in next(n for n in graph.nodes if n.op == "output").args if isinstance(argument, fx.Node)
+    ]
     placeholders = [n for n in graph.nodes if n.op == "placeholder" and is_tensor(n)]
     layers = [n for n in graph.nodes if n.op == "call_module" and _layer(n, relative[str(n.target)])]
     if len(outputs) != 1 or not layers or len(placeholders) != 1:
@@ -83,13 +85,18 @@ def _container(node: fx.Node, modules: dict[str, nn.Module], trace_inside: Trace
     idle = [n for n in graph.nodes if n.op == "call_module" and isinstance(relative[str(n.target)], nn.Identity)]
     flow = follow(graph, layer, transparent=[*norms, *idle])
     norms = [n for n in norms if n in flow]
-    numbers = flow.get(outputs[0])
-    if outputs[0] not in flow.pure or not torch.equal(numbers.flatten(), torch.arange(numbers.numel())):
+    if outputs[0] not in flow.pure:
+        return None
+    numbers: torch.Tensor = flow[outputs[0]]
+    if not torch.equal(numbers.flatten(), torch.arange(numbers.numel())):
         return None
     if numbers.shape[found.axis] != found.channels or not all(_sees_whole_channels(flow[n], found) for n in norms):
         return None
     rows = [*found.rows, *(row for n in norms for row in _own_rows(relative[str(n.target)], str(n.target)))]
-    sizes = [*found.sizes, *(size for n in norms for size in _own_sizes(relative[str(n.target)], str(n.target)))]
+    sizes = [
+        *found.sizes,
+        *(size for n in norms for size in _own_sizes(relative[str(n.target)], str(n.target))),
+    ]
     own = inputs_of(layer)[0]
     reads = inputs_of(node)[0].name if own is placeholders[0] else f"{inputs_of(node)[0].name} after {path}"
     return replace(

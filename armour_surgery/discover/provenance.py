@@ -28,7 +28,9 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _heads(numbers: torch.Tensor, axes: tuple[int, int], producer: Producer, letter: str) -> tuple[list[tuple[int, ...]], torch.Tensor]:
+def _heads(
+    numbers: torch.Tensor, axes: tuple[int, int], producer: Producer, letter: str
+) -> tuple[list[tuple[int, ...]], torch.Tensor]:
     """Channels of each head in order of appearance, and for each leading position of the core which head it is."""
     shape = producer.node.meta["value"].shape
     axis = producer.axis % len(shape)
@@ -97,7 +99,12 @@ def _anchors(flow: Flow, producer: Producer, heads: list[tuple[int, ...]]) -> tu
     return found, whole and bool(found)
 
 
-def understand(trace: Trace, modules: dict[str, nn.Module], trace_inside: TraceInside, retrace: Callable[[set[str]], Trace]) -> TracedSite:
+def understand(
+    trace: Trace,
+    modules: dict[str, nn.Module],
+    trace_inside: TraceInside,
+    retrace: Callable[[set[str]], Trace],
+) -> TracedSite:
     """Name the projections behind q, k and v of a traced attention module, channel by channel.
 
     `modules` are the site's modules by name. `trace_inside(name, node)` traces one of them for the call that `node`

@@ -41,7 +41,9 @@ class _Reader:
             self.data[name] = value
             return lambda leaves: leaves[index]
         if isinstance(value, tuple | list) and _holds_tensors(value):
-            self.conditions.append(f"isinstance({expression}, {type(value).__name__}) and len({expression}) == {len(value)}")
+            self.conditions.append(
+                f"isinstance({expression}, {type(value).__name__}) and len({expression}) == {len(value)}"
+            )
             readers = [self.read(item, f"{expression}[{index}]", False) for index, item in enumerate(value)]
             return lambda leaves: type(value)(reader(leaves) for reader in readers)
         if isinstance(value, dict) and _holds_tensors(list(value.values())):
@@ -61,7 +63,10 @@ class _Reader:
 def _holds_tensors(values: Any) -> bool:
     return any(
         isinstance(value, torch.Tensor)
-        or (isinstance(value, tuple | list | dict) and _holds_tensors(value.values() if isinstance(value, dict) else value))
+        or (
+            isinstance(value, tuple | list | dict)
+            and _holds_tensors(value.values() if isinstance(value, dict) else value)
+        )
         for value in values
     )
 

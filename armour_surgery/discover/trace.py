@@ -68,10 +68,11 @@ class _ValueProxy(fx.Proxy):
             return lambda *args, **kwargs: self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
         if isinstance(value, bool | str) or value is None or name == "ndim":
             return value
-        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {}, name=name)
 
     def __iter__(self) -> Iterator[Any]:
-        return (self[index] for index in range(len(self)))
+        pick = operator.getitem
+        return (pick(self, index) for index in range(len(self)))
 
     def __len__(self) -> int:
         return len(self._value)
@@ -115,6 +116,7 @@ class _ValueTracer(fx.Tracer):
         self.leaves = leaves
         self.inputs = {SELF: shadow, **inputs}
         self.switches: dict[str, bool] = {}
+        self.self_node: fx.Node  # the placeholder of the module itself; set when its forward starts
         self.module_names: dict[int, str] = {}
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -181,7 +183,7 @@ class _ValueTracer(fx.Tracer):
             return value
         owner = self.self_node if not path else self.create_node("get_attr", path, (), {})
         owner.meta["value"] = self.shadow.get_submodule(path)
-        return self.create_proxy("call_function", getattr, (fx.Proxy(owner, self), name), {})
+        return self.create_proxy("call_function", getattr, (fx.Proxy(owner, self), name), {}, name=name)
 
     def method(self, module: nn.Module, path: str, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         """Keep a host's method as a call (`self.get_attention_biases(x.device)`) unless activations go through it."""
@@ -207,7 +209,11 @@ def _own_methods(module: nn.Module) -> Iterator[str]:
         if owner is nn.Module:
             return
         for name, attribute in vars(owner).items():
-            if inspect.isfunction(attribute) and not name.startswith("__") and name not in {"forward", "train", "_apply"}:
+            if (
+                inspect.isfunction(attribute)
+                and not name.startswith("__")
+                and name not in {"forward", "train", "_apply"}
+            ):
                 yield name
 
 

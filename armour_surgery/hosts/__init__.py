@@ -116,9 +116,7 @@ def describe(model: nn.Module, arguments: Mapping[str, Any] | None = None) -> So
     try:
         given: dict[str, Any] = json.loads(json.dumps(dict(arguments or {}), allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise UsageError(
-            f"model_args of {kind} must be JSON values (numbers, strings, lists): {error}"
-        ) from error
+        raise UsageError(f"model_args of {kind} must be JSON values (numbers, strings, lists): {error}") from error
     library = library_of(model)
     if library is None:
         raise FolderError(
@@ -197,8 +195,7 @@ def build(source: Source) -> nn.Module:
     except Exception as error:
         # The builders raise whatever their code runs into, TypeError for an unknown argument most of all.
         raise SchemaError(
-            f"{source.library} could not build {source.architecture} with {_short(source.arguments)}: "
-            f"{_short(error)}"
+            f"{source.library} could not build {source.architecture} with {_short(source.arguments)}: {_short(error)}"
         ) from error
     restore_attributes(model, source.attributes)
     return model.eval()
@@ -222,9 +219,7 @@ def example_input(model: nn.Module, batch_size: int = 2) -> dict[str, torch.Tens
         )
     floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return {
-        name: torch.empty(
-            batch_size, *shape, dtype=floating if dtype.is_floating_point else dtype, device="meta"
-        )
+        name: torch.empty(batch_size, *shape, dtype=floating if dtype.is_floating_point else dtype, device="meta")
         for name, (shape, dtype) in _adapter(library).example(model).items()
     }
 
@@ -305,9 +300,7 @@ def _parse_folder(name: str, path: Path) -> tuple[str, str]:
         if key not in keys:
             continue
         if "/" not in name and name in _adapter("timm").known_names():
-            raise ModelError(
-                f"{name} is a folder here and a timm model; write {prefix}:./{name} or timm:{name}"
-            )
+            raise ModelError(f"{name} is a folder here and a timm model; write {prefix}:./{name} or timm:{name}")
         return PREFIXES[prefix], str(path) if prefix == "hf" else f"local-dir:{path}"
     if "/" not in name and name in _adapter("timm").known_names():
         return "timm", name

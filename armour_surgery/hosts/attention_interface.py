@@ -19,7 +19,8 @@ def attention_interface(default: Callable[..., Any], module: nn.Module, *args: A
     """Call the attention function that `module.config` names, as the host would: `(module, q, k, v, mask, ...)`."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, default)
+    config: Any = module.config
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, default)
     return function(module, *args, **kwargs)
 
 

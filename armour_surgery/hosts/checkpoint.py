@@ -107,8 +107,7 @@ def mismatch_message(
         parts.append(f"left over {_some(unexpected)}")
     if wrong:
         parts.append(
-            "wrong shape "
-            f"{_some([f'{key} {found} instead of {want}' for key, (found, want) in wrong.items()])}"
+            f"wrong shape {_some([f'{key} {found} instead of {want}' for key, (found, want) in wrong.items()])}"
         )
     advice = "check that MODEL is the architecture that the file was saved from"
     classes = {found[0] if found and found[1:] == want[1:] else None for found, want in wrong.values()}
@@ -166,8 +165,7 @@ def _unwrap(content: Any, path: Path) -> dict[str, torch.Tensor]:
             break
     if not isinstance(content, dict) or not content:
         raise CheckpointError(
-            f"checkpoint {path} holds {type(content).__name__} and not a dictionary of tensors; save "
-            "model.state_dict()"
+            f"checkpoint {path} holds {type(content).__name__} and not a dictionary of tensors; save model.state_dict()"
         )
     weights: dict[str, torch.Tensor] = {}
     for key, value in content.items():

@@ -112,19 +112,14 @@ def restore_attributes(model: nn.Module, attributes: dict[str, Any]) -> None:
     for path, value in attributes.items():
         fqn, _, name = path.rpartition(".")
         if fqn not in modules:
-            raise SchemaError(
-                f"attributes name {path!r}, but the host has no module {fqn!r}; the folder is damaged"
-            )
+            raise SchemaError(f"attributes name {path!r}, but the host has no module {fqn!r}; the folder is damaged")
         current = vars(modules[fqn]).get(name, modules)
         if not _is_attribute_name(name) or not _is_plain(current):
-            raise SchemaError(
-                f"attributes name {path!r}, which is not a plain attribute that may be set on the host"
-            )
+            raise SchemaError(f"attributes name {path!r}, which is not a plain attribute that may be set on the host")
         restored = _from_json(value)
         if not _compatible(current, restored):
             raise SchemaError(
-                f"attributes set {path!r} to {value!r}, but the host has {current!r} there, which is of "
-                "another type"
+                f"attributes set {path!r} to {value!r}, but the host has {current!r} there, which is of another type"
             )
         # Into the instance dictionary, where the old value is: no property or __setattr__ of the host may
         # run.

@@ -114,9 +114,7 @@ def source_of(model: nn.Module, arguments: Mapping[str, Any]) -> Source:
     name = _with_tag(architecture, cfg.get("tag"))
     # Recent versions of timm keep the arguments of create_model here; older ones leave them to be
     # read off.
-    made_with = {
-        key: value for key, value in getattr(model, "_model_args", {}).items() if key not in FORBIDDEN
-    }
+    made_with = {key: value for key, value in getattr(model, "_model_args", {}).items() if key not in FORBIDDEN}
     merged = {**_jsonable(made_with), **_read_off(model, cfg), **arguments}
     merged.pop("pretrained_cfg_overlay", None)
     default = get_pretrained_cfg(name).to_dict()
@@ -136,25 +134,19 @@ def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
     """
     if not is_model(split_model_name_tag(architecture)[0]) or set(architecture) & set(":/\\"):
         raise SchemaError(
-            f"architecture {architecture!r} is not a timm {timm.__version__} model; is timm older than the "
-            "folder?"
+            f"architecture {architecture!r} is not a timm {timm.__version__} model; is timm older than the folder?"
         )
     refused = sorted(FORBIDDEN & set(arguments))
     if refused:
-        raise SchemaError(
-            f"arguments of {architecture} name {refused[0]!r}, which must not come from a folder"
-        )
+        raise SchemaError(f"arguments of {architecture} name {refused[0]!r}, which must not come from a folder")
     arguments = dict(arguments)
     overlay = arguments.pop("pretrained_cfg_overlay", {})
     if not isinstance(overlay, dict) or not set(overlay) <= set(DATA_CONFIG):
         raise SchemaError(
-            f"pretrained_cfg_overlay of {architecture} may name {', '.join(DATA_CONFIG)} alone, not "
-            f"{overlay!r}"
+            f"pretrained_cfg_overlay of {architecture} may name {', '.join(DATA_CONFIG)} alone, not {overlay!r}"
         )
     overlay = {key: tuple(value) if isinstance(value, list) else value for key, value in overlay.items()}
-    model: nn.Module = timm.create_model(
-        architecture, pretrained=False, pretrained_cfg_overlay=overlay, **arguments
-    )
+    model: nn.Module = timm.create_model(architecture, pretrained=False, pretrained_cfg_overlay=overlay, **arguments)
     return model
 
 
@@ -180,8 +172,7 @@ def _require_known(name: str, pretrained: bool) -> str:
         return ""
     if not is_model_pretrained(name):
         raise ModelError(
-            f"timm has no pretrained weights for {name}; pass --no-pretrained for random weights or "
-            "--checkpoint FILE"
+            f"timm has no pretrained weights for {name}; pass --no-pretrained for random weights or --checkpoint FILE"
         )
     if cfg.hf_hub_id:
         # timm/ stands for "timm/<the name itself>".
@@ -239,9 +230,7 @@ def _create(name: str, pretrained: bool, sizes: Mapping[str, int]) -> nn.Module:
         text = str(error)
         for option in sizes:
             if isinstance(error, TypeError) and f"'{option}'" in text:
-                raise UsageError(
-                    f"{name} takes no {option}; leave --{option.replace('_', '-')} out"
-                ) from error
+                raise UsageError(f"{name} takes no {option}; leave --{option.replace('_', '-')} out") from error
         if "size mismatch" in text and "img_size" in sizes:
             raise UsageError(
                 f"the pretrained weights of {name} do not fit img_size={sizes['img_size']}; leave "
@@ -280,9 +269,7 @@ def _filtered(model: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, t
     return converted
 
 
-def _from_facebook_levit(
-    model: nn.Module, weights: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor] | None:
+def _from_facebook_levit(model: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
     """LeViT as its authors saved it: other names, in timm's order. None unless every kind and size agrees."""
     if type(model).__module__ != "timm.models.levit":
         return None
@@ -345,9 +332,9 @@ def _in_chans(model: nn.Module, cfg: Mapping[str, Any]) -> int:
 
 
 def _img_size(model: nn.Module) -> tuple[int, ...] | None:
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or getattr(
-        model, "_traits", {}
-    ).get("img_size")
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or getattr(model, "_traits", {}).get(
+        "img_size"
+    )
     return tuple(size) if size else None
 
 

@@ -83,8 +83,7 @@ def source_of(model: nn.Module, arguments: Mapping[str, Any]) -> Source:
             return Source("torchvision", name, merged, {}, f"torchvision:{name}")
     tried = ", ".join(candidates) or "none is registered for its module"
     raise ModelError(
-        f"no torchvision builder makes this {type(model).__qualname__} with the arguments {merged} (tried: "
-        f"{tried})"
+        f"no torchvision builder makes this {type(model).__qualname__} with the arguments {merged} (tried: {tried})"
     )
 
 
@@ -101,9 +100,7 @@ def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
         )
     refused = sorted(FORBIDDEN & set(arguments))
     if refused:
-        raise SchemaError(
-            f"arguments of {architecture} name {refused[0]!r}, which must not come from a folder"
-        )
+        raise SchemaError(f"arguments of {architecture} name {refused[0]!r}, which must not come from a folder")
     return _make(architecture, arguments)
 
 
@@ -147,9 +144,7 @@ def _load_published(model: nn.Module, name: str, sizes: Mapping[str, int]) -> No
     expected = model.state_dict()
     if "num_classes" in sizes:
         # A head for other classes starts fresh, as it does in timm and transformers.
-        state.update(
-            {k: v for k, v in expected.items() if k in state and k.rpartition(".")[0] in _head_names(model)}
-        )
+        state.update({k: v for k, v in expected.items() if k in state and k.rpartition(".")[0] in _head_names(model)})
     try:
         load_strictly(model, state, path=weights.url, architecture=typed, num_classes_given=False)
     except ModelError as error:

@@ -30,9 +30,7 @@ from armour_surgery.sites import Source
 __all__ = ["build", "example", "known_names", "load", "owns", "source_of"]
 
 # Keys of a config that fetch, run foreign code, or say where this copy came from.
-FETCHING = frozenset(
-    ("auto_map", "trust_remote_code", "pretrained", "use_pretrained_backbone", "quantization_config")
-)
+FETCHING = frozenset(("auto_map", "trust_remote_code", "pretrained", "use_pretrained_backbone", "quantization_config"))
 VOLATILE = ("_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype")
 # Other names can mean kernels that are downloaded.
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flex_attention")
@@ -107,9 +105,7 @@ def source_of(model: nn.Module, arguments: Mapping[str, Any]) -> Source:
     if attention in ATTENTION and attention != "sdpa":
         merged["_attn_implementation"] = attention
     origin = getattr(config, "_name_or_path", "") or config.model_type
-    return Source(
-        "transformers", cls.__name__, merged, {}, f"hf:{origin}", getattr(config, "_commit_hash", None)
-    )
+    return Source("transformers", cls.__name__, merged, {}, f"hf:{origin}", getattr(config, "_commit_hash", None))
 
 
 def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -133,8 +129,7 @@ def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
     attention = arguments.pop("_attn_implementation", None)
     if attention is not None and attention not in ATTENTION:
         raise SchemaError(
-            f"the config of {architecture} asks for the attention {attention!r}; known: "
-            f"{', '.join(ATTENTION)}"
+            f"the config of {architecture} asks for the attention {attention!r}; known: {', '.join(ATTENTION)}"
         )
     config = config_class.from_dict(arguments)
     if attention is not None:
@@ -203,11 +198,7 @@ def _require_files(folder: str, pretrained: bool) -> None:
         needed["model.safetensors (or pytorch_model.bin)"] = list(weights)
     for label, names in needed.items():
         if not any((Path(folder) / name).is_file() for name in names):
-            advice = (
-                ""
-                if label == "config.json"
-                else "; pass --no-pretrained for random weights, or --checkpoint FILE"
-            )
+            advice = "" if label == "config.json" else "; pass --no-pretrained for random weights, or --checkpoint FILE"
             raise UnknownModelError(f"hf:{folder}: the folder has no {label}{advice}")
 
 
@@ -256,9 +247,7 @@ def _class_for(config: PreTrainedConfig, name: str, classify: bool) -> type[PreT
         if first is not None:
             found: type[PreTrainedModel] = first
             return found
-    raise ModelError(
-        f"hf:{name} has the type {config.model_type!r}, for which transformers has no model class"
-    )
+    raise ModelError(f"hf:{name} has the type {config.model_type!r}, for which transformers has no model class")
 
 
 def _apply(config: PreTrainedConfig, name: str, sizes: Mapping[str, int]) -> None:
@@ -334,9 +323,7 @@ def _entries(config: PreTrainedConfig) -> dict[str, Any]:
                 return entries
         except (TypeError, ValueError):
             continue
-    raise ModelError(
-        f"the {type(config).__name__} of this model cannot be written as JSON and read back equal"
-    )
+    raise ModelError(f"the {type(config).__name__} of this model cannot be written as JSON and read back equal")
 
 
 def _comparable(entries: Any) -> Any:

@@ -103,18 +103,14 @@ def regenerate(progress: Callable[[int, int, str], None] | None = None) -> Repro
                 params_folded=cost.folded,
                 macs=cost.macs,
                 macs_ratio=base.macs / cost.macs if row.mode else None,
-                cells=tuple(
-                    _cell(column, row, baseline, cost, base) for column in COLUMNS if getattr(row, column)
-                ),
+                cells=tuple(_cell(column, row, baseline, cost, base) for column in COLUMNS if getattr(row, column)),
             )
         )
     return Reproduction(tuple(rows))
 
 
 def _baseline(row: PaperRow) -> PaperRow:
-    return next(
-        other for other in ROWS if (other.table, other.model, other.mode) == (row.table, row.model, "")
-    )
+    return next(other for other in ROWS if (other.table, other.model, other.mode) == (row.table, row.model, ""))
 
 
 def _cost(name: str, mode: str) -> _Cost:
@@ -155,9 +151,7 @@ def _params_cell(printed: str, cost: _Cost) -> Cell:
             f"{cost.folded:,}; as trained: {cost.params:,}"
         )
         return Cell("params", printed, ours, EXPLAINED, note)
-    return Cell(
-        "params", printed, ours, DIFFERS, f"{cost.params:,} as trained, {cost.folded:,} with BatchNorm folded"
-    )
+    return Cell("params", printed, ours, DIFFERS, f"{cost.params:,} as trained, {cost.folded:,} with BatchNorm folded")
 
 
 def _params_change_cell(printed: str, row: PaperRow, baseline: PaperRow, cost: _Cost, base: _Cost) -> Cell:

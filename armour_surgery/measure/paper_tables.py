@@ -56,41 +56,21 @@ ROWS = (
     PaperRow(1, "Armour-Ti dist / 1200", _DISTILLED, "qv", params="5.5", top1="76.5%", gpu="2,819"),
     PaperRow(1, "EfficientNet-B0", "efficientnet_b0", params="5.3", top1="77.1%", gpu="2,743"),
     PaperRow(2, "LeViT-128S", "levit_128s", params="7.76", top1="74.4%", gpu="12,880", cpu="77.6"),
-    PaperRow(
-        2, "Armour-128S", "levit_128s", "concat-half", params="7.47", top1="75.5%", gpu="12,947", cpu="77.9"
-    ),
-    PaperRow(
-        2, "Armour-128S+", "levit_128s", "concat-full", params="7.18", top1="75.0%", gpu="13,035", cpu="81.2"
-    ),
+    PaperRow(2, "Armour-128S", "levit_128s", "concat-half", params="7.47", top1="75.5%", gpu="12,947", cpu="77.9"),
+    PaperRow(2, "Armour-128S+", "levit_128s", "concat-full", params="7.18", top1="75.0%", gpu="13,035", cpu="81.2"),
     PaperRow(3, "DeiT-Ti", _TINY, params="5.7", gpu="2661"),
-    PaperRow(
-        3, "Armour-Ti", _TINY, "qv", params="5.3", params_change="-7.8%", gpu="2828", gpu_change="+7.2%"
-    ),
+    PaperRow(3, "Armour-Ti", _TINY, "qv", params="5.3", params_change="-7.8%", gpu="2828", gpu_change="+7.2%"),
     PaperRow(3, "DeiT-S", _SMALL, params="22.1", gpu="987"),
-    PaperRow(
-        3, "Armour-S", _SMALL, "qv", params="20.3", params_change="-8.1%", gpu="1053", gpu_change="+6.7%"
-    ),
+    PaperRow(3, "Armour-S", _SMALL, "qv", params="20.3", params_change="-8.1%", gpu="1053", gpu_change="+6.7%"),
     PaperRow(3, "DeiT-B", _BASE, params="86.6", gpu="313"),
     PaperRow(3, "Armour-B", _BASE, "qv", params="79.5", params_change="-8.2%", gpu="335", gpu_change="+6.9%"),
     PaperRow(4, "LeViT-192", "levit_192", params="10.9", gpu="8,565", cpu="37.1"),
-    PaperRow(
-        4, "Armour-192", "levit_192", "concat-half", "10.4", "-4.6%", "", "8,695", "+1.5%", "38.1", "+2.7%"
-    ),
-    PaperRow(
-        4, "Armour-192+", "levit_192", "concat-full", "9.8", "-10.1%", "", "8,862", "+3.5%", "39.8", "+7.3%"
-    ),
+    PaperRow(4, "Armour-192", "levit_192", "concat-half", "10.4", "-4.6%", "", "8,695", "+1.5%", "38.1", "+2.7%"),
+    PaperRow(4, "Armour-192+", "levit_192", "concat-full", "9.8", "-10.1%", "", "8,862", "+3.5%", "39.8", "+7.3%"),
     PaperRow(4, "LeViT-256", "levit_256", params="18.9", gpu="6,557", cpu="23.5"),
-    PaperRow(
-        4, "Armour-256", "levit_256", "concat-half", "17.9", "-5.3%", "", "6,675", "+1.8%", "24.8", "+5.5%"
-    ),
-    PaperRow(
-        4, "Armour-256+", "levit_256", "concat-full", "17.0", "-10.1%", "", "6,817", "+4.0%", "25.6", "+8.9%"
-    ),
+    PaperRow(4, "Armour-256", "levit_256", "concat-half", "17.9", "-5.3%", "", "6,675", "+1.8%", "24.8", "+5.5%"),
+    PaperRow(4, "Armour-256+", "levit_256", "concat-full", "17.0", "-10.1%", "", "6,817", "+4.0%", "25.6", "+8.9%"),
     PaperRow(4, "LeViT-384", "levit_384", params="39.1", gpu="4,136", cpu="12.1"),
-    PaperRow(
-        4, "Armour-384", "levit_384", "concat-half", "37.1", "-5.1%", "", "4,226", "+2.2%", "12.5", "+3.3%"
-    ),
-    PaperRow(
-        4, "Armour-384+", "levit_384", "concat-full", "35.0", "-10.5%", "", "4,314", "+4.3%", "13.0", "+7.4%"
-    ),
+    PaperRow(4, "Armour-384", "levit_384", "concat-half", "37.1", "-5.1%", "", "4,226", "+2.2%", "12.5", "+3.3%"),
+    PaperRow(4, "Armour-384+", "levit_384", "concat-full", "35.0", "-10.5%", "", "4,314", "+4.3%", "13.0", "+7.4%"),
 )

@@ -36,7 +36,7 @@ class AddGroupedProjectionPass:
         with surgery.graph.inserting_before(producer.node.next):
             node = surgery.graph.call_module(_NAME, (source,))
         node.meta["value"] = producer.node.meta["value"]
-        surgery.blocks[part] = Block(node, 0, producer.axis)
+        surgery.blocks[part] = Block(node, producer.axis, 0)
         tensors = tuple(name for name in producer.rows if name != producer.weight)
         rows = tuple(surgery.channels(part))
         shuffle = part.letter.endswith("shuffled")

@@ -64,7 +64,7 @@ class ArmourAttention:
             )
         cls.armour_variants = [*cls.armour_variants, variant]
         _install(cls)
-        return cls.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        return cls.forward(self, *args, **kwargs)
 
 
 def render(graph: fx.Graph, signature: Signature) -> Variant:

@@ -87,12 +87,16 @@ class GroupedProjection(nn.Module):
         flat = x.flatten(0, -2).unsqueeze(-1) if tokens else x.flatten(2)
         y = F.conv1d(flat, self.weight.flatten(1).unsqueeze(-1), None, groups=self.groups)
         if self.shuffle:
-            y = y.unflatten(1, (self.groups, -1)).transpose(1, 2).flatten(1, 2)
+            y = torch.unflatten(y, 1, (self.groups, -1)).transpose(1, 2).flatten(1, 2)
         if self.bias is not None:
             y = y + self.bias[:, None]
         if tokens:
             y = y.squeeze(-1)
-            y = y if self.norm is None else self.norm(y)
-            return y.unflatten(0, x.shape[:-1])
-        y = y.unflatten(2, x.shape[2:])
-        return y if self.norm is None else self.norm(y)
+            return torch.unflatten(self._normed(y), 0, x.shape[:-1])
+        return self._normed(torch.unflatten(y, 2, x.shape[2:]))
+
+    def _normed(self, y: torch.Tensor) -> torch.Tensor:
+        if self.norm is None:
+            return y
+        normed: torch.Tensor = self.norm(y)
+        return normed

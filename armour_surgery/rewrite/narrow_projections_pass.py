@@ -51,14 +51,53 @@ class NarrowProjectionsPass:
 
 
 def _new_rows(surgery: Surgery, producer: Producer, parts: list[Part]) -> tuple[list[int], dict[Part, Block]]:
+    """Old output channels in their new order, and where each part is then."""
+    letters = [letter for letter in "qkv" if surgery.role(letter).producer is producer]
+    ours = [channel for letter in letters for head in surgery.role(letter).channels for channel in head]
+    # Channels that belong to none of q, k, v (a gate, say) are not ours to drop.
+    others = sorted(set(range(producer.channels)) - set(ours))
     rows: list[int] = []
     blocks = {}
+    if parts and not others and _head_by_head(surgery, producer, letters):
+        parts = _value_together(surgery, parts)
+        stride = sum(part.size for part in parts)
+        heads = surgery.role(parts[0].letter).num_heads
+        offset = 0
+        for part in parts:
+            blocks[part] = Block(producer.node, producer.axis, offset, stride)
+            offset += part.size
+        for head in range(heads):
+            for part in parts:
+                rows += surgery.role(part.letter).channels[head][part.start : part.stop]
+        return rows, blocks
     for part in parts:
-        blocks[part] = Block(producer.node, len(rows), producer.axis)
+        blocks[part] = Block(producer.node, producer.axis, len(rows))
         rows += surgery.channels(part)
-    # Channels that belong to none of q, k, v (a gate, say) are not ours to drop.
-    ours = {c for x in "qkv" if surgery.role(x).producer is producer for head in surgery.role(x).channels for c in head}
-    return rows + [channel for channel in range(producer.channels) if channel not in ours], blocks
+    return rows + others, blocks
+
+
+def _head_by_head(surgery: Surgery, producer: Producer, letters: list[str]) -> bool:
+    """Whether to pack q, k and v of a head next to each other.
+
+    Where the host does, products over heads need no copy of strided operands; where V is put together from parts of
+    this projection, neighbors need no concatenation.
+    """
+    roles = [surgery.role(letter) for letter in letters]
+    if len({role.num_heads for role in roles}) != 1:
+        return False
+    if sum(part.letter in letters for part in surgery.value) > 1:
+        return True
+    width = producer.channels // roles[0].num_heads
+    return all(
+        {channel // width for role in roles for channel in role.channels[head]} == {head}
+        for head in range(roles[0].num_heads)
+    )
+
+
+def _value_together(surgery: Surgery, parts: list[Part]) -> list[Part]:
+    """The parts in an order in which those of V are neighbors, in V's own order."""
+    value = [part for part in surgery.value if part in parts]
+    return [part for part in parts if part not in value] + value
 
 
 def _removal(producer: Producer) -> list[KeepRows | Remove]:

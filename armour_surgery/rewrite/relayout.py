@@ -96,12 +96,10 @@ def relayout(source: Layout, target: Layout, sizes: dict[Atom, int]) -> list[Ste
     steps = steps + merged[0]
     axes = merged[1]
     steps += _permutation([axes.index(axis) for axis in wanted])
-    position = 0
-    for atoms in target:
+    for position, atoms in enumerate(target):
         pieces = len(separate((atoms,)))
         if pieces == 0:
             steps.append(("unsqueeze", (position,)))
         elif pieces > 1:
             steps.append(("flatten", (position, position + pieces - 1)))
-        position += 1
     return steps

@@ -43,7 +43,9 @@ class RemoveDeadNodesPass:
         gone = {edit.name for edit in surgery.edits if isinstance(edit, Remove)}
         for node in surgery.graph.nodes:
             target = str(node.target)
-            if node.op in ("get_attr", "call_module") and any(target == name or target.startswith(f"{name}.") for name in gone):
+            if node.op in ("get_attr", "call_module") and any(
+                target == name or target.startswith(f"{name}.") for name in gone
+            ):
                 raise TraceError(f"its forward also uses {target} for something other than attention")
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 from armour_surgery.errors import PostconditionError
+from armour_surgery.rewrite.edits import KeepRows
 from armour_surgery.rewrite.share_roles_pass import is_expressible, wanted_parts
 from armour_surgery.rewrite.surgery import Surgery
 from armour_surgery.traced import Producer
@@ -33,19 +34,7 @@ class RestoreChannelsPass:
         touched = [p for p in surgery.producers() if _old_places(surgery, p, places) != _identity(p)]
         created: set[fx.Node] = set()
         for producer in touched:
-            runs: list[list[object]] = []
-            for node, channel in _old_places(surgery, producer, places):
-                if runs and runs[-1][0] is node and runs[-1][2] == channel:
-                    runs[-1][2] = channel + 1
-                else:
-                    runs.append([node, channel, channel + 1])
-            with surgery.graph.inserting_before(producer.node.next):
-                pieces = [
-                    surgery.graph.call_method("narrow", (node, producer.axis, start, stop - start))  # type: ignore
-                    for node, start, stop in runs
-                ]
-                whole = surgery.graph.call_function(torch.cat, (tuple(pieces), producer.axis))
-            created |= {*pieces, whole}
+            whole = _lay_out(surgery, producer, _old_places(surgery, producer, places), created)
             producer.node.replace_all_uses_with(whole, delete_user_cb=lambda user: user not in created)
         return bool(touched)
 
@@ -57,6 +46,24 @@ class RestoreChannelsPass:
             places = _new_places(surgery)
             if len(_old_places(surgery, producer, places)) != producer.channels:
                 raise PostconditionError(f"{producer.fqn} was not restored whole")
+
+
+def _lay_out(surgery: Surgery, producer: Producer, places: list[Place], created: set[fx.Node]) -> fx.Node:
+    """Concatenate the runs of channels that `places` consists of; new nodes are noted in `created`."""
+    runs: list[tuple[fx.Node, int, int]] = []
+    for node, channel in places:
+        if runs and runs[-1][0] is node and runs[-1][2] == channel:
+            runs[-1] = (node, runs[-1][1], channel + 1)
+        else:
+            runs.append((node, channel, channel + 1))
+    with surgery.graph.inserting_before(producer.node.next):
+        pieces = [
+            surgery.graph.call_method("narrow", (node, producer.axis, start, stop - start))
+            for node, start, stop in runs
+        ]
+        whole = surgery.graph.call_function(torch.cat, (tuple(pieces), producer.axis))
+    created.update([*pieces, whole])
+    return whole
 
 
 def _identity(producer: Producer) -> list[Place]:
@@ -72,10 +79,13 @@ def _new_places(surgery: Surgery) -> dict[tuple[str, int, int], Place]:
         for head in range(role.num_heads):
             for dimension in range(part.start, part.stop):
                 if block is not None:
-                    index = block.offset + head * part.size + dimension - part.start
+                    index = block.channel(head, dimension - part.start, part.size)
                     places[part.letter, head, dimension] = (block.node, index)
                 else:
-                    places[part.letter, head, dimension] = (role.producer.node, role.channels[head][dimension])
+                    places[part.letter, head, dimension] = (
+                        role.producer.node,
+                        role.channels[head][dimension],
+                    )
     return places
 
 
@@ -95,11 +105,13 @@ def _old_places(surgery: Surgery, producer: Producer, places: dict[tuple[str, in
     others = [channel for channel in range(producer.channels) if channel not in found]
     kept = producer.channels if producer.node not in surgery.replaced else _kept(surgery, producer)
     for index, channel in enumerate(others):
-        found[channel] = (producer.node, channel if producer.node not in surgery.replaced else kept - len(others) + index)
+        found[channel] = (
+            producer.node,
+            channel if producer.node not in surgery.replaced else kept - len(others) + index,
+        )
     return [found[channel] for channel in range(producer.channels)]
 
 
 def _kept(surgery: Surgery, producer: Producer) -> int:
-    return next(
-        (len(edit.rows) for edit in surgery.edits if producer.rows and getattr(edit, "tensors", ()) == producer.rows), 0
-    )
+    kept = (edit.rows for edit in surgery.edits if isinstance(edit, KeepRows) and edit.tensors == producer.rows)
+    return len(next(kept, ()))

@@ -7,10 +7,12 @@ from torch import fx
 
 from armour_surgery.errors import PostconditionError
 from armour_surgery.rewrite.relayout import block_layout, relayout, separate
-from armour_surgery.rewrite.surgery import Part, Surgery
-from armour_surgery.traced import Anchor, Layout
+from armour_surgery.rewrite.surgery import Block, Part, Surgery
+from armour_surgery.traced import Anchor, Atom, Layout
 
-__all__ = ["ShareRolesPass", "is_expressible"]
+__all__ = ["ShareRolesPass", "is_expressible", "wanted_parts"]
+
+Run = tuple[Part, ...]  # parts that one view holds
 
 
 def wanted_parts(surgery: Surgery, letter: str) -> tuple[Part, ...]:
@@ -30,11 +32,11 @@ def is_expressible(surgery: Surgery) -> bool:
             return False
         for anchor in role.anchors:
             assert anchor.layout is not None
-            parts = wanted_parts(surgery, letter)
-            target = anchor.layout if len(parts) == 1 else separate(anchor.layout)
-            if any(_source(surgery, part, target) is None for part in parts):
+            runs = _runs(surgery, wanted_parts(surgery, letter))
+            target = anchor.layout if len(runs) == 1 else separate(anchor.layout)
+            if any(_source(surgery, run, target) is None for run in runs):
                 return False
-            if len(parts) > 1 and relayout(separate(anchor.layout), anchor.layout, {"h": 1, "j": 1}) is None:
+            if len(runs) > 1 and relayout(separate(anchor.layout), anchor.layout, {"h": 1, "j": 1}) is None:
                 return False
     return True
 
@@ -44,24 +46,44 @@ def _touched(surgery: Surgery, letter: str) -> bool:
     return surgery.role(letter).producer.node in surgery.replaced or wanted_parts(surgery, letter) != own
 
 
-def _source(surgery: Surgery, part: Part, target: Layout) -> tuple[fx.Node, Layout] | None:
-    """A node that holds the part, and its layout, from which views lead to `target`."""
+def _runs(surgery: Surgery, parts: tuple[Part, ...]) -> list[Run]:
+    """The parts of a role, neighbors in one projection taken together: one view holds them all."""
+    runs: list[Run] = []
+    for part in parts:
+        block = surgery.blocks.get(part)
+        last = surgery.blocks.get(runs[-1][-1]) if runs else None
+        if (
+            block
+            and last
+            and block.stride
+            and block.node is last.node
+            and block.offset == last.offset + runs[-1][-1].size
+        ):
+            runs[-1] = (*runs[-1], part)
+        else:
+            runs.append((part,))
+    return runs
+
+
+def _sizes(surgery: Surgery, run: Run) -> dict[Atom, int]:
+    return {"h": surgery.role(run[0].letter).num_heads, "j": sum(part.size for part in run)}
+
+
+def _source(surgery: Surgery, run: Run, target: Layout) -> tuple[fx.Node, Layout] | None:
+    """A node that holds the run, and its layout, from which views lead to `target`."""
+    part, sizes = run[0], _sizes(surgery, run)
     role = surgery.role(part.letter)
-    sizes = {"h": role.num_heads, "j": part.size}
     if part in surgery.blocks:
         block = surgery.blocks[part]
         layout = block_layout(role.producer.node.meta["value"].ndim, block.axis)
+        layout = separate(layout) if block.stride else layout
         return (block.node, layout) if relayout(layout, target, sizes) is not None else None
     if part.size != role.head_dim or role.producer.node in surgery.replaced:
         return None
-    for anchor in _best_first(role.anchors, target):
+    for anchor in sorted(role.anchors, key=lambda anchor: anchor.layout != target):
         if anchor.layout is not None and relayout(anchor.layout, target, sizes) is not None:
             return anchor.node, anchor.layout
     return None
-
-
-def _best_first(anchors: tuple[Anchor, ...], target: Layout) -> list[Anchor]:
-    return sorted(anchors, key=lambda anchor: anchor.layout != target)
 
 
 class ShareRolesPass:
@@ -92,7 +114,11 @@ class ShareRolesPass:
             return
         for letter in "qkv":
             for anchor in surgery.role(letter).anchors if _touched(surgery, letter) else ():
-                if anchor.node.op != "call_module" and anchor.node is not surgery.role(letter).producer.node and anchor.node.users:
+                if (
+                    anchor.node.op != "call_module"
+                    and anchor.node is not surgery.role(letter).producer.node
+                    and anchor.node.users
+                ):
                     raise PostconditionError(f"{anchor.node.name} still feeds {list(anchor.node.users)}")
 
 
@@ -104,39 +130,51 @@ class _Writer:
         self.graph = surgery.graph
         self.created: set[fx.Node] = set()
         self.split: dict[fx.Node, dict[Part, fx.Node]] = {}
-        self.written: dict[tuple[Part, Layout], fx.Node] = {}
+        self.heads: dict[fx.Node, fx.Node] = {}
+        self.written: dict[tuple[Run, Layout], fx.Node] = {}
 
     def replace(self, anchor: Anchor, parts: tuple[Part, ...]) -> None:
         assert anchor.layout is not None
-        if len(parts) == 1:
-            new = self.part(parts[0], anchor.layout, anchor.node)
+        runs = _runs(self.surgery, parts)
+        if len(runs) == 1:
+            new = self.run(runs[0], anchor.layout, anchor.node)
         else:
             open_layout = separate(anchor.layout)
-            pieces = tuple(self.part(part, open_layout, anchor.node) for part in parts)
+            pieces = tuple(self.run(run, open_layout, anchor.node) for run in runs)
             axis = open_layout.index(("j",)) - len(open_layout)
             new = self.call(anchor.node, "cat", (pieces, axis))
-            sizes = {"h": self.surgery.role(parts[0].letter).num_heads, "j": sum(part.size for part in parts)}
-            for method, arguments in relayout(open_layout, anchor.layout, sizes) or ():
+            for method, arguments in relayout(open_layout, anchor.layout, _sizes(self.surgery, parts)) or ():
                 new = self.call(anchor.node, method, (new, *arguments))
         if new is not anchor.node:
             anchor.node.replace_all_uses_with(new, delete_user_cb=lambda user: user not in self.created)
 
-    def part(self, part: Part, target: Layout, before: fx.Node) -> fx.Node:
-        if (part, target) not in self.written:
-            found = _source(self.surgery, part, target)
+    def run(self, run: Run, target: Layout, before: fx.Node) -> fx.Node:
+        """One view that holds a run, in the layout that is wanted."""
+        if (run, target) not in self.written:
+            found = _source(self.surgery, run, target)
             assert found is not None
             node, layout = found
-            if part in self.surgery.blocks:
-                node = self.block(part, before)
-            sizes = {"h": self.surgery.role(part.letter).num_heads, "j": part.size}
-            for method, arguments in relayout(layout, target, sizes) or ():
+            block = self.surgery.blocks.get(run[0])
+            if block is not None:
+                node = self.neighbors(run, block, before) if block.stride else self.piece(run[0], block, before)
+            for method, arguments in relayout(layout, target, _sizes(self.surgery, run)) or ():
                 node = self.call(before, method, (node, *arguments))
-            self.written[part, target] = node
-        return self.written[part, target]
+            self.written[run, target] = node
+        return self.written[run, target]
 
-    def block(self, part: Part, before: fx.Node) -> fx.Node:
+    def neighbors(self, run: Run, block: Block, before: fx.Node) -> fx.Node:
+        """A slice of every head, where a projection is packed head by head."""
+        if block.node not in self.heads:
+            count = self.surgery.role(run[0].letter).num_heads
+            self.heads[block.node] = self.call(before, "unflatten", (block.node, block.axis, (count, block.stride)))
+        size = sum(part.size for part in run)
+        if size == block.stride:
+            return self.heads[block.node]
+        name = run[0].letter if len(run) == 1 else "v"
+        return self.call(before, "narrow", (self.heads[block.node], block.axis, block.offset, size), name)
+
+    def piece(self, part: Part, block: Block, before: fx.Node) -> fx.Node:
         """The part's own channels: one of the pieces that its projection's output is split into."""
-        block = self.surgery.blocks[part]
         if block.node not in self.split:
             siblings = sorted(
                 (other for other, place in self.surgery.blocks.items() if place.node is block.node),

@@ -30,11 +30,20 @@ class Part:
 
 @dataclass(frozen=True)
 class Block:
-    """Where a part's channels are in the rewritten graph: from `offset` on in `node`, heads outermost."""
+    """Where a part's channels are in the output of `node` (channels at `axis`).
+
+    With `stride` 0 they are one block from `offset` on, heads outermost. Otherwise the output is packed head by head,
+    `stride` channels each, and the part starts at `offset` inside every head.
+    """
 
     node: fx.Node
-    offset: int
     axis: int
+    offset: int
+    stride: int = 0
+
+    def channel(self, head: int, dimension: int, size: int) -> int:
+        """Output channel of a head's dimension, for a part of `size` channels a head."""
+        return self.offset + dimension + head * (self.stride or size)
 
 
 @dataclass
