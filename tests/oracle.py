@@ -124,9 +124,7 @@ def outputs(model: nn.Module, batch: dict[str, torch.Tensor], seed: int = 1) -> 
 def relative_error(expected: list[torch.Tensor], got: list[torch.Tensor]) -> float:
     """The largest difference, relative to the largest value, over all outputs."""
     assert len(expected) == len(got)
-    return max(
-        float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in zip(expected, got, strict=True)
-    )
+    return max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in zip(expected, got, strict=True))
 
 
 def check(model: nn.Module, mode: str, batches: list[dict[str, torch.Tensor]], **options) -> dict[str, float]:

@@ -256,7 +256,8 @@ def test_qk_diag_with_transformers_eager_attention(name: str) -> None:
 def reference(attention: nn.Module, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """What a `qk-diag` timm attention of 4 heads computes, from the original's weights."""
     q, _, v = (
-        part.unflatten(-1, (4, -1)).transpose(1, 2) for part in F.linear(x, attention.qkv.weight, attention.qkv.bias).chunk(3, -1)
+        part.unflatten(-1, (4, -1)).transpose(1, 2)
+        for part in F.linear(x, attention.qkv.weight, attention.qkv.bias).chunk(3, -1)
     )
     logits = q @ q.transpose(-2, -1) * q.shape[-1] ** -0.5
     allowed = torch.ones_like(logits, dtype=torch.bool)
@@ -275,7 +276,7 @@ def masks() -> dict[str, torch.Tensor | None]:
     boolean[:, :, 4] = True
     boolean[:, :, 5] = False
     boolean[:, :, 5, 2] = True  # this one may not attend to itself anyway
-    boolean |= (torch.eye(6, dtype=torch.bool) & ~boolean.any(-1, keepdim=True))
+    boolean |= torch.eye(6, dtype=torch.bool) & ~boolean.any(-1, keepdim=True)
     bias = torch.randn(2, 4, 6, 6, generator=generator, dtype=torch.float64)
     return {
         "none": None,
@@ -326,7 +327,9 @@ def test_qk_diag_of_a_single_token_is_its_value(fused: bool, dtype: torch.dtype)
         expected, got = attention.proj(value), converted(x)
     assert got.dtype == dtype
     assert got.isfinite().all()
-    assert relative_error([expected.double()], [got.double()]) <= {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
+    assert relative_error([expected.double()], [got.double()]) <= {torch.float64: 1e-12, torch.float32: 1e-5}.get(
+        dtype, 2e-2
+    )
 
 
 @pytest.mark.parametrize("use_conv", [False, True])

@@ -112,6 +112,9 @@ def _relative(names: set[str], fqn: str) -> frozenset[str]:
     return frozenset(name[len(prefix) :] for name in names if name.startswith(prefix) and name != fqn)
 
 
+_BOOKKEEPING = set(vars(nn.Module()))
+
+
 def _fingerprint(module: nn.Module, call: Call, around: frozenset[str]) -> str:
     """All that can make the traces of two modules differ: classes, plain attributes, shapes, and the call."""
 
@@ -125,7 +128,7 @@ def _fingerprint(module: nn.Module, call: Call, around: frozenset[str]) -> str:
     lines = [f"{sorted(around)}", *(plain(leaf) for leaf in pytree.tree_leaves((call.args, call.kwargs)))]
     for name, child in module.named_modules():
         # Functions are one object for all instances; other objects count by identity.
-        own = {key: value for key, value in vars(child).items() if not key.startswith("_")}
+        own = {key: value for key, value in vars(child).items() if key not in _BOOKKEEPING}
         tensors = {**child._parameters, **child._buffers}
         lines.append(f"{name} {type(child).__module__}.{type(child).__qualname__}")
         lines += [f"{key}={plain(value)}" for key, value in sorted({**own, **tensors}.items())]

@@ -57,8 +57,7 @@ def _softmax_axis(node: fx.Node, modules: dict[str, nn.Module]) -> int | None:
         axis = found if isinstance(found, int) else None
     else:
         return None
-    rank = node.meta["value"].ndim
-    return axis - rank if axis is not None and axis >= 0 else axis
+    return axis - node.meta["value"].ndim if axis is not None and axis >= 0 else axis
 
 
 def _above(node: fx.Node) -> Iterator[fx.Node]:

@@ -32,6 +32,12 @@ class _Reader:
     def read(self, value: Any, expression: str, required: bool) -> Callable[[tuple[Any, ...]], Any]:
         """Note one argument; the returned function finds it again among the traced leaves."""
         if isinstance(value, torch.Tensor):
+            same = next((name for name, known in self.data.items() if known is value), None)
+            if same is not None:
+                # One tensor given twice (query, key and value of self-attention) is one input.
+                self.conditions.append(f"{expression} is {same}")
+                index = list(self.data).index(same)
+                return lambda leaves: leaves[index]
             index = len(self.data)
             name = expression if expression.isidentifier() else f"input_{index}"
             if name != expression:

@@ -12,18 +12,22 @@ import functools
 import inspect
 import itertools
 import operator
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import fx, nn
+from torch.fx import _symbolic_trace
 
 from armour_surgery.discover.record import is_builtin
 from armour_surgery.discover.signature import bind
 from armour_surgery.errors import TraceError
-from armour_surgery.hosts.attention_interface import traced_interfaces
+from armour_surgery.hosts.attention_interface import is_interface, traced_interfaces
 from armour_surgery.meta import meta_copy
 from armour_surgery.traced import Call, FunctionReference, Trace
 
@@ -64,6 +68,8 @@ class _ValueProxy(fx.Proxy):
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(object.__getattribute__(self, "node").meta["value"], name)
+        if name in ("dim", "ndimension") and callable(value):
+            return value  # a rank does not change from call to call
         if callable(value) and not isinstance(value, torch.Tensor | torch.Size):
             return lambda *args, **kwargs: self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
         if isinstance(value, bool | str) or value is None or name == "ndim":
@@ -73,6 +79,9 @@ class _ValueProxy(fx.Proxy):
     def __iter__(self) -> Iterator[Any]:
         pick = operator.getitem
         return (pick(self, index) for index in range(len(self)))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
     def __len__(self) -> int:
         return len(self._value)
@@ -100,7 +109,8 @@ class _ValueProxy(fx.Proxy):
         value = self._value
         if isinstance(value, torch.Tensor):
             raise TraceError(f"its forward branches on the contents of a tensor ({self.node.name})")
-        if not isinstance(value, torch.device | torch.dtype):
+        known = any(user.target is guard for user in self.node.users)
+        if not known and not isinstance(value, torch.device | torch.dtype):
             self.tracer.create_proxy("call_function", guard, (self, value), {})
         return value
 
@@ -157,7 +167,10 @@ class _ValueTracer(fx.Tracer):
             return proxy
         value = self._run(node)
         node.meta["value"] = value
-        return None if value is None and kind.startswith("call") and target is not guard else proxy
+        # None steers Python (`if mask is None`), so it is handed out as it is; but attention weights that one function
+        # of the interface does not return, another will.
+        from_interface = target is operator.getitem and is_interface(node.args[0].target)
+        return None if value is None and kind.startswith("call") and not from_interface else proxy
 
     def _run(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
@@ -235,6 +248,29 @@ def _spy(module: nn.Module, path: str, tracer: _ValueTracer, forward: Any = None
     object.__setattr__(module, "__class__", type(host.__name__, (host,), members))
 
 
+@contextmanager
+def _followed_functions() -> Iterator[None]:
+    """While open, functions that fx keeps as one call are followed like a host's own code: attention may be inside.
+
+    These are `F.multi_head_attention_forward`, and whatever a host registered with `torch.fx.wrap`.
+    """
+    functional: Any = F
+    original = functional.has_torch_function
+    wrapped = _symbolic_trace._wrapped_fns_to_patch
+
+    def has_torch_function(arguments: Iterable[Any]) -> bool:
+        caller = sys._getframe(1).f_code.co_name
+        return caller != "multi_head_attention_forward" and bool(original(arguments))
+
+    functional.has_torch_function = has_torch_function
+    _symbolic_trace._wrapped_fns_to_patch = {}
+    try:
+        yield
+    finally:
+        functional.has_torch_function = original
+        _symbolic_trace._wrapped_fns_to_patch = wrapped
+
+
 def trace(module: nn.Module, call: Call, opaque: Callable[[str, nn.Module], bool]) -> Trace:
     """The graph of `module` for one recorded call, in the module's present state (train or eval).
 
@@ -267,7 +303,7 @@ def trace(module: nn.Module, call: Call, opaque: Callable[[str, nn.Module], bool
     for name, child in list(root.named_modules()):
         _spy(child, name, tracer, scope["forward"] if child is root else None)
     try:
-        with torch.no_grad(), traced_interfaces():
+        with torch.no_grad(), traced_interfaces(), _followed_functions():
             graph = tracer.trace(root)
     except TraceError:
         raise

@@ -20,7 +20,7 @@ __all__ = ["ArmourAttention", "Variant", "make_class", "render"]
 
 _SELF = "_self"
 _FREED = re.compile(r";\s+(?:\w+ = )+None\b.*$")
-_GUARD = re.compile(r"^\w+ = guard\((?P<value>.+), (?P<expected>[^,]+)\)$")
+_GUARD = re.compile(r"^\w+ = _?guard\((?P<value>\w+), (?P<expected>.+)\)$")
 
 Specialize = Callable[[nn.Module, Call], "Variant"]
 

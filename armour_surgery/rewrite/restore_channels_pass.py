@@ -7,9 +7,8 @@ import torch
 from torch import fx
 
 from armour_surgery.errors import PostconditionError
-from armour_surgery.rewrite.edits import KeepRows
 from armour_surgery.rewrite.share_roles_pass import is_expressible, wanted_parts
-from armour_surgery.rewrite.surgery import Surgery
+from armour_surgery.rewrite.surgery import Surgery, kept_channels
 from armour_surgery.traced import Producer
 
 __all__ = ["RestoreChannelsPass"]
@@ -103,15 +102,10 @@ def _old_places(surgery: Surgery, producer: Producer, places: dict[tuple[str, in
                     found[channels[filled + offset]] = places[part.letter, head, part.start + offset]
                 filled += part.size
     others = [channel for channel in range(producer.channels) if channel not in found]
-    kept = producer.channels if producer.node not in surgery.replaced else _kept(surgery, producer)
+    kept = producer.channels if producer.node not in surgery.replaced else kept_channels(surgery, producer)
     for index, channel in enumerate(others):
         found[channel] = (
             producer.node,
             channel if producer.node not in surgery.replaced else kept - len(others) + index,
         )
     return [found[channel] for channel in range(producer.channels)]
-
-
-def _kept(surgery: Surgery, producer: Producer) -> int:
-    kept = (edit.rows for edit in surgery.edits if isinstance(edit, KeepRows) and edit.tensors == producer.rows)
-    return len(next(kept, ()))

@@ -1,13 +1,14 @@
 """Give K and V the channels that the mode says, by views of the projections that are left."""
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
 
 from armour_surgery.errors import PostconditionError
 from armour_surgery.rewrite.relayout import block_layout, relayout, separate
-from armour_surgery.rewrite.surgery import Block, Part, Surgery
+from armour_surgery.rewrite.surgery import Block, Part, Surgery, kept_channels
 from armour_surgery.traced import Anchor, Atom, Layout
 
 __all__ = ["ShareRolesPass", "is_expressible", "wanted_parts"]
@@ -129,6 +130,8 @@ class _Writer:
         self.surgery = surgery
         self.graph = surgery.graph
         self.created: set[fx.Node] = set()
+        self.contiguous: dict[fx.Node, fx.Node] = {}
+        self.values = _narrowed_values(surgery)
         self.split: dict[fx.Node, dict[Part, fx.Node]] = {}
         self.heads: dict[fx.Node, fx.Node] = {}
         self.written: dict[tuple[Run, Layout], fx.Node] = {}
@@ -145,6 +148,11 @@ class _Writer:
             new = self.call(anchor.node, "cat", (pieces, axis))
             for method, arguments in relayout(open_layout, anchor.layout, _sizes(self.surgery, parts)) or ():
                 new = self.call(anchor.node, method, (new, *arguments))
+        if anchor.node.meta["value"].is_contiguous() and not self.values[new].is_contiguous():
+            # The host made a copy here and may rely on it with a view; so does the replacement.
+            if new not in self.contiguous:
+                self.contiguous[new] = self.call(anchor.node, "contiguous", (new,))
+            new = self.contiguous[new]
         if new is not anchor.node:
             anchor.node.replace_all_uses_with(new, delete_user_cb=lambda user: user not in self.created)
 
@@ -199,4 +207,28 @@ class _Writer:
             else:
                 node = self.graph.create_node("call_method", method, arguments, name=name)  # type: ignore
         self.created.add(node)
+        first: Any = arguments[0]
+        if method == "cat":
+            self.values[node] = torch.cat([self.values[piece] for piece in first], *arguments[1:])  # type: ignore
+        elif method == "getitem":
+            self.values[node] = self.values[first][arguments[1]]
+        else:
+            self.values[node] = getattr(self.values[first], method)(*arguments[1:])
         return node
+
+
+def _narrowed_values(surgery: Surgery) -> dict[fx.Node, Any]:
+    """What every node held in the recorded call, narrowed projections with the channels that they have now."""
+    values = {node: node.meta.get("value") for node in surgery.graph.nodes}
+    for producer in surgery.producers():
+        blocks = [(part, block) for part, block in surgery.blocks.items() if block.node is producer.node]
+        if blocks:
+            shape = list(producer.node.meta["value"].shape)
+            shape[producer.axis] = kept_channels(surgery, producer)
+            values[producer.node] = producer.node.meta["value"].new_empty(shape)
+    for part, block in surgery.blocks.items():
+        if block.node not in {producer.node for producer in surgery.producers()}:
+            shape = list(block.node.meta["value"].shape)
+            shape[block.axis] = part.size * surgery.role(part.letter).num_heads
+            values[block.node] = block.node.meta["value"].new_empty(shape)
+    return values

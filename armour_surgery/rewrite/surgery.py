@@ -8,10 +8,10 @@ from torch import fx
 
 from armour_surgery.errors import PostconditionError
 from armour_surgery.modes import Mode
-from armour_surgery.rewrite.edits import Edit
+from armour_surgery.rewrite.edits import Edit, KeepRows
 from armour_surgery.traced import Producer, Role, TracedSite
 
-__all__ = ["Block", "Part", "Pass", "Surgery", "parts_of", "run_passes"]
+__all__ = ["Block", "Part", "Pass", "Surgery", "kept_channels", "parts_of", "run_passes"]
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,12 @@ def parts_of(names: tuple[str, ...], own: str, sizes: dict[str, int]) -> tuple[P
     if filled < sizes[own]:
         parts.append(Part(own, filled, sizes[own]))
     return tuple(parts)
+
+
+def kept_channels(surgery: Surgery, producer: Producer) -> int:
+    """How many output channels a narrowed projection has left."""
+    kept = (edit.rows for edit in surgery.edits if isinstance(edit, KeepRows) and edit.tensors == producer.rows)
+    return len(next(kept, ()))
 
 
 def run_passes(surgery: Surgery, passes: Iterable[Pass]) -> None:
