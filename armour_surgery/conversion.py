@@ -4,7 +4,6 @@
 none of the others.
 """
 
-import copy
 import fnmatch
 import hashlib
 from collections.abc import Iterable
@@ -30,7 +29,7 @@ from armour_surgery.errors import (
     UsageError,
 )
 from armour_surgery.measure.cost import CostReport, count_macs, count_params
-from armour_surgery.meta import meta_copy
+from armour_surgery.meta import full_copy, meta_copy
 from armour_surgery.modes import AUTO, choose, get_mode
 from armour_surgery.rewrite import (
     ArmourAttention,
@@ -150,7 +149,7 @@ def convert(
             "`armour-surgery inspect` lists the modes that fit"
         )
     before, params_before = count_macs(model, example), count_params(model)
-    result = model if inplace else copy.deepcopy(model)
+    result = model if inplace else full_copy(model)
     sites = [_operate(result, operation, init) for operation in operations]
     after = count_macs(result, example)
     result.surgery = SurgeryPlan(  # type: ignore[assignment]

@@ -3,14 +3,14 @@
 import copy
 import types
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["meta_copy"]
+__all__ = ["full_copy", "meta_copy"]
 
 _CALL_HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name and "state_dict" not in name)
 # What deepcopy hands over as it is: nothing behind these is copied, so nothing behind them needs replacing.
@@ -29,6 +29,20 @@ def meta_copy(module: nn.Module, *, buffers: bool = True) -> nn.Module:
     copy (as LeViT does with its attention biases) leaves the original's alone. Forward and backward hooks
     are not carried over, since a user's hook must not see a dry run.
     """
+    return _copy(module, lambda tensor: _stand_in(tensor, buffers), hooks=False)
+
+
+def full_copy(module: nn.Module) -> nn.Module:
+    """A deep copy with weights and hooks, also of a module that keeps computed tensors in a cache.
+
+    `copy.deepcopy` refuses tensors that autograd made, such as the attention biases that LeViT caches in eval mode;
+    here they become leaves with the same values.
+    """
+    return _copy(module, lambda tensor: None if tensor.is_leaf else tensor.detach().clone(), hooks=True)
+
+
+def _copy(module: nn.Module, stand_in: Callable[[Tensor], Tensor | None], hooks: bool) -> nn.Module:
+    """A deep copy in which every tensor for which there is a stand-in is that."""
     memo: dict[int, Any] = {}
     seen: set[int] = set()
     waiting: list[Any] = [module]
@@ -38,15 +52,16 @@ def meta_copy(module: nn.Module, *, buffers: bool = True) -> nn.Module:
             continue
         seen.add(id(item))
         if isinstance(item, Tensor):
-            if not is_lazy(item):
-                memo[id(item)] = _stand_in(item, buffers)
+            replacement = None if is_lazy(item) else stand_in(item)
+            if replacement is not None:
+                memo[id(item)] = replacement
         elif isinstance(item, Mapping):
             waiting.extend(item.values())
         elif isinstance(item, list | tuple | set | frozenset | deque):
             waiting.extend(item)
         else:
             attributes = dict(getattr(item, "__dict__", {}))
-            if isinstance(item, nn.Module):
+            if isinstance(item, nn.Module) and not hooks:
                 for name in _CALL_HOOKS:
                     memo[id(attributes.pop(name))] = OrderedDict()
             waiting.extend(attributes.values())

@@ -507,6 +507,16 @@ class ClassToken(nn.Module):
         return self.d(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
+class SizeBranch(PerHead):
+    """Goes another way for more than seven tokens."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.foo(x).unflatten(-1, (H, 3 * K)).transpose(1, 2).chunk(3, dim=-1)
+        if x.shape[1] > 7:
+            q = q * 0.5
+        return self.bar(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
 class KeywordOnly(nn.Module):
     """All kinds of arguments."""
 
@@ -536,6 +546,7 @@ class PerHeadWithArguments(PerHead):
         SubclassedLinear,
         ActivatedQueries,
         ClassToken,
+        SizeBranch,
         KeywordOnly,
     ],
 )

@@ -150,8 +150,7 @@ def snapshot(model: nn.Module) -> dict[str, dict[str, Any]]:
     return result
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("name", "training"), [(n, False) for n in CASES] + [(n, True) for n in ("levit", "hf-vit")])
 def test_the_original_is_left_as_it_was(name: str, training: bool) -> None:
     model = CASES[name].build()
     model.train(training)
@@ -176,7 +175,7 @@ def test_the_original_is_left_as_it_was(name: str, training: bool) -> None:
     assert fired
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize("name", ["vit", "levit", "hf-vit"])
 def test_in_place_is_the_same_object(name: str) -> None:
     model = CASES[name].build()
     converted = convert(model, CASES[name].auto, example_input=CASES[name].example(), inplace=True)
@@ -196,9 +195,9 @@ def test_the_paper_s_parameter_counts() -> None:
         assert sum(p.numel() for p in converted.parameters()) == after
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SAMPLE)
 def test_a_model_without_weights_converts_alike(name: str) -> None:
-    expected = converted_host(name)
+    _, expected = pair(name)
     with torch.device("meta"):
         model = CASES[name].make()
     converted = convert(model, CASES[name].auto, example_input=CASES[name].example())
@@ -263,7 +262,7 @@ def test_copies_keep_the_plan_and_are_not_converted_again(name: str) -> None:
             convert(model, example_input=CASES[name].example())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SAMPLE)
 def test_state_dicts_go_round(name: str) -> None:
     _, converted = pair(name)
     other = convert(randomize(CASES[name].build(), seed=9), CASES[name].auto, example_input=CASES[name].example())
@@ -597,7 +596,7 @@ def test_gradients_reach_every_parameter_that_they_reached(name: str) -> None:
     assert {key for key in reached[0] if key in left} <= reached[1]
 
 
-COMPILED = ["vit", "eva02", "levit", "hf-vit", "hf-swin"]
+COMPILED = ["vit", "levit", "hf-swin"]
 
 
 @pytest.mark.parametrize("name", COMPILED)

@@ -169,7 +169,8 @@ class _ValueTracer(fx.Tracer):
         node.meta["value"] = value
         # None steers Python (`if mask is None`), so it is handed out as it is; but attention weights that one function
         # of the interface does not return, another will.
-        from_interface = target is operator.getitem and is_interface(node.args[0].target)
+        source = node.args[0] if target is operator.getitem else None
+        from_interface = isinstance(source, fx.Node) and is_interface(source.target)
         return None if value is None and kind.startswith("call") and not from_interface else proxy
 
     def _run(self, node: fx.Node) -> Any:
