@@ -33,10 +33,13 @@ from armour_surgery.meta import full_copy, meta_copy
 from armour_surgery.modes import AUTO, choose, get_mode
 from armour_surgery.rewrite import (
     ArmourAttention,
+    Edit,
     Rewritten,
     Variant,
     apply_edits,
+    edited_names,
     make_class,
+    removed_name,
     render,
     residual,
     rewrite,
@@ -149,8 +152,9 @@ def convert(
             "`armour-surgery inspect` lists the modes that fit"
         )
     before, params_before = count_macs(model, example), count_params(model)
-    result = model if inplace else full_copy(model)
-    sites = [_operate(result, operation, init) for operation in operations]
+    with torch.inference_mode(False):  # tensors made in inference mode could never be trained
+        result = model if inplace else full_copy(model)
+        sites = [_operate(result, operation, init) for operation in operations]
     after = count_macs(result, example)
     result.surgery = SurgeryPlan(  # type: ignore[assignment]
         mode=mode,
@@ -299,11 +303,30 @@ def _prepare(model: nn.Module, found: list[FoundSite], requested: str) -> tuple[
             except TraceError as error:
                 done[key] = error
         outcome = done[key]
+        if not isinstance(outcome, TraceError):
+            shared = _shared_elsewhere(model, one.site.fqn, outcome[0].edits)
+            outcome = TraceError(shared) if shared else outcome
         if isinstance(outcome, TraceError):
             refused.append(RefusedSite(one.site.fqn, str(outcome)))
         else:
             operations.append(_Operation(one.site.fqn, name, *outcome))
     return operations, refused
+
+
+def _shared_elsewhere(model: nn.Module, fqn: str, edits: list[Edit]) -> str | None:
+    """Why a site's projections must stay as they are: something outside the site has them too."""
+    site = model.get_submodule(fqn)
+    own = [name for name, module in model.named_modules(remove_duplicate=False) if module is site]
+    tensors = {
+        id(tensor): name
+        for name, tensor in [*site.named_parameters(), *site.named_buffers()]
+        if any(name in edited_names(edit) or name.startswith(f"{removed_name(edit)}.") for edit in edits)
+    }
+    everywhere = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in everywhere:
+        if id(tensor) in tensors and not any(name.startswith(f"{prefix}.") or not prefix for prefix in own):
+            return f"its {tensors[id(tensor)]} is shared with {name}, outside this attention"
+    return None
 
 
 def _rewrite_site(module: nn.Module, found: FoundSite, name: str) -> tuple[Rewritten, type[nn.Module]]:

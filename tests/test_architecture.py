@@ -73,7 +73,8 @@ def part_of(path: Path) -> str:
 def test_the_reader_of_imports_sees_them() -> None:
     source = (
         "from typing import TYPE_CHECKING\nimport a.b\nif TYPE_CHECKING:\n    import c\n"
-        "def f():\n    from d import e\nfrom . import g\nfrom ..h import i\ntry:\n    import j\nexcept ImportError: ...\n"
+        "def f():\n    from d import e\nfrom . import g\nfrom ..h import i\n"
+        "try:\n    import j\nexcept ImportError: ...\n"
     )
     found = dict(_imports(ast.parse(source), "armour_surgery.cli"))
     assert found == {

@@ -91,7 +91,8 @@ def record(model: nn.Module, example: dict[str, Any]) -> Recording:
     Raises:
         ExampleInputError: the model did not accept the example.
     """
-    copy = meta_copy(model).eval()
+    copy = meta_copy(model)
+    copy.eval()  # timm's LeViT attention returns nothing here
     recording = Recording(copy)
     names = dict(copy.named_modules())
 

@@ -6,7 +6,7 @@ from torch import fx
 
 from armour_surgery.modes import Mode
 from armour_surgery.rewrite.add_grouped_projection_pass import AddGroupedProjectionPass
-from armour_surgery.rewrite.edits import AddGrouped, Edit, apply_edits
+from armour_surgery.rewrite.edits import AddGrouped, Edit, apply_edits, edited_names, removed_name
 from armour_surgery.rewrite.emit import ArmourAttention, Variant, make_class, render
 from armour_surgery.rewrite.mask_diagonal_pass import MaskDiagonalPass
 from armour_surgery.rewrite.narrow_projections_pass import NarrowProjectionsPass
@@ -19,10 +19,13 @@ from armour_surgery.traced import TracedSite
 
 __all__ = [
     "ArmourAttention",
+    "Edit",
     "Rewritten",
     "Variant",
     "apply_edits",
+    "edited_names",
     "make_class",
+    "removed_name",
     "render",
     "residual",
     "rewrite",

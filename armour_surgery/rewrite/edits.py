@@ -7,7 +7,7 @@ from torch import nn
 
 from armour_surgery.rewrite.grouped import GroupedProjection
 
-__all__ = ["AddGrouped", "Edit", "KeepRows", "Remove", "apply_edits"]
+__all__ = ["AddGrouped", "Edit", "KeepRows", "Remove", "apply_edits", "edited_names", "removed_name"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,18 @@ class AddGrouped:
 
 
 Edit = KeepRows | Remove | AddGrouped
+
+
+def edited_names(edit: Edit) -> tuple[str, ...]:
+    """Tensors, by name inside the site, that an edit changes or removes."""
+    if isinstance(edit, KeepRows):
+        return edit.tensors
+    return (edit.name,) if isinstance(edit, Remove) else ()
+
+
+def removed_name(edit: Edit) -> str:
+    """The module that an edit removes; empty if it removes none."""
+    return edit.name if isinstance(edit, Remove) else ""
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -57,7 +57,7 @@ class ArmourAttention:
         assert isinstance(self, nn.Module)
         cls = type(self)
         variant = cls.armour_trace(self, Call(args, kwargs))
-        if any(variant.conditions == known.conditions for known in cls.armour_variants):
+        if any((variant.conditions, variant.body) == (known.conditions, known.body) for known in cls.armour_variants):
             raise SpecializationError(
                 f"{cls.__name__} was called in a way that its conditions do not tell apart: {variant.conditions}. "
                 "Convert the model with an example_input of these shapes"
@@ -95,7 +95,7 @@ def render(graph: fx.Graph, signature: Signature) -> Variant:
         guarded = _GUARD.match(line)
         if guarded:
             body.append(f"if {guarded['value']} != {guarded['expected']}:")
-            body.append("    return self.armour_specialize($call)")
+            body.append("    break  # traced for another size or type")
         else:
             body.append(line)
     objects = tuple(sorted({**signature.objects, **names}.items(), key=lambda item: item[0]))
@@ -152,8 +152,10 @@ def _install(cls: type[ArmourAttention]) -> None:
             return text
 
         condition = " and ".join(own(c) for c in variant.conditions) or "True"
-        body = [own(line).replace("$call", arguments) for line in variant.body]
-        lines += [f"    if {condition}:", *(f"        {line}" for line in body)]
+        body = [own(line) for line in variant.body]
+        # A branch that holds for one size only is left with `break`, on to the next.
+        keyword = "while" if any(line.lstrip().startswith("break") for line in body) else "if"
+        lines += [f"    {keyword} {condition}:", *(f"        {line}" for line in body)]
     lines.append(f"    return self.armour_specialize({arguments})")
     source = "\n".join([f"def forward({cls.armour_variants[0].header}):", *lines, ""])
     filename = f"<armour {cls.__name__} {id(cls):x}.{len(cls.armour_variants)}>"

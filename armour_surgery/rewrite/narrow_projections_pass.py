@@ -19,7 +19,14 @@ class NarrowProjectionsPass:
     """
 
     def requires(self, surgery: Surgery) -> None:
-        """Every role's channels are within its projection."""
+        """Every role's channels are within its projection, and no projection is called twice.
+
+        Raises:
+            TraceError: the host calls one projection more than once.
+        """
+        called = [producer.fqn for producer in surgery.producers()]
+        if len(set(called)) != len(called):
+            raise TraceError(f"its forward calls {called[0]} more than once")
         for letter in "qkv":
             role = surgery.role(letter)
             if max(max(head) for head in role.channels) >= role.producer.channels:

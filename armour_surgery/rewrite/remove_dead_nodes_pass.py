@@ -5,7 +5,7 @@ import operator
 from torch import fx
 
 from armour_surgery.errors import TraceError
-from armour_surgery.rewrite.edits import Remove
+from armour_surgery.rewrite.edits import KeepRows, Remove
 from armour_surgery.rewrite.surgery import Surgery
 
 __all__ = ["RemoveDeadNodesPass"]
@@ -46,6 +46,26 @@ class RemoveDeadNodesPass:
             if node.op in ("get_attr", "call_module") and any(
                 target == name or target.startswith(f"{name}.") for name in gone
             ):
+                raise TraceError(f"its forward also uses {target} for something other than attention")
+        _refuse_other_readers(surgery)
+
+
+def _refuse_other_readers(surgery: Surgery) -> None:
+    """Rows may only go from tensors that nobody but the projection itself reads."""
+    chains = {node for producer in surgery.producers() for node in producer.chain}
+    for edit in surgery.edits:
+        names = set(edit.tensors) if isinstance(edit, KeepRows) else set()
+        for node in surgery.graph.nodes:
+            target = str(node.target)
+            if node.op == "get_attr" and target in names:
+                # A concatenated bias is read by the concatenation, which the projection reads.
+                readers = {user for reader in node.users for user in ([reader] if reader in chains else reader.users)}
+                alone = readers <= chains
+            elif node.op == "call_module" and any(name.startswith(f"{target}.") for name in names):
+                alone = node in chains
+            else:
+                continue
+            if not alone:
                 raise TraceError(f"its forward also uses {target} for something other than attention")
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from armour_surgery.errors import PostconditionError
+from armour_surgery.errors import PostconditionError, TraceError
 from armour_surgery.rewrite.relayout import block_layout, relayout, separate
 from armour_surgery.rewrite.surgery import Block, Part, Surgery, kept_channels
-from armour_surgery.traced import Anchor, Atom, Layout
+from armour_surgery.traced import Anchor, Atom, Layout, Producer
 
 __all__ = ["ShareRolesPass", "is_expressible", "wanted_parts"]
 
@@ -25,6 +25,8 @@ def wanted_parts(surgery: Surgery, letter: str) -> tuple[Part, ...]:
 
 def is_expressible(surgery: Surgery) -> bool:
     """Whether views suffice: every role meets its users at anchors whose layout is known."""
+    if any(_holds_others(surgery, producer) for producer in surgery.producers()):
+        return False
     for letter in "qkv":
         role = surgery.role(letter)
         if not _touched(surgery, letter):
@@ -40,6 +42,13 @@ def is_expressible(surgery: Surgery) -> bool:
             if len(runs) > 1 and relayout(separate(anchor.layout), anchor.layout, {"h": 1, "j": 1}) is None:
                 return False
     return True
+
+
+def _holds_others(surgery: Surgery, producer: Producer) -> bool:
+    """Whether a narrowed projection also makes channels that are none of q, k and v, such as a gate."""
+    blocks = [(part, block) for part, block in surgery.blocks.items() if block.node is producer.node]
+    ours = sum(part.size * surgery.role(part.letter).num_heads for part, _ in blocks)
+    return bool(blocks) and ours != kept_channels(surgery, producer)
 
 
 def _touched(surgery: Surgery, letter: str) -> bool:
@@ -91,7 +100,12 @@ class ShareRolesPass:
     """Replace every anchor of a touched role by views of blocks; concatenate only where a mode says so."""
 
     def requires(self, surgery: Surgery) -> None:
-        """A grouped part has its projection by now."""
+        """A grouped part has its projection by now, and nothing writes into what roles are going to share.
+
+        Raises:
+            TraceError: the host changes q, k or v in place.
+        """
+        _refuse_writes(surgery)
         for part in surgery.value:
             if part.letter not in "qkv" and part not in surgery.blocks:
                 raise PostconditionError(f"{part.letter} was asked for and not made")
@@ -121,6 +135,23 @@ class ShareRolesPass:
                     and anchor.node.users
                 ):
                     raise PostconditionError(f"{anchor.node.name} still feeds {list(anchor.node.users)}")
+
+
+def _refuse_writes(surgery: Surgery) -> None:
+    """Views of one projection must not be written to: another role would see it."""
+    storages = {
+        anchor.node.meta["value"].untyped_storage()._cdata: letter
+        for letter in "qkv"
+        for anchor in surgery.role(letter).anchors
+    }
+    for node in surgery.graph.nodes:
+        target = str(node.target)
+        method = node.op == "call_method" and target.endswith("_") and not target.endswith("__")
+        if not (method or node.target is operator.setitem or node.kwargs.get("inplace") is True):
+            continue
+        value = node.args[0].meta["value"] if isinstance(node.args[0], fx.Node) else None
+        if isinstance(value, torch.Tensor) and value.untyped_storage()._cdata in storages:
+            raise TraceError(f"its forward changes q, k or v in place ({target}), and they are going to share memory")
 
 
 class _Writer:

@@ -1,1 +1,0 @@
-from armour_surgery.conversion import *  # noqa  temporary shim
