@@ -52,10 +52,18 @@ __all__ = [
 ]
 
 
+_LONGEST = 900
+
+
 class ArmourError(Exception):
-    """Base of everything this package raises on purpose."""
+    """Base of everything this package raises on purpose. Its message is one line of bounded length."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(message.split())
+        # Names and values in a message may come from a file that nobody checked.
+        super().__init__(line if len(line) <= _LONGEST else f"{line[: _LONGEST - 300]} ... {line[-290:]}")
 
 
 class UsageError(ArmourError):

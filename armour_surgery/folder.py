@@ -4,19 +4,17 @@ Loading rebuilds the host on the meta device from its library alone, does the su
 the weights strictly. A folder comes from anywhere: nothing in it is believed before it is checked.
 """
 
-import hashlib
 import importlib.metadata
 import json
+import math
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -25,30 +23,51 @@ from armour_surgery import hosts
 from armour_surgery.conversion import replay, surgery_of
 from armour_surgery.errors import (
     ArmourError,
-    ConversionError,
     CorruptFileError,
-    DiscoveryError,
     FolderError,
     KeyMismatchError,
     NotOursError,
     SchemaError,
-    TraceError,
 )
 from armour_surgery.hosts.skeleton import changed_attributes, first_difference
 from armour_surgery.model_card import model_card
 from armour_surgery.sites import Source, SurgeryPlan
+from armour_surgery.staging import CARD, PLAN, STAGE, WEIGHTS, digest_of, names_weights, written_aside
 
 __all__ = ["SCHEMA_VERSION", "check_output", "is_saved_folder", "load", "read_plan", "save"]
 
 SCHEMA_VERSION = 1
-PLAN, WEIGHTS, CARD = "surgery.json", "model.safetensors", "README.md"
-_KEYS = {"schema_version", "tool", "versions", "weights", "sha256", "tied", "buffer_dtypes", "plan"}
-_TOOL = "armour-surgery"
+TOOL = "armour-surgery"
+
+
+@dataclass(frozen=True)
+class _Document:
+    """`surgery.json`: every key is there, and of its type, or the file is refused."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
+    schema_version: int
+    tool: str
+    versions: dict[str, str]
+    weights: str
+    sha256: str
+    tied: dict[str, str]
+    buffer_dtypes: dict[str, str]
+    plan: SurgeryPlan
 
 
 def is_saved_folder(path: str | Path) -> bool:
     """Whether a path is a folder with a `surgery.json` in it."""
     return (Path(path) / PLAN).is_file()
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a folder's `surgery.json` says that this tool wrote it."""
+    try:
+        document = json.loads((path / PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and document.get("tool") == TOOL
 
 
 def check_output(path: str | Path) -> None:
@@ -58,7 +77,7 @@ def check_output(path: str | Path) -> None:
         NotOursError: something else is there.
     """
     target = Path(path)
-    if target.is_dir() and (is_saved_folder(target) or not any(target.iterdir())):
+    if target.is_dir() and (_is_ours(target) or not any(target.iterdir())):
         return
     if target.exists() or target.is_symlink():
         what = "is a folder with other things in it" if target.is_dir() else "exists and is not a folder"
@@ -85,18 +104,19 @@ def save(model: nn.Module, path: str | Path, *, model_args: Mapping[str, Any] | 
     surgery = surgery_of(model)
     target = Path(path)
     check_output(target)
+    target = target.resolve()  # a link stays a link, and the folder behind it is written
     source = _rebuildable(model, surgery, dict(model_args or {}))
     tensors, tied = _tensors(model)
     try:
-        with _written_aside(target) as folder:
+        with written_aside(target) as folder:
             save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
             os.chmod(folder / WEIGHTS, 0o644)
             document = {
                 "schema_version": SCHEMA_VERSION,
-                "tool": _TOOL,
+                "tool": TOOL,
                 "versions": _versions(),
                 "weights": WEIGHTS,
-                "sha256": _digest(folder / WEIGHTS),
+                "sha256": digest_of(folder / WEIGHTS),
                 "tied": tied,
                 "buffer_dtypes": _buffer_dtypes(model),
                 "plan": replace(surgery, source=source).to_dict(),
@@ -117,23 +137,25 @@ def load(path: str | Path) -> nn.Module:
         KeyMismatchError: tensors are missing, left over or of the wrong shape.
     """
     folder = Path(path)
-    document, surgery = _read(folder)
+    document = _read(folder)
+    surgery = document.plan
     if surgery.source is None:
-        raise SchemaError(f"{folder / PLAN} does not say how to build the model")
-    weights = _weights_path(folder, document["weights"])
-    tensors = _read_weights(weights, document["sha256"])
+        raise SchemaError(f"{folder / PLAN} does not say how to build the model: its source is missing")
+    weights = _weights_path(folder, document)
+    tensors = _read_weights(weights, document.sha256)
     try:
         model = replay(hosts.build(surgery.source), surgery)
-    except (ConversionError, DiscoveryError, TraceError) as error:
-        raise SchemaError(f"{folder / PLAN} does not fit its own model: {error}") from error
-    tied = document["tied"]
-    _fill(model, tensors, tied, weights)
-    for name, dtype in document["buffer_dtypes"].items():
+    except Exception as error:
+        # Whatever a plan that was edited makes a host or torch run into, it is the plan that is wrong.
+        kind = "" if isinstance(error, ArmourError) else f"{type(error).__name__}: "
+        raise SchemaError(f"{folder / PLAN} does not fit its own model: {kind}{error}") from error
+    _fill(model, tensors, document.tied, weights)
+    for name, type_name in document.buffer_dtypes.items():
         owner, _, attribute = name.rpartition(".")
-        buffer = dict(model.named_buffers()).get(name)
-        if buffer is None or not hasattr(torch, str(dtype)):
-            raise SchemaError(f"{folder / PLAN} names a buffer {name!r} of type {dtype!r}, which there is not")
-        setattr(model.get_submodule(owner), attribute, buffer.to(getattr(torch, str(dtype))))
+        buffer, dtype = dict(model.named_buffers()).get(name), getattr(torch, type_name, None)
+        if buffer is None or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise SchemaError(f"{folder / PLAN} names a buffer {name!r} of type {type_name!r}, which there is not")
+        setattr(model.get_submodule(owner), attribute, buffer.to(dtype))
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if left:
         raise KeyMismatchError(f"{weights} leaves {left[0]} and {len(left) - 1} more tensors of the model empty")
@@ -146,7 +168,7 @@ def read_plan(path: str | Path) -> SurgeryPlan:
     Raises:
         SchemaError: see `load`.
     """
-    return _read(Path(path))[1]
+    return _read(Path(path)).plan
 
 
 def _rebuildable(model: nn.Module, surgery: SurgeryPlan, model_args: dict[str, Any]) -> Source:
@@ -219,87 +241,64 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-@contextmanager
-def _written_aside(target: Path) -> Iterator[Path]:
-    """A folder beside `target` that takes its place when the block ends well, and is gone when it does not."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        folder.chmod(0o755)
-        yield folder
-        if target.is_dir():
-            written = {entry.name for entry in folder.iterdir()}
-            for entry in list(target.iterdir()):
-                if entry.name not in written:
-                    # Logs and checkpoints that a training run put there belong to the user.
-                    os.rename(entry, folder / entry.name)
-            old = folder.with_name(f"{folder.name}.old")
-            os.rename(target, old)
-            os.rename(folder, target)
-            shutil.rmtree(old)
-        else:
-            os.rename(folder, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _read(folder: Path) -> tuple[dict[str, Any], SurgeryPlan]:
+def _read(folder: Path) -> _Document:
     path = folder / PLAN
     if not path.is_file():
         raise SchemaError(f"{folder} is not a folder saved by armour-surgery: there is no {PLAN} in it")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        head = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
         raise SchemaError(f"{path} is not readable JSON ({error}); save the model again") from error
-    if not isinstance(document, dict) or document.get("tool") != _TOOL:
+    if not isinstance(head, dict) or head.get("tool") != TOOL:
         raise SchemaError(f"{path} was not written by armour-surgery")
-    version = document.get("schema_version")
+    version = head.get("schema_version")
     if version != SCHEMA_VERSION:
         raise SchemaError(
             f"{path} has schema version {version!r}, and this armour-surgery reads {SCHEMA_VERSION}; "
             "use the version that wrote it"
         )
-    if set(document) != _KEYS:
-        wrong = sorted(set(document) ^ _KEYS)
-        raise SchemaError(f"{path} lacks or adds {', '.join(wrong)}; save the model again")
     try:
-        surgery = SurgeryPlan.from_dict(document["plan"])
-        _check_types(document, surgery)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise SchemaError(f"the plan in {path} is not one: {type(error).__name__} {error}") from error
-    return document, surgery
+        document = TypeAdapter(_Document).validate_json(text)
+        _check_plan(document.plan)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        more = f", and {error.error_count() - 1} more" if error.error_count() > 1 else ""
+        raise SchemaError(
+            f"{path}: {where} is {first['input']!r}: {first['msg']}{more}; save the model again"
+        ) from error
+    except ValueError as error:
+        raise SchemaError(f"the plan in {path} is not one: {error}") from error
+    return document
 
 
-def _check_types(document: dict[str, Any], surgery: SurgeryPlan) -> None:
-    """The parts that are used before the surgery is replayed.
+def _check_plan(surgery: SurgeryPlan) -> None:
+    """What types cannot say about the parts that are used before the surgery is done again.
 
     Raises:
-        TypeError: something is of another kind than `save` writes.
+        ValueError: an example that cannot be, or a site that is named twice.
     """
-    strings = [document["weights"], document["sha256"], surgery.mode, surgery.init]
-    strings += [text for site in surgery.sites for text in (site.fqn, site.mode, site.layout)]
-    for mapping in (document["tied"], document["buffer_dtypes"]):
-        strings += [*mapping.keys(), *mapping.values()]
     for name, shape, dtype in surgery.example:
-        strings += [name, dtype]
-        if not all(isinstance(size, int) and 0 < size < 100_000 for size in shape):
-            raise TypeError(f"example shape {shape}")
+        if not all(size > 0 for size in shape) or math.prod(shape) > 2**31:
+            raise ValueError(f"an example {name!r} of shape {shape} is not possible")
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise TypeError(f"example type {dtype!r}")
-    wrong = [text for text in strings if not isinstance(text, str)]
-    if wrong:
-        raise TypeError(f"{wrong[0]!r} is not text")
+            raise ValueError(f"example type {dtype!r} is unknown")
+    names = [site.fqn for site in surgery.sites]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"site {twice[0]!r} is named twice")
 
 
-def _weights_path(folder: Path, name: str) -> Path:
-    path = folder / name
-    if Path(name).name != name or not path.resolve().is_relative_to(folder.resolve()):
-        raise SchemaError(f"{folder / PLAN} names the weights {name!r}, which is outside its folder")
+def _weights_path(folder: Path, document: _Document) -> Path:
+    path = folder / WEIGHTS
+    if document.weights != WEIGHTS or not path.resolve().is_relative_to(folder.resolve()):
+        raise SchemaError(
+            f"{folder / PLAN} takes its weights from {document.weights!r}, and not from {WEIGHTS} in its own folder"
+        )
+    staged = folder / STAGE / WEIGHTS
+    if staged.is_file() and names_weights(folder, staged):
+        return staged  # saving was cut short after the new surgery.json had been put in place
     if not path.is_file():
         raise CorruptFileError(f"{path} is missing; copy the whole folder again")
     return path
@@ -311,7 +310,7 @@ def _read_weights(path: Path, digest: str) -> dict[str, torch.Tensor]:
             tensors = {name: stream.get_tensor(name) for name in list(stream.keys())}
     except (SafetensorError, OSError) as error:
         raise CorruptFileError(f"{path} is truncated or damaged ({error}); copy it again") from error
-    if _digest(path) != digest:
+    if digest_of(path) != digest:
         raise CorruptFileError(f"{path} is not the file that was saved (its sha256 differs); copy it again")
     return tensors
 
@@ -322,13 +321,20 @@ def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], tied: dict[str, st
     missing = [name for name in wanted if name not in tensors and name not in tied]
     extra = [name for name in tensors if name not in wanted] + [name for name in tied if name not in wanted]
     loose = [name for name in tied.values() if name not in tensors]
+    double = [name for name in tied if name in tensors]
     wrong = [
         f"{name} {tuple(tensor.shape)} instead of {tuple(wanted[name].shape)}"
         for name, tensor in tensors.items()
         if name in wanted and tensor.shape != wanted[name].shape
     ]
+    wrong += [
+        f"{name}, tied to {other}: {tuple(tensors[other].shape)} instead of {tuple(wanted[name].shape)}"
+        for name, other in tied.items()
+        if name in wanted and other in tensors and tensors[other].shape != wanted[name].shape
+    ]
     problems = [
         ("lacks", missing),
+        ("has in full what is tied:", double),
         ("has left over", extra),
         ("ties to absent", loose),
         ("has the wrong shape for", wrong),

@@ -434,7 +434,7 @@ def test_a_call_that_cannot_be_followed_is_explained_and_not_guessed() -> None:
         assert converted(torch.zeros(1, 16, 48)).shape == (1, 16, 48)
     except SpecializationError as error:
         assert "example_input" in str(error)  # noqa: PT017
-    message = refused(SpecializationError, lambda: converted(torch.zeros(1, 17, 48), torch.ones(1)))
+    message = refused(SpecializationError, lambda: converted(torch.zeros(1, 16, 48), torch.ones(1)))
     assert "ArmourPicky" in message
     assert "contents of a tensor" in message
 

@@ -1,5 +1,6 @@
 """`armour-surgery convert MODEL`."""
 
+import json
 import re
 import time
 from pathlib import Path
@@ -56,7 +57,7 @@ def convert(
     """Rewrite MODEL's attention and save the result to a folder that `armour_surgery.load` reads."""
     started = time.perf_counter()
     console = console_for(as_json)
-    with console.status(f"loading {model}"):
+    with console.status("loading the model"):
         from armour_surgery import convert as convert_model
         from armour_surgery import plan as plan_conversion
         from armour_surgery import save
@@ -77,7 +78,7 @@ def convert(
             converted = convert_model(host, mode, inplace=True, **options)
         surgery = surgery_of(converted)
         target = out if out is not None else Path(_default_name(model, surgery))
-        with console.status(f"saving {target}"):
+        with console.status("saving"):
             save(converted, target)
     if as_json:
         print_json(_document(model, surgery, target, time.perf_counter() - started))
@@ -110,21 +111,24 @@ def _document(model: str, surgery: "SurgeryPlan", target: Path | None, seconds: 
 
 
 def _tell(console: Any, model: str, kind: str, surgery: "SurgeryPlan", target: Path | None) -> None:
+    from rich.markup import escape
+
     from armour_surgery.cli.tables import cost_table, refused_lines
 
     verb = "converted" if target is not None else "would be converted"
     total = len(surgery.sites) + len(surgery.refused)
-    console.print(f"[bold]{model}[/bold] ({kind}): {len(surgery.sites)} of {total} attention sites {verb}")
+    console.print(f"[bold]{escape(model)}[/bold] ({kind}): {len(surgery.sites)} of {total} attention sites {verb}")
     console.print(cost_table(surgery))
     for line in refused_lines(surgery.refused):
-        console.print(f"  left alone: {line}", style="dim")
+        console.print(f"  left alone: {line}", style="dim", markup=False)
     if target is None:
         console.print("Nothing was written (--dry-run).")
         return
-    console.print(f"Saved to [bold]{target}[/bold]")
+    console.print(f"Saved to [bold]{escape(str(target))}[/bold]", soft_wrap=True)
     console.print(
         "\nThis model needs training. Its projections now serve a purpose that they were not trained for (init wq), "
         "so its accuracy is near chance until it is fine-tuned: load it where your recipe creates the model, and train "
         "as you would the original (the paper: from scratch, same recipe, learning rate 1e-3)."
     )
-    console.print(f'\n    from armour_surgery import load\n    model = load("{target}")\n')
+    load = f"\n    from armour_surgery import load\n    model = load({json.dumps(str(target))})\n"
+    console.print(load, markup=False, soft_wrap=True)

@@ -43,7 +43,7 @@ def demo(
     if as_json:
         print_json(document)
     elif out is not None:
-        console.print(f"The converted models are in [bold]{out}[/bold].")
+        console.print(f"The converted models are in {out}.", markup=False, soft_wrap=True)
 
 
 def _story(console: Any, folder: Path) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """`armour-surgery inspect MODEL`."""
 
+import shlex
+
 from armour_surgery.cli.options import (
     AsJson,
     Checkpoint,
@@ -30,7 +32,7 @@ def inspect(
     Structure is all it looks at, so it needs no weights and no network.
     """
     console = console_for(as_json)
-    with console.status(f"building {model}"):
+    with console.status("building the model"):
         from armour_surgery import inspect as inspect_model
 
         host, _ = read_model(model, pretrained, checkpoint, img_size, num_classes, in_chans)
@@ -39,13 +41,15 @@ def inspect(
     if as_json:
         print_json({"model": model, "sites": [site.to_dict() for site in sites]})
         return
+    from rich.markup import escape
+
     from armour_surgery.cli.tables import site_table
 
     table, reasons = site_table(sites)
-    console.print(f"[bold]{model}[/bold]: {len(sites)} attention sites in a {type(host).__name__}")
+    console.print(f"[bold]{escape(model)}[/bold]: {len(sites)} attention sites in a {type(host).__name__}")
     console.print(table)
     for reason in reasons:
-        console.print(f"  {reason}", style="dim")
+        console.print(f"  {reason}", style="dim", markup=False)
     fitting = [site for site in sites if site.modes]
     if fitting:
-        console.print(f"\nNext: armour-surgery convert {model}")
+        console.print(f"\nNext: armour-surgery convert {shlex.quote(model)}", markup=False, soft_wrap=True)

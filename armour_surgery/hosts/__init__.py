@@ -185,10 +185,15 @@ def build(source: Source) -> nn.Module:
     try:
         # The builders draw initial weights; the caller's random numbers must not depend on that.
         with torch.random.fork_rng(devices=[]), offline(), quiet():
-            with meta_parameters():
-                model: nn.Module = adapter.build(source.architecture, source.arguments)
-            if any(buffer.is_meta for buffer in model.buffers()):
-                # timm's Swin makes buffers on the device of a parameter, which has to be real for a while.
+            try:
+                with meta_parameters():
+                    model: nn.Module = adapter.build(source.architecture, source.arguments)
+                whole = not any(buffer.is_meta for buffer in model.buffers())
+            except NotImplementedError:
+                whole = False
+            if not whole:
+                # Some hosts (timm's Swin, RoPE with learned frequencies) make buffers from a parameter or on its
+                # device, which has to be real for a while.
                 model = to_meta(adapter.build(source.architecture, source.arguments))
     except ArmourError:
         raise

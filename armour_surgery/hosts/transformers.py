@@ -126,7 +126,8 @@ def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
         if key in FETCHING and value:
             raise SchemaError(f"the config of {architecture} sets {key!r}, which must not come from a folder")
     arguments = dict(arguments)
-    attention = arguments.pop("_attn_implementation", None)
+    _refuse_timm_files(architecture, arguments)
+    attention = arguments.pop("attn_implementation", None) or arguments.pop("_attn_implementation", None)
     if attention is not None and attention not in ATTENTION:
         raise SchemaError(
             f"the config of {architecture} asks for the attention {attention!r}; known: {', '.join(ATTENTION)}"
@@ -136,6 +137,19 @@ def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
         config._attn_implementation = attention
     model: nn.Module = cls(config)
     return model
+
+
+def _refuse_timm_files(architecture: str, arguments: Mapping[str, Any]) -> None:
+    """A wrapped timm model may be built from its name; not from files, folders or the hub."""
+    if "timm" not in architecture.lower():
+        return
+    name = str(arguments.get("architecture", ""))
+    given = arguments.get("model_args") or {}
+    reading = [key for key in given if "pretrained" in key or "checkpoint" in key or "cfg" in key]
+    if ":" in name or "/" in name or reading:
+        raise SchemaError(
+            f"the config of {architecture} names {reading[0] if reading else name!r}, which a saved folder must not"
+        )
 
 
 def example(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
