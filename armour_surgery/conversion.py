@@ -5,62 +5,36 @@ none of the others.
 """
 
 import fnmatch
-import hashlib
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from inspect import signature
-from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import nn
 
 from armour_surgery import hosts
-from armour_surgery.discover import FoundSite, find_sites, trace_call
+from armour_surgery.discover import FoundSite, find_sites
 from armour_surgery.errors import (
     AlreadyConvertedError,
     ArmourError,
     ExampleInputError,
     NothingToConvertError,
     PatternError,
-    PostconditionError,
     SchemaError,
-    TraceError,
     UsageError,
 )
 from armour_surgery.measure.cost import CostReport, count_macs, count_params
 from armour_surgery.meta import full_copy, meta_copy
-from armour_surgery.modes import AUTO, choose, get_mode
-from armour_surgery.rewrite import (
-    ArmourAttention,
-    Edit,
-    Rewritten,
-    Variant,
-    apply_edits,
-    edited_names,
-    make_class,
-    removed_name,
-    render,
-    residual,
-    rewrite,
-)
-from armour_surgery.sites import AttentionSite, RefusedSite, SitePlan, Source, SurgeryPlan
-from armour_surgery.traced import Call
+from armour_surgery.modes import AUTO, get_mode
+from armour_surgery.operation import Operation, layout_of, operate, prepare, rewrite_site
+from armour_surgery.rewrite import ArmourAttention, Rewritten
+from armour_surgery.sites import AttentionSite, SitePlan, Source, SurgeryPlan
 
 __all__ = ["INITS", "convert", "inspect", "plan", "replay", "surgery_of"]
 
 INITS = ("wq",)
 Example = dict[str, torch.Tensor] | torch.Tensor | tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Operation:
-    """What is ready to be done at one site, and the class that its module becomes."""
-
-    fqn: str
-    mode: str
-    rewritten: Rewritten
-    cls: type[nn.Module]
 
 
 def inspect(model: nn.Module, *, example_input: Example | None = None) -> list[AttentionSite]:
@@ -90,6 +64,7 @@ def plan(
 
     Residuals are None in it: there are no weights to compare.
     """
+    _refuse_converted(model)
     converted = convert(
         meta_copy(model),
         mode,
@@ -143,7 +118,7 @@ def convert(
     example = _example(model, example_input)
     found = _select(find_sites(model, example), include, exclude)
     source = source or _describe(model)
-    operations, refused = _prepare(model, found, mode)
+    operations, refused = prepare(model, found, mode)
     if not operations:
         reasons = dict.fromkeys(f"{one.fqn}: {one.reason}" for one in refused)
         listed = "; ".join(list(reasons)[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
@@ -154,7 +129,7 @@ def convert(
     before, params_before = count_macs(model, example), count_params(model)
     with torch.inference_mode(False):  # tensors made in inference mode could never be trained
         result = model if inplace else full_copy(model)
-        sites = [_operate(result, operation, init) for operation in operations]
+        sites = [operate(result, operation, init) for operation in operations]
     after = count_macs(result, example)
     result.surgery = SurgeryPlan(  # type: ignore[assignment]
         mode=mode,
@@ -206,15 +181,15 @@ def replay(host: nn.Module, surgery: SurgeryPlan) -> nn.Module:
             raise SchemaError(f"the plan converts {site.fqn!r} to {site.mode!r}, but in {type(host).__name__} {reason}")
         key = f"{site.mode} {one.fingerprint}"
         if key not in done:
-            done[key] = _rewrite_site(host.get_submodule(site.fqn), one, site.mode)
-        if _layout(done[key][0]) != site.layout:
+            done[key] = rewrite_site(host.get_submodule(site.fqn), one, site.mode)
+        if layout_of(done[key][0]) != site.layout:
             raise SchemaError(
                 f"the plan keeps the channels of {site.fqn!r} in an order that this version of armour-surgery does not "
                 "produce; load the folder with the version that saved it"
             )
-        operations.append(_Operation(site.fqn, site.mode, *done[key]))
+        operations.append(Operation(site.fqn, site.mode, *done[key]))
     for operation in operations:
-        _operate(host, operation, surgery.init)
+        operate(host, operation, surgery.init)
     host.surgery = surgery  # type: ignore[assignment]
     hosts.mark_converted(host)
     return host
@@ -234,18 +209,28 @@ def _example(model: nn.Module, given: Example | None) -> dict[str, torch.Tensor]
     if given is None:
         return hosts.example_input(model)
     if isinstance(given, tuple):
-        if len(given) != 4 or any(size < 1 for size in given):
-            raise ExampleInputError(f"example_input {given} is not a shape (batch, channels, height, width)")
-        given = torch.empty(given, device="meta")
+        given = _of_shape(given)
     if isinstance(given, torch.Tensor):
-        first = list(signature(type(model).forward).parameters)[1]
-        given = {first: given}
+        given = {list(signature(type(model).forward).parameters)[1]: given}
+    tensors = isinstance(given, dict) and all(isinstance(value, torch.Tensor) for value in given.values())
+    if not tensors or all(value.ndim == 0 for value in given.values()):
+        raise ExampleInputError(
+            f"example_input is {given!r}; pass a tensor, a shape (batch, channels, height, width), or a dictionary "
+            "from argument names to tensors"
+        )
     example = {}
     for name, value in given.items():
         # Axes of size one hide which axis is which; a batch of two costs nothing on the meta device.
-        shape = (max(2, value.shape[0]), *value.shape[1:]) if value.ndim else value.shape
+        shape = (max(2, value.shape[0]), *value.shape[1:]) if value.ndim else ()
         example[name] = torch.empty(shape, dtype=value.dtype, device="meta")
     return example
+
+
+def _of_shape(shape: tuple[int, ...]) -> torch.Tensor:
+    whole = all(isinstance(size, int) and size > 0 for size in shape)
+    if len(shape) != 4 or not whole or math.prod(shape) > 2**40:
+        raise ExampleInputError(f"example_input {shape!r} is not a shape (batch, channels, height, width)")
+    return torch.empty(shape, device="meta")
 
 
 def _describe(model: nn.Module) -> Source | None:
@@ -269,7 +254,9 @@ def _select(
         return fnmatch.fnmatchcase(fqn, pattern) or fnmatch.fnmatchcase(fqn, f"{pattern}.*")
 
     names = [one.site.fqn for one in found]
-    for pattern in [*_patterns(include), *_patterns(exclude)]:
+    wanted = None if include is None else _patterns(include)
+    unwanted = _patterns(exclude)
+    for pattern in [*(wanted or ()), *unwanted]:
         if not any(matches(name, pattern) for name in names):
             raise PatternError(
                 f"pattern {pattern!r} matches none of the {len(names)} attention sites, which are named like "
@@ -278,137 +265,15 @@ def _select(
     chosen = [
         one
         for one in found
-        if (include is None or any(matches(one.site.fqn, pattern) for pattern in _patterns(include)))
-        and not any(matches(one.site.fqn, pattern) for pattern in _patterns(exclude))
+        if (wanted is None or any(matches(one.site.fqn, pattern) for pattern in wanted))
+        and not any(matches(one.site.fqn, pattern) for pattern in unwanted)
     ]
     if not chosen:
-        raise PatternError(f"exclude patterns {_patterns(exclude)} leave none of the {len(names)} attention sites")
-    return chosen
-
-
-def _prepare(model: nn.Module, found: list[FoundSite], requested: str) -> tuple[list[_Operation], list[RefusedSite]]:
-    """Rewrite every site on a weightless copy of its module; sites that are alike share one class."""
-    operations: list[_Operation] = []
-    refused: list[RefusedSite] = []
-    done: dict[str, tuple[Rewritten, type[nn.Module]] | TraceError] = {}
-    for one in found:
-        name, reason = choose(one.site, requested)
-        if name is None:
-            refused.append(RefusedSite(one.site.fqn, reason))
-            continue
-        key = f"{name} {one.fingerprint}"
-        if key not in done:
-            try:
-                done[key] = _rewrite_site(model.get_submodule(one.site.fqn), one, name)
-            except TraceError as error:
-                done[key] = error
-        outcome = done[key]
-        if not isinstance(outcome, TraceError):
-            shared = _shared_elsewhere(model, one.site.fqn, outcome[0].edits)
-            outcome = TraceError(shared) if shared else outcome
-        if isinstance(outcome, TraceError):
-            refused.append(RefusedSite(one.site.fqn, str(outcome)))
-        else:
-            operations.append(_Operation(one.site.fqn, name, *outcome))
-    return operations, refused
-
-
-def _shared_elsewhere(model: nn.Module, fqn: str, edits: list[Edit]) -> str | None:
-    """Why a site's projections must stay as they are: something outside the site has them too."""
-    site = model.get_submodule(fqn)
-    own = [name for name, module in model.named_modules(remove_duplicate=False) if module is site]
-    tensors = {
-        id(tensor): name
-        for name, tensor in [*site.named_parameters(), *site.named_buffers()]
-        if any(name in edited_names(edit) or name.startswith(f"{removed_name(edit)}.") for edit in edits)
-    }
-    everywhere = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    for name, tensor in everywhere:
-        if id(tensor) in tensors and not any(name.startswith(f"{prefix}.") or not prefix for prefix in own):
-            return f"its {tensors[id(tensor)]} is shared with {name}, outside this attention"
-    return None
-
-
-def _rewrite_site(module: nn.Module, found: FoundSite, name: str) -> tuple[Rewritten, type[nn.Module]]:
-    """The edits and the class for one site, for eval and train mode, tried out on a weightless copy."""
-    skeleton = meta_copy(module)
-    mode = get_mode(name)
-    results: list[Rewritten] = []
-    variants: list[Variant] = []
-    for training in (False, True):
-        skeleton.train(training)
-        traced = trace_call(skeleton, found.call, found.around)
-        results.append(rewrite(traced, mode))
-        variants.append(render(results[-1].graph, traced.trace.signature))
-    edits = results[0].edits
-    if results[1].edits != edits:
-        raise TraceError("its train mode and its eval mode use its projections differently")
-    host = type(module)
-
-    def specialize(converted: nn.Module, call: Call) -> Variant:
-        case = meta_copy(skeleton)
-        for fqn, child in case.named_modules():
-            _copy_flags(converted, fqn, child)
-        traced = trace_call(case, _on_meta(call), found.around)
-        result = rewrite(traced, mode)
-        if result.edits != edits:
-            raise PostconditionError(f"{host.__name__} needs other weights for this call than it was converted for")
-        return render(result.graph, traced.trace.signature)
-
-    cls = make_class(host, name, variants, specialize)
-    _try_out(skeleton, found.call, results[0], cls)
-    return results[0], cls
-
-
-def _copy_flags(converted: nn.Module, fqn: str, child: nn.Module) -> None:
-    """Flags that a user may have switched since the conversion, such as `training` or `fused_attn`."""
-    try:
-        current = converted.get_submodule(fqn)
-    except AttributeError:
-        return
-    for name, value in vars(current).items():
-        if isinstance(value, bool) and isinstance(vars(child).get(name), bool):
-            object.__setattr__(child, name, value)
-
-
-def _on_meta(call: Call) -> Call:
-    def move(leaf: Any) -> Any:
-        return torch.empty_like(leaf, device="meta") if isinstance(leaf, torch.Tensor) else leaf
-
-    return Call(pytree.tree_map(move, call.args), pytree.tree_map(move, call.kwargs))
-
-
-def _try_out(skeleton: nn.Module, call: Call, rewritten: Rewritten, cls: type[nn.Module]) -> None:
-    """Run the rewritten module once, without weights: its output must have the original's shapes."""
-    original, converted = meta_copy(skeleton), meta_copy(skeleton)
-    apply_edits(converted, rewritten.edits)
-    object.__setattr__(converted, "__class__", cls)
-    with torch.no_grad():
-        wanted, got = (
-            [
-                tuple(leaf.shape)
-                for leaf in pytree.tree_leaves(module(*call.args, **call.kwargs))
-                if hasattr(leaf, "shape")
-            ]
-            for module in (original, converted)
+        raise PatternError(
+            f"include {wanted if wanted is not None else 'everything'} and exclude {unwanted} leave none of the "
+            f"{len(names)} attention sites"
         )
-    if wanted != got:
-        raise PostconditionError(f"{cls.__name__} returns {got}, and its original {wanted}")
-
-
-def _operate(model: nn.Module, operation: _Operation, init: str) -> SitePlan:
-    """Do one site's surgery on the model itself."""
-    module = model.get_submodule(operation.fqn)
-    params = count_params(module)
-    lost = residual(module, operation.rewritten.shares)
-    apply_edits(module, operation.rewritten.edits)
-    object.__setattr__(module, "__class__", operation.cls)
-    layout = _layout(operation.rewritten)
-    return SitePlan(operation.fqn, operation.mode, init, params, count_params(module), 0, 0, lost, layout)
-
-
-def _layout(rewritten: Rewritten) -> str:
-    return hashlib.sha256(repr(rewritten.edits).encode()).hexdigest()[:16]
+    return chosen
 
 
 def _with_macs(site: SitePlan, before: CostReport, after: CostReport) -> SitePlan:

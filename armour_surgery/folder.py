@@ -294,7 +294,8 @@ def _weights_path(folder: Path, document: _Document) -> Path:
     path = folder / WEIGHTS
     if document.weights != WEIGHTS or not path.resolve().is_relative_to(folder.resolve()):
         raise SchemaError(
-            f"{folder / PLAN} takes its weights from {document.weights!r}, and not from {WEIGHTS} in its own folder"
+            f"{folder / PLAN} takes its weights from {document.weights!r}, and only {WEIGHTS} in its own folder is "
+            "read, nothing outside"
         )
     staged = folder / STAGE / WEIGHTS
     if staged.is_file() and names_weights(folder, staged):

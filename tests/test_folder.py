@@ -912,7 +912,7 @@ def test_weights_behind_a_link_out_of_the_folder(saved: Path, broken: Path) -> N
     (broken / WEIGHTS).symlink_to(saved / WEIGHTS)
     message = refused(SchemaError, lambda: load(broken))
     assert str(broken / PLAN) in message
-    assert "outside" in message
+    assert "outside" in message or "its own folder" in message
 
 
 def test_weights_behind_a_link_inside_the_folder_are_fine(broken: Path) -> None:
