@@ -31,7 +31,7 @@ from armour_surgery.operation import Operation, layout_of, operate, prepare, rew
 from armour_surgery.rewrite import ArmourAttention, Rewritten
 from armour_surgery.sites import AttentionSite, SitePlan, Source, SurgeryPlan
 
-__all__ = ["INITS", "convert", "inspect", "plan", "replay", "surgery_of"]
+__all__ = ["INITS", "check_options", "convert", "inspect", "plan", "replay", "surgery_of"]
 
 INITS = ("wq",)
 Example = dict[str, torch.Tensor] | torch.Tensor | tuple[int, ...]
@@ -110,10 +110,7 @@ def convert(
         NoAttentionError, NothingToConvertError, PatternError: nothing to do; the message says why.
         ExampleInputError: the model's input is not known, or it did not run on it.
     """
-    if mode != AUTO:
-        get_mode(mode)
-    if init not in INITS:
-        raise UsageError(f"unknown init {init!r}; choose one of {', '.join(INITS)}")
+    check_options(mode, init)
     _refuse_converted(model)
     example = _example(model, example_input)
     found = _select(find_sites(model, example), include, exclude)
@@ -193,6 +190,18 @@ def replay(host: nn.Module, surgery: SurgeryPlan) -> nn.Module:
     host.surgery = surgery  # type: ignore[assignment]
     hosts.mark_converted(host)
     return host
+
+
+def check_options(mode: str, init: str) -> None:
+    """Check what can be checked without a model.
+
+    Raises:
+        UsageError: there is no such mode or init.
+    """
+    if mode != AUTO:
+        get_mode(mode)
+    if init not in INITS:
+        raise UsageError(f"unknown init {init!r}; choose one of {', '.join(INITS)}")
 
 
 def _refuse_converted(model: nn.Module) -> None:

@@ -131,7 +131,7 @@ def get_mode(name: str) -> Mode:
     Raises:
         UsageError: there is no such mode; the message lists the names.
     """
-    if name not in MODES:
+    if not isinstance(name, str) or name not in MODES:
         raise UsageError(f"unknown mode {name!r}; choose one of {AUTO}, {', '.join(MODES)}")
     return MODES[name]
 

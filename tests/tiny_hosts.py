@@ -16,6 +16,8 @@ from timm.models.beit import Beit
 from timm.models.levit import Levit
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models.swin_transformer import SwinTransformer
+from torchvision.models.vision_transformer import VisionTransformer
 
 __all__ = ["CASES", "HostCase", "case"]
 
@@ -158,7 +160,6 @@ CASES: dict[str, HostCase] = {
         HostCase("eva", _timm("eva_giant_patch14_224", **ANY_SIZE), inputs=SIZES),
         HostCase("eva02", _timm("eva02_tiny_patch14_224", **ANY_SIZE), inputs=SIZES),
         HostCase("beit", _timm("beit_base_patch16_224", **VIT)),
-        HostCase("beitv2", _timm("beitv2_base_patch16_224", **VIT)),
         HostCase("beit-shared-bias", lambda: Beit(**VIT, use_shared_rel_pos_bias=True)),
         HostCase("dinov2", _timm("vit_small_patch14_reg4_dinov2", **ANY_SIZE), inputs=SIZES),
         HostCase("levit", _levit(False), WIDE, ((4, 96), (7, 96)), norms=True, sites=3),
@@ -177,6 +178,17 @@ CASES: dict[str, HostCase] = {
                 proj_drop_rate=0.1,
                 strict_img_size=False,
             ),
+            inputs=((2, 64), (5, 64), (2, 96)),
+        ),
+        HostCase(
+            "tv-vit",
+            lambda: VisionTransformer(
+                image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=48, mlp_dim=64, attention_dropout=0.1
+            ),
+        ),
+        HostCase(
+            "tv-swin",
+            lambda: SwinTransformer([4, 4], 40, [2], [4], [4, 4], attention_dropout=0.1, stochastic_depth_prob=0.0),
             inputs=((2, 64), (5, 64), (2, 96)),
         ),
         _hf_case("ViT", "ViTForImageClassification"),

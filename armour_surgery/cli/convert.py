@@ -61,9 +61,10 @@ def convert(
         from armour_surgery import convert as convert_model
         from armour_surgery import plan as plan_conversion
         from armour_surgery import save
-        from armour_surgery.conversion import surgery_of
+        from armour_surgery.conversion import check_options, surgery_of
         from armour_surgery.folder import check_output
 
+        check_options(mode, init)
         if out is not None and not dry_run:
             check_output(out)
         host, source = read_model(model, pretrained and not dry_run, checkpoint, img_size, num_classes, in_chans)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import fx, nn
 
 from armour_surgery.errors import SpecializationError
@@ -19,8 +20,10 @@ from armour_surgery.traced import Call, FunctionReference, Signature
 __all__ = ["ArmourAttention", "Variant", "make_class", "render"]
 
 _SELF = "_self"
-_FREED = re.compile(r";\s+(?:\w+ = )+None\b.*$")
+_FREED = re.compile(r";\s+((?:\w+ = )+)None\b.*$")
 _GUARD = re.compile(r"^\w+ = _?guard\((?P<value>\w+), (?P<expected>.+)\)$")
+
+_UNKNOWN = object()
 
 Specialize = Callable[[nn.Module, Call], "Variant"]
 
@@ -67,6 +70,13 @@ class ArmourAttention:
         return cls.forward(self, *args, **kwargs)
 
 
+def _is_large(node: fx.Node) -> bool:
+    """Whether a node holds activations, rather than an argument, a parameter, a size or a module."""
+    return node.op in ("call_function", "call_method", "call_module") and not isinstance(
+        node.meta.get("value", _UNKNOWN), int | float | torch.Size | torch.device | torch.dtype | nn.Module
+    )
+
+
 def render(graph: fx.Graph, signature: Signature) -> Variant:
     """Write a graph as the statements of a method body."""
     code = graph.python_code("self")
@@ -76,7 +86,15 @@ def render(graph: fx.Graph, signature: Signature) -> Variant:
     for name, value in code.globals.items():
         if name in ("torch", "device", "inf", "nan", "NoneType"):
             names[name] = value
-    text = "\n".join(_FREED.sub("", line)[4:] for line in lines if line.strip())
+    # A large intermediate that is done with makes room for the next one, as in code written by hand; an argument stays,
+    # since another branch may still need it.
+    large = {node.name for node in graph.nodes if _is_large(node)}
+
+    def freed(match: re.Match[str]) -> str:
+        names = [name for name in match[1].replace("=", " ").split() if name in large]
+        return f"; del {', '.join(names)}" if names else ""
+
+    text = "\n".join(_FREED.sub(freed, line)[4:] for line in lines if line.strip())
     for name, value in code.globals.items():
         short = getattr(value, "__name__", "")
         short = f"_{short}" if short in local else short
