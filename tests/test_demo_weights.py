@@ -43,9 +43,7 @@ def test_the_split_is_disjoint_complete_and_repeatable() -> None:
     assert train_x.max() == 1
     # No two of the 1,797 images are equal, so as many distinct rows means that none is in both halves.
     assert len(torch.unique(torch.cat([train_x, test_x]).flatten(1), dim=0)) == 1797
-    assert all(
-        torch.equal(a, b) for a, b in zip(digits_split(), (train_x, train_y, test_x, test_y), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(digits_split(), (train_x, train_y, test_x, test_y), strict=True))
 
 
 def test_the_split_is_the_one_that_the_weights_were_trained_on() -> None:

@@ -55,9 +55,7 @@ def swin() -> nn.Module:
 
 HOSTS = {
     "deit": lambda: tiny(drop_path_rate=0.1, proj_drop_rate=0.2),
-    "deit-distilled": lambda: timm.create_model(
-        "deit_tiny_distilled_patch16_224", depth=1, in_chans=1, img_size=96
-    ),
+    "deit-distilled": lambda: timm.create_model("deit_tiny_distilled_patch16_224", depth=1, in_chans=1, img_size=96),
     "levit": lambda: timm.create_model("levit_128s"),
     "levit-conv": lambda: timm.create_model("levit_conv_128s", img_size=128, num_classes=3),
     "beit": lambda: timm.create_model("beit_base_patch16_224", depth=1, embed_dim=96, num_heads=3),
@@ -67,15 +65,11 @@ HOSTS = {
         "swin_tiny_patch4_window7_224", depths=(1, 1, 2, 1), embed_dim=24, num_heads=(3,) * 4
     ),
     "hf-vit": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**SMALL, num_labels=5)),
-    "hf-vit-eager": lambda: transformers.ViTModel(
-        transformers.ViTConfig(**SMALL, attn_implementation="eager")
-    ),
+    "hf-vit-eager": lambda: transformers.ViTModel(transformers.ViTConfig(**SMALL, attn_implementation="eager")),
     "hf-deit": lambda: transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**SMALL)),
     "hf-levit": lambda: transformers.LevitModel(transformers.LevitConfig(image_size=64)),
     "hf-dinov2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**SMALL)),
-    "hf-beit": lambda: transformers.BeitModel(
-        transformers.BeitConfig(**SMALL, use_relative_position_bias=True)
-    ),
+    "hf-beit": lambda: transformers.BeitModel(transformers.BeitConfig(**SMALL, use_relative_position_bias=True)),
     "hf-clip-vision": lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**SMALL)),
     "hf-clip": clip,
     "hf-swin": swin,
@@ -85,9 +79,7 @@ HOSTS = {
 def outputs(model: nn.Module) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     inputs = {
-        name: torch.rand(like.shape, generator=generator)
-        if like.is_floating_point()
-        else torch.ones(like.shape).long()
+        name: torch.rand(like.shape, generator=generator) if like.is_floating_point() else torch.ones(like.shape).long()
         for name, like in example_input(model, 1).items()
     }
     with torch.no_grad():
@@ -234,9 +226,7 @@ def test_example_inputs() -> None:
     with pytest.raises(ExampleInputError, match=r"Linear.*example_input="):
         example_input(nn.Linear(2, 2))
     bert = transformers.BertModel(
-        transformers.BertConfig(
-            hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
-        )
+        transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     )
     with pytest.raises(ExampleInputError, match=r"input_ids.*example_input="):
         example_input(bert)
@@ -331,8 +321,7 @@ def test_quiet_does_not_swallow_an_interrupt() -> None:
 @pytest.mark.parametrize("wrapper", [None, "model", "state_dict", "state_dict_ema"])
 def test_checkpoints_load_from_their_wrappers(tmp_path: Path, wrapper: str | None) -> None:
     weights = {
-        f"module.{key}": value
-        for key, value in timm.create_model("levit_128s", num_classes=3).state_dict().items()
+        f"module.{key}": value for key, value in timm.create_model("levit_128s", num_classes=3).state_dict().items()
     }
     path = tmp_path / "weights.pth"
     torch.save({wrapper: weights, "epoch": 3} if wrapper else weights, path)
@@ -359,13 +348,9 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
     weights = timm.create_model("levit_128s", num_classes=3).state_dict()
     path = tmp_path / "weights.safetensors"
     save_file(weights, path)
-    with pytest.raises(
-        CheckpointError, match=r"does not fit levit_128s.*head for 3 classes: pass --num-classes"
-    ):
+    with pytest.raises(CheckpointError, match=r"does not fit levit_128s.*head for 3 classes: pass --num-classes"):
         load_model("levit_128s", checkpoint=path)
-    with pytest.raises(
-        CheckpointError, match=rf"does not fit {TINY}: missing .* and \d+ more; left over .* more;"
-    ):
+    with pytest.raises(CheckpointError, match=rf"does not fit {TINY}: missing .* and \d+ more; left over .* more;"):
         load_model(TINY, checkpoint=path)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):

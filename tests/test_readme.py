@@ -42,9 +42,7 @@ def test_command(command: str, tmp_path: Path) -> None:
 
 def test_python(tmp_path: Path) -> None:
     code = blocks("python")[0].replace("pretrained=True", "pretrained=False")
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "blocks.11.attn 3 64 64" in done.stdout
     assert "5717416 5272744" in done.stdout
