@@ -25,7 +25,7 @@ check: $(STAMP) ## Check formatting, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(STAMP) ## Measure how long conversions take
+bench: $(STAMP) ## Measure how much faster converted models are
 	$(BIN)/python benchmarks/conversion_speed.py
 
 venv: $(STAMP) ## Create .venv with everything that development needs

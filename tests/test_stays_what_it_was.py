@@ -18,7 +18,7 @@ from armour_surgery.conversion import convert
 from armour_surgery.errors import AlreadyConvertedError, NothingToConvertError
 from armour_surgery.rewrite import ArmourAttention
 
-TIMM = [name for name in CASES if not name.startswith(("hf", "tv"))]
+TIMM = [name for name in CASES if not name.startswith("hf")]
 HF = [name for name in CASES if name.startswith("hf")]
 SAMPLE = [
     "vit",

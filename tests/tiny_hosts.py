@@ -16,8 +16,6 @@ from timm.models.beit import Beit
 from timm.models.levit import Levit
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.models.swin_transformer import SwinTransformer
-from torchvision.models.vision_transformer import VisionTransformer
 
 __all__ = ["CASES", "HostCase", "case"]
 
@@ -178,17 +176,6 @@ CASES: dict[str, HostCase] = {
                 proj_drop_rate=0.1,
                 strict_img_size=False,
             ),
-            inputs=((2, 64), (5, 64), (2, 96)),
-        ),
-        HostCase(
-            "tv-vit",
-            lambda: VisionTransformer(
-                image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=48, mlp_dim=64, attention_dropout=0.1
-            ),
-        ),
-        HostCase(
-            "tv-swin",
-            lambda: SwinTransformer([4, 4], 40, [2], [4], [4, 4], attention_dropout=0.1, stochastic_depth_prob=0.0),
             inputs=((2, 64), (5, 64), (2, 96)),
         ),
         _hf_case("ViT", "ViTForImageClassification"),

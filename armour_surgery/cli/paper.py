@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 __all__ = ["paper"]
 
 _HEADERS = {
-    "params": "# params (M)",
+    "params": "paper, M",
     "params_change": "change",
     "top1": "top-1",
     "gpu": "GPU im/s",
@@ -42,12 +42,18 @@ def paper(as_json: AsJson = False) -> None:
     if as_json:
         print_json(result.to_dict())
         return
+    # A table of ten columns says nothing when its numbers are cut; a narrow terminal may wrap its lines.
+    console.width = max(console.width, 132)
     for table in _tables(result):
         console.print(table)
     notes = dict.fromkeys(cell.note for row in result.rows for cell in row.cells if cell.note)
     for number, note in enumerate(notes, 1):
         console.print(f"[{number}] {note}", style="dim", markup=False)
-    console.print("\nTop-1 and throughput are the paper's; they were not run here.", style="dim")
+    console.print(
+        "\nParameters, MACs and their ratio are counted on timm's models; what is right of them is the paper's. "
+        "Top-1 and throughput were not run here.",
+        style="dim",
+    )
 
 
 def _tables(result: "Reproduction") -> list[object]:
@@ -67,15 +73,15 @@ def _tables(result: "Reproduction") -> list[object]:
         rows = [row for row in result.rows if row.table == number]
         columns = [name for name in _HEADERS if any(cell.column == name for row in rows for cell in row.cells)]
         table = plain_table(f"Table {number}. {caption}")
-        for header in ("model", "timm model + mode", "counted", "MACs (M)", "MAC ratio"):
-            table.add_column(header, justify="left" if header in ("model", "timm model + mode") else "right")
+        for header in ("model", "mode", "parameters", "MACs, M", "ratio"):
+            table.add_column(header, justify="left" if header in ("model", "mode") else "right", no_wrap=True)
         for name in columns:
-            table.add_column(f"paper: {_HEADERS[name]}", justify="right")
+            table.add_column(_HEADERS[name], justify="right", no_wrap=True)
         for row in rows:
             cells = {cell.column: cell for cell in row.cells}
             table.add_row(
                 row.name,
-                f"{row.model} {row.mode}".strip(),
+                row.mode,
                 f"{row.params:,}",
                 f"{row.macs / 1e6:,.1f}",
                 f"{row.macs_ratio:.4f}" if row.macs_ratio else "",

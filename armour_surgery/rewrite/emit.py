@@ -72,9 +72,8 @@ class ArmourAttention:
 
 def _is_large(node: fx.Node) -> bool:
     """Whether a node holds activations, rather than an argument, a parameter, a size or a module."""
-    return node.op in ("call_function", "call_method", "call_module") and not isinstance(
-        node.meta.get("value", _UNKNOWN), int | float | torch.Size | torch.device | torch.dtype | nn.Module
-    )
+    value = node.meta.get("value", _UNKNOWN)  # views that the passes wrote carry none
+    return node.op.startswith("call") and (value is _UNKNOWN or isinstance(value, torch.Tensor))
 
 
 def render(graph: fx.Graph, signature: Signature) -> Variant:

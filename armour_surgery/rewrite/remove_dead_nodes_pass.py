@@ -14,6 +14,9 @@ __all__ = ["RemoveDeadNodesPass"]
 _READS = (getattr, operator.getitem)  # reading a size that is not used has no effect
 
 
+_HARMLESS = ("dtype", "device")  # what stays true of a tensor with fewer rows
+
+
 class RemoveDeadNodesPass:
     """Remove nodes that lost their last user in this surgery (what never had one may act by side effect: it stays)."""
 
@@ -59,7 +62,8 @@ def _refuse_other_readers(surgery: Surgery) -> None:
             target = str(node.target)
             if node.op == "get_attr" and target in names:
                 # A concatenated bias is read by the concatenation, which the projection reads.
-                readers = {user for reader in node.users for user in ([reader] if reader in chains else reader.users)}
+                users = [user for user in node.users if not (user.target is getattr and user.args[1] in _HARMLESS)]
+                readers = {user for reader in users for user in ([reader] if reader in chains else reader.users)}
                 alone = readers <= chains
             elif node.op == "call_module" and any(name.startswith(f"{target}.") for name in names):
                 alone = node in chains
