@@ -50,8 +50,8 @@ def paper(as_json: AsJson = False) -> None:
     for number, note in enumerate(notes, 1):
         console.print(f"[{number}] {note}", style="dim", markup=False)
     console.print(
-        "\nParameters, MACs and their ratio are counted on timm's models; what is right of them is the paper's. "
-        "Top-1 and throughput were not run here.",
+        "\nParameters, MACs and their ratio are counted on timm's models. Top-1 and throughput are the paper's; "
+        "they were not run here.",
         style="dim",
     )
 
