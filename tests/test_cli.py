@@ -595,7 +595,9 @@ def test_an_interrupt_while_saving(tiny: str, here: Path, monkeypatch: pytest.Mo
 
 
 SLOW_SAVE = """
-import sys, time
+import signal, sys, time
+# A shell that starts the tests in the background has Ctrl-C ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from armour_surgery import folder
 from armour_surgery.cli import main
