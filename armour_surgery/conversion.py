@@ -27,8 +27,8 @@ from armour_surgery.errors import (
 from armour_surgery.measure.cost import CostReport, count_macs, count_params
 from armour_surgery.meta import full_copy, meta_copy
 from armour_surgery.modes import AUTO, get_mode
-from armour_surgery.operation import Operation, layout_of, operate, prepare, rewrite_site
-from armour_surgery.rewrite import ArmourAttention, Rewritten
+from armour_surgery.operation import Operation, Outcomes, layout_of, operate, prepare, rewrite_alike
+from armour_surgery.rewrite import ArmourAttention
 from armour_surgery.sites import AttentionSite, SitePlan, Source, SurgeryPlan
 
 __all__ = ["INITS", "check_options", "convert", "inspect", "plan", "replay", "surgery_of"]
@@ -169,22 +169,20 @@ def replay(host: nn.Module, surgery: SurgeryPlan) -> nn.Module:
         dtype: torch.dtype = getattr(torch, recorded)
         example[name] = torch.empty(shape, dtype=own if dtype.is_floating_point else dtype, device="meta")
     found = {one.site.fqn: one for one in find_sites(host, example)}
-    done: dict[str, tuple[Rewritten, type[nn.Module]]] = {}
+    done: Outcomes = {}
     operations = []
     for site in surgery.sites:
         one = found.get(site.fqn)
         if one is None or site.mode not in one.site.modes:
             reason = one.site.refused.get(site.mode, "there is no such mode") if one else "it has no such attention"
             raise SchemaError(f"the plan converts {site.fqn!r} to {site.mode!r}, but in {type(host).__name__} {reason}")
-        key = f"{site.mode} {one.fingerprint}"
-        if key not in done:
-            done[key] = rewrite_site(host.get_submodule(site.fqn), one, site.mode)
-        if layout_of(done[key][0]) != site.layout:
+        rewritten, cls = rewrite_alike(host, one, site.mode, done)
+        if layout_of(rewritten) != site.layout:
             raise SchemaError(
                 f"the plan keeps the channels of {site.fqn!r} in an order that this version of armour-surgery does not "
                 "produce; load the folder with the version that saved it"
             )
-        operations.append(Operation(site.fqn, site.mode, *done[key]))
+        operations.append(Operation(site.fqn, site.mode, rewritten, cls))
     for operation in operations:
         operate(host, operation, surgery.init)
     host.surgery = surgery  # type: ignore[assignment]

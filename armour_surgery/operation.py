@@ -28,7 +28,10 @@ from armour_surgery.rewrite import (
 from armour_surgery.sites import RefusedSite, SitePlan
 from armour_surgery.traced import Call
 
-__all__ = ["Operation", "layout_of", "operate", "prepare", "rewrite_site"]
+__all__ = ["Operation", "Outcomes", "layout_of", "operate", "prepare", "rewrite_alike"]
+
+# What came of rewriting a site, for each mode and fingerprint: sites with the same two need it only once.
+Outcomes = dict[str, tuple[Rewritten, type[nn.Module]] | TraceError]
 
 
 @dataclass(frozen=True)
@@ -45,31 +48,42 @@ def prepare(model: nn.Module, found: list[FoundSite], requested: str) -> tuple[l
     """Rewrite every site on a weightless copy of its module; sites that are alike share one class."""
     operations: list[Operation] = []
     refused: list[RefusedSite] = []
-    done: dict[str, tuple[Rewritten, type[nn.Module]] | TraceError] = {}
+    done: Outcomes = {}
     for one in found:
         name, reason = choose(one.site, requested)
         if name is None:
             refused.append(RefusedSite(one.site.fqn, reason))
             continue
-        key = f"{name} {one.fingerprint}"
-        if key not in done:
-            try:
-                done[key] = rewrite_site(model.get_submodule(one.site.fqn), one, name)
-            except TraceError as error:
-                done[key] = error
-        outcome = done[key]
-        if not isinstance(outcome, TraceError):
-            shared = _shared_elsewhere(model, one.site.fqn, outcome[0].edits)
-            outcome = TraceError(shared) if shared else outcome
-        if isinstance(outcome, TraceError):
-            refused.append(RefusedSite(one.site.fqn, str(outcome)))
+        try:
+            rewritten, cls = rewrite_alike(model, one, name, done)
+            _refuse_shared(model, one.site.fqn, rewritten.edits)
+        except TraceError as error:
+            refused.append(RefusedSite(one.site.fqn, str(error)))
         else:
-            operations.append(Operation(one.site.fqn, name, *outcome))
+            operations.append(Operation(one.site.fqn, name, rewritten, cls))
     return operations, refused
 
 
-def _shared_elsewhere(model: nn.Module, fqn: str, edits: list[Edit]) -> str | None:
-    """Why a site's projections must stay as they are: something outside the site has them too."""
+def rewrite_alike(model: nn.Module, one: FoundSite, mode: str, done: Outcomes) -> tuple[Rewritten, type[nn.Module]]:
+    """The edits and the class for one site: those in `done` if a site like it was rewritten before.
+
+    Raises:
+        TraceError: the site, or the one like it, cannot be rewritten.
+    """
+    key = f"{mode} {one.fingerprint}"
+    if key not in done:
+        try:
+            done[key] = _rewrite_site(model.get_submodule(one.site.fqn), one, mode)
+        except TraceError as error:
+            done[key] = error
+    outcome = done[key]
+    if isinstance(outcome, TraceError):
+        raise outcome
+    return outcome
+
+
+def _refuse_shared(model: nn.Module, fqn: str, edits: list[Edit]) -> None:
+    """Refuse a site whose projections must stay as they are, because something outside the site has them too."""
     site = model.get_submodule(fqn)
     own = [name for name, module in model.named_modules(remove_duplicate=False) if module is site]
     tensors = {
@@ -80,11 +94,10 @@ def _shared_elsewhere(model: nn.Module, fqn: str, edits: list[Edit]) -> str | No
     everywhere = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in everywhere:
         if id(tensor) in tensors and not any(name.startswith(f"{prefix}.") or not prefix for prefix in own):
-            return f"its {tensors[id(tensor)]} is shared with {name}, outside this attention"
-    return None
+            raise TraceError(f"its {tensors[id(tensor)]} is shared with {name}, outside this attention")
 
 
-def rewrite_site(module: nn.Module, found: FoundSite, name: str) -> tuple[Rewritten, type[nn.Module]]:
+def _rewrite_site(module: nn.Module, found: FoundSite, name: str) -> tuple[Rewritten, type[nn.Module]]:
     """The edits and the class for one site, for eval and train mode, tried out on a weightless copy."""
     skeleton = meta_copy(module)
     mode = get_mode(name)
