@@ -105,7 +105,7 @@ def save(model: nn.Module, path: str | Path, *, model_args: Mapping[str, Any] | 
     target = Path(path)
     check_output(target)
     target = target.resolve()  # a link stays a link, and the folder behind it is written
-    source = _rebuildable(model, surgery, dict(model_args or {}))
+    surgery = replace(surgery, source=_rebuildable(model, surgery, dict(model_args or {})))
     tensors, tied = _tensors(model)
     try:
         with written_aside(target) as folder:
@@ -119,9 +119,9 @@ def save(model: nn.Module, path: str | Path, *, model_args: Mapping[str, Any] | 
                 "sha256": digest_of(folder / WEIGHTS),
                 "tied": tied,
                 "buffer_dtypes": _buffer_dtypes(model),
-                "plan": replace(surgery, source=source).to_dict(),
+                "plan": surgery.to_dict(),
             }
-            (folder / CARD).write_text(model_card(replace(surgery, source=source), target.name), encoding="utf-8")
+            (folder / CARD).write_text(model_card(surgery, target.name), encoding="utf-8")
             (folder / PLAN).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise FolderError(f"could not write {target}: {error}; what was there before is untouched") from error

@@ -42,17 +42,24 @@ def written_aside(target: Path) -> Iterator[Path]:
     if stage.exists():
         _finish(target)
     stage.mkdir()
+    committed = False
     try:
         yield stage
         os.replace(stage / PLAN, target / PLAN)
+        committed = True
     finally:
-        _finish(target)
+        _finish(target, committed)
 
 
-def _finish(target: Path) -> None:
-    """Move the rest of a new version into place if its `surgery.json` is there; drop it if it is not."""
+def _finish(target: Path, committed: bool = False) -> None:
+    """Move the rest of a new version into place if its `surgery.json` is there; drop it if it is not.
+
+    Where nobody knows whether it was `committed`, the weights that wait are hashed to find out.
+    """
     stage = target / STAGE
-    if not (stage / PLAN).exists() and (stage / WEIGHTS).exists() and names_weights(target, stage / WEIGHTS):
+    if committed or (
+        not (stage / PLAN).exists() and (stage / WEIGHTS).exists() and names_weights(target, stage / WEIGHTS)
+    ):
         for name in (WEIGHTS, CARD):
             if (stage / name).exists():
                 os.replace(stage / name, target / name)
