@@ -119,18 +119,9 @@ def cost_table(surgery: SurgeryPlan) -> Table:
         chosen = [site for site in surgery.sites if site.mode == mode]
         before, after = sum(s.params_before for s in chosen), sum(s.params_after for s in chosen)
         table.add_row("  attention parameters", millions(before), millions(after), change(before, after))
-    table.add_row(
-        "parameters",
-        millions(surgery.params_before),
-        millions(surgery.params_after),
-        change(surgery.params_before, surgery.params_after),
-        style="bold",
-    )
-    table.add_row(
-        "MACs per image",
-        millions(surgery.macs_before),
-        millions(surgery.macs_after),
-        change(surgery.macs_before, surgery.macs_after),
-        style="bold",
-    )
+    for label, before, after in (
+        ("parameters", surgery.params_before, surgery.params_after),
+        ("MACs per image", surgery.macs_before, surgery.macs_after),
+    ):
+        table.add_row(label, millions(before), millions(after), change(before, after), style="bold")
     return table

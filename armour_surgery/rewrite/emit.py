@@ -90,8 +90,8 @@ def render(graph: fx.Graph, signature: Signature) -> Variant:
     large = {node.name for node in graph.nodes if _is_large(node)}
 
     def freed(match: re.Match[str]) -> str:
-        names = [name for name in match[1].replace("=", " ").split() if name in large]
-        return f"; del {', '.join(names)}" if names else ""
+        unread = [name for name in match[1].replace("=", " ").split() if name in large]
+        return f"; del {', '.join(unread)}" if unread else ""
 
     text = "\n".join(_FREED.sub(freed, line)[4:] for line in lines if line.strip())
     for name, value in code.globals.items():
@@ -135,7 +135,7 @@ def _call_arguments(header: str) -> str:
     return ", ".join(passed)
 
 
-def merge(variants: list[Variant]) -> list[Variant]:
+def _merge(variants: list[Variant]) -> list[Variant]:
     """Drop what two branches do not differ by: equal bodies need no condition on the flag that tells them apart."""
     if len(variants) != 2 or variants[0].body != variants[1].body:
         return variants
@@ -188,7 +188,7 @@ def make_class(host: type[nn.Module], mode: str, variants: list[Variant], specia
         "__module__": host.__module__,
         "__doc__": f"{host.__name__} after surgery: {mode}. Only forward differs; `print(module.code)` shows it.",
         "armour_mode": mode,
-        "armour_variants": merge(variants),
+        "armour_variants": _merge(variants),
         "armour_trace": staticmethod(specialize),
     }
     cls: type[Any] = type(f"Armour{host.__name__}", (ArmourAttention, host), members)

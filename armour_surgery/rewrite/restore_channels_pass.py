@@ -3,6 +3,8 @@
 Correct for whatever the host does with the packed tensor, at the price of one concatenation.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import fx
 
@@ -102,10 +104,9 @@ def _old_places(surgery: Surgery, producer: Producer, places: dict[tuple[str, in
                     found[channels[filled + offset]] = places[part.letter, head, part.start + offset]
                 filled += part.size
     others = [channel for channel in range(producer.channels) if channel not in found]
-    kept = producer.channels if producer.node not in surgery.replaced else kept_channels(surgery, producer)
-    for index, channel in enumerate(others):
-        found[channel] = (
-            producer.node,
-            channel if producer.node not in surgery.replaced else kept - len(others) + index,
-        )
+    now: Sequence[int] = others
+    if producer.node in surgery.replaced:  # a narrowed projection keeps them behind q, k and v
+        kept = kept_channels(surgery, producer)
+        now = range(kept - len(others), kept)
+    found.update((channel, (producer.node, place)) for channel, place in zip(others, now, strict=True))
     return [found[channel] for channel in range(producer.channels)]
