@@ -239,6 +239,7 @@ def train(
 
     checkpoint = out.with_name(out.name + ".checkpoint")
     first, seconds = 0, 0.0
+    earlier: list[dict[str, Any]] = []
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
     if averaged is not None:
         parts["averaged"] = averaged
@@ -248,6 +249,10 @@ def train(
             part.load_state_dict(saved[key])
         generator.set_state(saved["generator"])
         first, seconds = saved["epoch"], saved["seconds"]
+        # Another command, say with other --epochs, means another schedule from here on: the record tells.
+        earlier = saved["earlier"]
+        if saved["command"] != command:
+            earlier.append({"command": saved["command"], "until_epoch": first})
 
     out.parent.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {}
@@ -273,6 +278,7 @@ def train(
 
         state = {key: part.state_dict() for key, part in parts.items()}
         state |= {"generator": generator.get_state(), "epoch": epoch + 1, "seconds": seconds}
+        state |= {"command": command, "earlier": earlier}
         replace(checkpoint, lambda path, state=state: torch.save(state, path))
         store(averaged.module if averaged is not None else model, out)
         record = {
@@ -285,6 +291,8 @@ def train(
             "seconds": round(seconds),
             "torch": torch.__version__,
         }
+        if earlier:
+            record["earlier"] = earlier
         replace(out.with_suffix(".json"), lambda path, record=record: write_json(path, record))
         line = f"epoch {epoch + 1}/{epochs}, loss {total / steps:.4f}, test {record['test_accuracy']:.4f}"
         print(f"{line}, {seconds:.0f} s", file=sys.stderr, flush=True)
