@@ -15,6 +15,7 @@ ArmourError                    exit code 1
 │   ├── NothingToConvertError  no site fits the mode
 │   ├── PatternError           an include/exclude pattern matches no site
 │   ├── AlreadyConvertedError  the model went through surgery before
+│   ├── CalibrationError       the images to calibrate with are missing, unreadable or of another kind
 │   └── PostconditionError     a pass did not keep its promise (a bug: please report it)
 ├── SpecializationError        a converted attention was called in a way it cannot follow
 └── FolderError                a saved folder cannot be written or read
@@ -30,6 +31,7 @@ A message says what was wrong (with the value), where (fqn or file) and what to 
 __all__ = [
     "AlreadyConvertedError",
     "ArmourError",
+    "CalibrationError",
     "CheckpointError",
     "ConversionError",
     "CorruptFileError",
@@ -118,6 +120,10 @@ class PatternError(ConversionError):
 
 class AlreadyConvertedError(ConversionError):
     """The model went through surgery before."""
+
+
+class CalibrationError(ConversionError):
+    """The images to calibrate with are missing, unreadable, or not what the model takes."""
 
 
 class PostconditionError(ConversionError):
