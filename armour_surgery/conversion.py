@@ -9,11 +9,13 @@ import math
 from collections.abc import Iterable
 from dataclasses import replace
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import nn
 
 from armour_surgery import hosts
+from armour_surgery.calibration import Images, Progress, choose_weights
 from armour_surgery.discover import FoundSite, find_sites
 from armour_surgery.errors import (
     AlreadyConvertedError,
@@ -33,7 +35,10 @@ from armour_surgery.sites import AttentionSite, SitePlan, Source, SurgeryPlan
 
 __all__ = ["INITS", "check_options", "convert", "inspect", "plan", "replay", "surgery_of"]
 
-INITS = ("wq",)
+INITS = ("wq", "wq-refit", "joint-svd", "calibrated")
+CALIBRATION_IMAGES = 256
+SYNTHETIC = "synthetic"
+Calibration = str | Iterable[Any]
 Example = dict[str, torch.Tensor] | torch.Tensor | tuple[int, ...]
 
 
@@ -83,11 +88,14 @@ def convert(
     mode: str = AUTO,
     *,
     init: str = "wq",
+    calibration: Calibration | None = None,
+    calibration_images: int = CALIBRATION_IMAGES,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     inplace: bool = False,
     example_input: Example | None = None,
     source: Source | None = None,
+    progress: Progress | None = None,
 ) -> nn.Module:
     """Rewrite a model's attention so that fewer projections do the work.
 
@@ -98,19 +106,27 @@ def convert(
     Args:
         mode: `auto` (qv where V is as wide as Q, concat-half where it is wider) or a name from `modes.MODES`.
             Sites that the mode does not fit are left alone and listed in `.surgery.refused`.
-        init: how the shared weight is chosen. `wq`: it is Q's, everything else as it was.
+        init: how the shared weight is chosen. `wq`: it is Q's, everything else as it was, and the model needs training.
+            `wq-refit`: the output projection is fitted to it. `joint-svd`: the best weight for both its purposes, from
+            the weights alone. `calibrated`: from images, site by site, with the layers after each site fitted too.
+        calibration: images for `calibrated`, labels play no part: any iterable of preprocessed batches
+            `[B, C, H, W]` or of (images, labels), a folder of images, a dataset of timm, or "synthetic" (the default),
+            which draws them.
+        calibration_images: how many of them to use at most.
         include: patterns of site names (`blocks.0*`, `*.attn`); None takes all. `exclude` wins over it.
         example_input: what to run the (weightless) model on, if it is of no known library: a tensor, a shape
             with the batch first, or keyword arguments for its forward.
         source: how to build the model again, where the caller knows it (`save` needs it).
+        progress: called with what is being done, how much of it is done, and how much there is.
 
     Raises:
-        UsageError: unknown mode or init.
+        UsageError: unknown mode or init, or `calibration` for an init that uses no images.
+        CalibrationError: the images are missing, of another kind than the model takes, or too few.
         AlreadyConvertedError: the model went through surgery before.
         NoAttentionError, NothingToConvertError, PatternError: nothing to do; the message says why.
         ExampleInputError: the model's input is not known, or it did not run on it.
     """
-    check_options(mode, init)
+    check_options(mode, init, calibration)
     _refuse_converted(model)
     example = _example(model, example_input)
     found = _select(find_sites(model, example), include, exclude)
@@ -125,8 +141,16 @@ def convert(
         )
     before, params_before = count_macs(model, example), count_params(model)
     with torch.inference_mode(False):  # tensors made in inference mode could never be trained
+        original = full_copy(model) if inplace and init != "wq" else model
         result = model if inplace else full_copy(model)
         sites = [operate(result, operation, init) for operation in operations]
+        fidelity = None
+        if init != "wq" and not any(parameter.is_meta for parameter in model.parameters()):
+            images = Images(calibration or SYNTHETIC, calibration_images) if init == "calibrated" else None
+            chosen, fidelity = choose_weights(original, result, operations, init, example, images, progress)
+            sites = [
+                replace(site, residual=one.residual, steps=one.steps) for site, one in zip(sites, chosen, strict=True)
+            ]
     after = count_macs(result, example)
     result.surgery = SurgeryPlan(  # type: ignore[assignment]
         mode=mode,
@@ -139,6 +163,7 @@ def convert(
         macs_after=after.macs,
         example=tuple((name, tuple(value.shape), str(value.dtype)[6:]) for name, value in example.items()),
         source=source,
+        fidelity=fidelity,
     )
     hosts.mark_converted(result)
     return result
@@ -182,7 +207,7 @@ def replay(host: nn.Module, surgery: SurgeryPlan) -> nn.Module:
                 f"the plan keeps the channels of {site.fqn!r} in an order that this version of armour-surgery does not "
                 "produce; load the folder with the version that saved it"
             )
-        operations.append(Operation(site.fqn, site.mode, rewritten, cls))
+        operations.append(Operation(site.fqn, site.mode, rewritten, cls, one))
     for operation in operations:
         operate(host, operation, surgery.init)
     host.surgery = surgery  # type: ignore[assignment]
@@ -190,12 +215,16 @@ def replay(host: nn.Module, surgery: SurgeryPlan) -> nn.Module:
     return host
 
 
-def check_options(mode: str, init: str) -> None:
+def check_options(mode: str, init: str, calibration: object = None) -> None:
     """Check what can be checked without a model.
 
     Raises:
-        UsageError: there is no such mode or init.
+        UsageError: there is no such mode or init, or the init uses no images and is given some.
     """
+    if calibration is not None and init in INITS and init != "calibrated":
+        raise UsageError(
+            f"init {init!r} uses no images; use init 'calibrated' with calibration images, or leave them out"
+        )
     if mode != AUTO:
         get_mode(mode)
     if init not in INITS:

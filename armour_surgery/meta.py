@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["full_copy", "meta_copy"]
+__all__ = ["alias", "full_copy", "meta_copy"]
 
 _CALL_HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name and "state_dict" not in name)
 # What deepcopy hands over as it is: nothing behind these is copied, so nothing behind them needs replacing.
@@ -39,6 +39,14 @@ def full_copy(module: nn.Module) -> nn.Module:
     here they become leaves with the same values.
     """
     return _copy(module, lambda tensor: None if tensor.is_leaf else tensor.detach().clone(), hooks=True)
+
+
+def alias(module: nn.Module) -> nn.Module:
+    """A deep copy of everything but the tensors: it computes with the module's own weights, and has no hooks.
+
+    Flags, methods and containers may be changed on it without the module noticing.
+    """
+    return _copy(module, lambda tensor: tensor, hooks=False)
 
 
 def _copy(module: nn.Module, stand_in: Callable[[Tensor], Tensor | None], hooks: bool) -> nn.Module:

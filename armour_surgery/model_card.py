@@ -54,6 +54,14 @@ def _row(label: str, before: int, after: int) -> str:
 
 
 def _advice(surgery: SurgeryPlan) -> list[str]:
+    near = surgery.fidelity
+    if near is not None:
+        same = f", same first choice on {near.agreement:.1f} %" if near.agreement is not None else ""
+        return [
+            f"On {near.images} held-out images ({near.source}): cosine to the original's features {near.cosine:.4f}, "
+            f"SQNR {near.sqnr_db:.1f} dB{same}. No training took place.",
+            "",
+        ]
     if surgery.init != "wq":
         return []
     return [

@@ -1,6 +1,7 @@
 """Surgery on one site: prepared on a copy without weights, tried out there, and only then done on the model."""
 
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,13 +9,17 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from armour_surgery.discover import FoundSite, trace_call
+from armour_surgery.discover import FoundSite, find_output, trace_call
 from armour_surgery.errors import PostconditionError, SpecializationError, TraceError
+from armour_surgery.initialize.gauge import Freedom, probe
+from armour_surgery.initialize.problem import Problem
 from armour_surgery.measure.cost import count_params
 from armour_surgery.meta import meta_copy
 from armour_surgery.modes import choose, get_mode
 from armour_surgery.rewrite import (
+    AddGrouped,
     Edit,
+    KeepRows,
     Rewritten,
     Variant,
     apply_edits,
@@ -26,9 +31,9 @@ from armour_surgery.rewrite import (
     rewrite,
 )
 from armour_surgery.sites import RefusedSite, SitePlan
-from armour_surgery.traced import Call
+from armour_surgery.traced import Call, OutputProjection
 
-__all__ = ["Operation", "Outcomes", "layout_of", "operate", "prepare", "rewrite_alike"]
+__all__ = ["Operation", "Outcomes", "layout_of", "operate", "prepare", "problems_of", "rewrite_alike"]
 
 # What came of rewriting a site, for each mode and fingerprint: sites with the same two need it only once.
 Outcomes = dict[str, tuple[Rewritten, type[nn.Module]] | TraceError]
@@ -42,6 +47,7 @@ class Operation:
     mode: str
     rewritten: Rewritten
     cls: type[nn.Module]
+    found: FoundSite
 
 
 def prepare(model: nn.Module, found: list[FoundSite], requested: str) -> tuple[list[Operation], list[RefusedSite]]:
@@ -60,7 +66,7 @@ def prepare(model: nn.Module, found: list[FoundSite], requested: str) -> tuple[l
         except TraceError as error:
             refused.append(RefusedSite(one.site.fqn, str(error)))
         else:
-            operations.append(Operation(one.site.fqn, name, rewritten, cls))
+            operations.append(Operation(one.site.fqn, name, rewritten, cls, one))
     return operations, refused
 
 
@@ -184,3 +190,39 @@ def operate(model: nn.Module, operation: Operation, init: str) -> SitePlan:
 def layout_of(rewritten: Rewritten) -> str:
     """A digest of which rows stay, in which order."""
     return hashlib.sha256(repr(rewritten.edits).encode()).hexdigest()[:16]
+
+
+def problems_of(model: nn.Module, operations: list[Operation]) -> list[Problem]:
+    """The operations as the initializers see them. `model` is the one that is not converted, with its weights."""
+    done: dict[str, tuple[OutputProjection | None, Freedom]] = {}
+    return [_problem(model, operation, done) for operation in operations]
+
+
+def _problem(
+    model: nn.Module, operation: Operation, done: dict[str, tuple[OutputProjection | None, Freedom]]
+) -> Problem:
+    found, traced = operation.found, operation.found.traced
+    assert traced is not None
+    module = model.get_submodule(operation.fqn)
+    if found.fingerprint not in done:
+        out = None
+        with suppress(TraceError), torch.no_grad():
+            out = find_output(meta_copy(module), found.call, traced.v)
+        done[found.fingerprint] = out, probe(module, found.call, traced.q, traced.k, traced.v, out)
+    edits = operation.rewritten.edits
+    key, value = (
+        tuple((part.letter, part.start, part.stop) for part in parts)
+        for parts in (operation.rewritten.key, operation.rewritten.value)
+    )
+    return Problem(
+        operation.fqn,
+        traced.q,
+        traced.k,
+        traced.v,
+        *done[found.fingerprint],
+        key,
+        value,
+        {name: edit.rows for edit in edits if isinstance(edit, KeepRows) for name in edit.tensors},
+        next((edit.name for edit in edits if isinstance(edit, AddGrouped)), None),
+        found.site.reads["q"] == found.site.reads["k"],
+    )

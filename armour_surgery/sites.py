@@ -7,7 +7,7 @@ A *site* is one module whose forward holds an attention core; its *projections* 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["AttentionSite", "Projection", "RefusedSite", "SitePlan", "Source", "SurgeryPlan"]
+__all__ = ["AttentionSite", "Fidelity", "Projection", "RefusedSite", "SitePlan", "Source", "SurgeryPlan"]
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,10 @@ class Source:
 class SitePlan:
     """What was done at one site. MACs are for one image; `residual` is unitless, 0 means nothing was lost.
 
-    `residual` is the relative Frobenius distance between the weight that the site had for the merged role and the
-    one it has now, `||W_old - W_shared|| / ||W_old||`; None where there were no weights to compare.
+    `residual` after `wq` is the relative Frobenius distance between the weight that the site had for the merged role
+    and the one it has now, `||W_old - W_shared|| / ||W_old||`; after `calibrated` the relative error of the site's
+    output on held-out images; after `wq-refit` and `joint-svd` the relative error of logits and values that the
+    weights imply. None where there were no weights to compare. `steps` names what was fitted.
     `layout` is a digest of which rows were kept, in which order: weights only fit a surgery of equal layout.
     """
 
@@ -110,6 +112,7 @@ class SitePlan:
     macs_after: int
     residual: float | None
     layout: str
+    steps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,22 @@ class RefusedSite:
 
     fqn: str
     reason: str
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How near a converted model is to its original, on images that nothing was fitted to.
+
+    `images` of `source` were compared: the mean `cosine` of the final features' tokens, their signal to noise ratio in
+    decibels (`sqnr_db = 10 log10 |f|^2 / |f - g|^2`), and, where there is a head, the share of images with the same
+    first choice, in percent.
+    """
+
+    images: int
+    source: str
+    cosine: float
+    sqnr_db: float
+    agreement: float | None
 
 
 @dataclass(frozen=True)
@@ -134,6 +153,7 @@ class SurgeryPlan:
     macs_after: int
     example: tuple[tuple[str, tuple[int, ...], str], ...] = ()
     source: Source | None = None
+    fidelity: Fidelity | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `from_dict` is its inverse."""
@@ -146,13 +166,14 @@ class SurgeryPlan:
         Raises:
             KeyError, TypeError: a key is missing, unknown, or of the wrong kind.
         """
-        source = data["source"]
+        source, fidelity = data["source"], data.get("fidelity")
         return cls(
             **{
                 **data,
-                "sites": tuple(SitePlan(**site) for site in data["sites"]),
+                "sites": tuple(SitePlan(**{**site, "steps": tuple(site.get("steps", ()))}) for site in data["sites"]),
                 "refused": tuple(RefusedSite(**site) for site in data["refused"]),
                 "example": tuple((name, tuple(shape), dtype) for name, shape, dtype in data["example"]),
                 "source": Source(**source) if source else None,
+                "fidelity": Fidelity(**fidelity) if fidelity else None,
             }
         )

@@ -21,6 +21,7 @@ __all__ = [
     "Core",
     "FunctionReference",
     "Layout",
+    "OutputProjection",
     "Producer",
     "Role",
     "Signature",
@@ -152,6 +153,19 @@ class Role:
     def head_dim(self) -> int:
         """Channels per head of this role."""
         return len(self.channels[0])
+
+
+@dataclass(frozen=True)
+class OutputProjection:
+    """The Linear or 1x1 convolution that reads the heads' results: `channels[h][j]` of its input is dimension j of h.
+
+    `weight`, `bias` and `norm` (a BatchNorm that follows it) are names inside the site; the last two may be None.
+    """
+
+    weight: str
+    bias: str | None
+    norm: str | None
+    channels: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)

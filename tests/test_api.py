@@ -149,8 +149,7 @@ def test_the_signature_of_convert() -> None:
         python_inspect.Parameter.KEYWORD_ONLY
     }
     assert {name: parameters[name].default for name in CONTRACT} == CONTRACT
-    # `calibration` comes with the initializations that use it.
-    assert set(parameters) - set(CONTRACT) <= {"calibration", "source"}
+    assert set(parameters) - set(CONTRACT) <= {"calibration", "calibration_images", "progress", "source"}
     assert list(python_inspect.signature(save).parameters)[:2] == ["model", "path"]
     assert list(python_inspect.signature(load).parameters) == ["path"]
     with pytest.raises(TypeError):

@@ -36,7 +36,22 @@ def convert(
             metavar="MODE",
         ),
     ] = "auto",
-    init: Annotated[str, typer.Option(help="How the shared weight is chosen: wq.", metavar="INIT")] = "wq",
+    init: Annotated[
+        str,
+        typer.Option(
+            help="How the shared weight is chosen: wq, wq-refit, joint-svd, or calibrated (needs no training).",
+            metavar="INIT",
+        ),
+    ] = "wq",
+    calib: Annotated[
+        str | None,
+        typer.Option(
+            metavar="IMAGES",
+            help="Images for calibrated: a folder, a timm dataset, synthetic, or several joined by commas.",
+            show_default="synthetic",
+        ),
+    ] = None,
+    calib_images: Annotated[int, typer.Option(metavar="N", min=8, help="How many calibration images to use.")] = 256,
     include: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Convert only sites that match, such as 'blocks.0*'."),
@@ -64,7 +79,7 @@ def convert(
         from armour_surgery.conversion import check_options, surgery_of
         from armour_surgery.folder import check_output
 
-        check_options(mode, init)
+        check_options(mode, init, calib)
         if out is not None and not dry_run:
             check_output(out)
         host, source = read_model(model, pretrained and not dry_run, checkpoint, img_size, num_classes, in_chans)
@@ -75,8 +90,20 @@ def convert(
             surgery = plan_conversion(host, mode, **options)
         target = None
     else:
-        with console.status("rewriting attention"):
-            converted = convert_model(host, mode, inplace=True, **options)
+        with console.status("rewriting attention") as status:
+
+            def tell(what: str, finished: int, total: int) -> None:
+                status.update(f"{what}: {finished} of {total}")
+
+            converted = convert_model(
+                host,
+                mode,
+                inplace=True,
+                calibration=calib,
+                calibration_images=calib_images,
+                progress=tell,
+                **options,
+            )
         surgery = surgery_of(converted)
         target = out if out is not None else Path(_default_name(model, surgery))
         with console.status("saving"):
@@ -126,10 +153,30 @@ def _tell(console: Any, model: str, kind: str, surgery: "SurgeryPlan", target: P
         console.print("Nothing was written (--dry-run).")
         return
     console.print(f"Saved to [bold]{escape(str(target))}[/bold]", soft_wrap=True)
-    console.print(
-        "\nThis model needs training. Its projections now serve a purpose that they were not trained for (init wq), "
-        "so its accuracy is near chance until it is fine-tuned: load it where your recipe creates the model, and train "
-        "as you would the original (the paper: from scratch, same recipe, learning rate 1e-3)."
-    )
+    console.print(_advice(surgery))
     load = f"\n    from armour_surgery import load\n    model = load({json.dumps(str(target))})\n"
     console.print(load, markup=False, soft_wrap=True)
+
+
+def _advice(surgery: "SurgeryPlan") -> str:
+    """What the model is good for now, in a sentence or two."""
+    if surgery.fidelity is not None:
+        near = surgery.fidelity
+        same = f", same first choice on {near.agreement:.1f} %" if near.agreement is not None else ""
+        return (
+            f"\nOn {near.images} images ({near.source}) that nothing was fitted to: cosine to the original's features "
+            f"{near.cosine:.4f}, SQNR {near.sqnr_db:.1f} dB{same}. The model can be used as it is, and fine-tuned from "
+            "here."
+        )
+    if surgery.init == "wq":
+        return (
+            "\nThis model needs training. Its projections now serve a purpose that they were not trained for (init "
+            "wq), so its accuracy is near chance until it is fine-tuned: load it where your recipe creates the model, "
+            "and train as you would the original (the paper: from scratch, same recipe, learning rate 1e-3). "
+            "--init calibrated gives one that works without training."
+        )
+    return (
+        f"\nIts weights were chosen without images (init {surgery.init}): better than wq, and still in need of "
+        "training. "
+        "--init calibrated gives a model that works without training."
+    )

@@ -11,7 +11,7 @@ from armour_surgery.errors import TraceError
 from armour_surgery.hosts.attention_interface import is_interface
 from armour_surgery.traced import Core
 
-__all__ = ["find_core", "inputs_of", "is_tensor"]
+__all__ = ["find_core", "inputs_of", "is_tensor", "result_of"]
 
 _SDPA = F.scaled_dot_product_attention
 _SOFTMAX = {F.softmax, torch.softmax}
@@ -173,3 +173,23 @@ def find_core(graph: fx.Graph, modules: dict[str, nn.Module]) -> Core:
     if len(cores) > 1:
         raise TraceError(f"its forward holds {len(cores)} attention cores, and only one per module can be rewritten")
     return cores[0]
+
+
+def result_of(core: Core) -> tuple[fx.Node, tuple[int, int]]:
+    """The node that holds what the heads found, and its (token axis, channel axis), counted from the end."""
+    if core.kind == "sdpa":
+        return core.node, (-2, -1)
+    if core.kind == "interface":
+        # The attention functions of the interface hand back [B, N, H, d].
+        return next(user for user in core.node.users if user.target is operator.getitem and user.args[1] == 0), (-3, -1)
+    product = next(found for found in _below(core.node) if _is_matmul(found))
+    left, _ = _operands(product)
+    weights_left = core.node is left or core.node in set(_above(left))
+    if product.target is torch.einsum:
+        first, second, output = _einsum_axes(product)
+        value = second if weights_left else first
+        weights = first if weights_left else second
+        channel = next(axis for axis in output if axis in value and axis not in weights)
+        token = next(axis for axis in output if axis in weights and axis not in value)
+        return product, (output.index(token) - len(output), output.index(channel) - len(output))
+    return product, (-2, -1) if weights_left else (-1, -2)

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 
 from armour_surgery.errors import (
@@ -40,6 +41,7 @@ __all__ = [
     "build",
     "describe",
     "example_input",
+    "features",
     "library_of",
     "load_model",
     "mark_converted",
@@ -227,6 +229,32 @@ def example_input(model: nn.Module, batch_size: int = 2) -> dict[str, torch.Tens
         name: torch.empty(batch_size, *shape, dtype=floating if dtype.is_floating_point else dtype, device="meta")
         for name, (shape, dtype) in _adapter(library).example(model).items()
     }
+
+
+def features(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A model's final features with channels last, and its logits `[B, classes]`, or None if it has no head.
+
+    timm tells them by `forward_features`, transformers by `last_hidden_state` or the last of `hidden_states`; of any
+    other model the first tensor of the output is taken for both.
+    """
+    library = library_of(model)
+    if library == "timm" and hasattr(model, "forward_features"):
+        (image,) = inputs.values()
+        found: torch.Tensor = model.forward_features(image)  # type: ignore[operator]
+        classes = getattr(model, "num_classes", 0)
+        logits = model.forward_head(found) if classes else None  # type: ignore[operator]
+        wide = found.ndim == 4 and found.shape[1] == getattr(model, "num_features", None)
+        return (found.movedim(1, -1) if wide else found), logits
+    if library == "transformers":
+        output = model(**inputs, output_hidden_states=True)
+        hidden: Any = getattr(output, "last_hidden_state", None)
+        if hidden is None and getattr(output, "hidden_states", None):
+            hidden = output.hidden_states[-1]
+        scores: Any = getattr(output, "logits", None)
+        if hidden is not None or scores is not None:
+            return (scores if hidden is None else hidden), scores
+    first = next(leaf for leaf in pytree.tree_leaves(model(**inputs)) if isinstance(leaf, torch.Tensor))
+    return first, first if first.ndim == 2 else None
 
 
 def library_of(model: nn.Module) -> str | None:

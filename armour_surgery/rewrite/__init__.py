@@ -6,7 +6,7 @@ from torch import fx
 
 from armour_surgery.modes import Mode
 from armour_surgery.rewrite.add_grouped_projection_pass import AddGroupedProjectionPass
-from armour_surgery.rewrite.edits import AddGrouped, Edit, apply_edits, edited_names, removed_name
+from armour_surgery.rewrite.edits import AddGrouped, Edit, KeepRows, apply_edits, edited_names, removed_name
 from armour_surgery.rewrite.emit import ArmourAttention, Variant, make_class, render
 from armour_surgery.rewrite.mask_diagonal_pass import MaskDiagonalPass
 from armour_surgery.rewrite.narrow_projections_pass import NarrowProjectionsPass
@@ -18,8 +18,10 @@ from armour_surgery.rewrite.surgery import Part, Pass, Surgery, parts_of, run_pa
 from armour_surgery.traced import TracedSite
 
 __all__ = [
+    "AddGrouped",
     "ArmourAttention",
     "Edit",
+    "KeepRows",
     "Rewritten",
     "Variant",
     "apply_edits",
@@ -34,11 +36,16 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A rewritten graph, the edits that its module needs, and which weights took the place of which."""
+    """A rewritten graph, the edits that its module needs, and which weights took the place of which.
+
+    `key` and `value` say what K and V are made of now.
+    """
 
     graph: fx.Graph
     edits: list[Edit]
     shares: list[Share]
+    key: tuple[Part, ...]
+    value: tuple[Part, ...]
 
 
 def rewrite(traced: TracedSite, mode: Mode) -> Rewritten:
@@ -66,7 +73,7 @@ def rewrite(traced: TracedSite, mode: Mode) -> Rewritten:
         RemoveDeadNodesPass(graph),
     ]
     run_passes(surgery, passes)
-    return Rewritten(graph, surgery.edits, _shares(surgery))
+    return Rewritten(graph, surgery.edits, _shares(surgery), surgery.key, surgery.value)
 
 
 def _shares(surgery: Surgery) -> list[Share]:

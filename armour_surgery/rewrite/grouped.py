@@ -14,6 +14,13 @@ def group_of_output(channels: int, groups: int, shuffle: bool) -> torch.Tensor:
     return outputs % groups if shuffle else outputs // (channels // groups)
 
 
+def _row_of_output(channels: int, groups: int, shuffle: bool) -> torch.Tensor:
+    """For each output channel: the row of the convolution that makes it."""
+    outputs = torch.arange(channels)
+    group = group_of_output(channels, groups, shuffle)
+    return group * (channels // groups) + outputs // groups if shuffle else outputs
+
+
 class GroupedProjection(nn.Module):
     """`V_rest = [shuffle](grouped_conv1x1(x))`, with the host's own BatchNorm after it where it has one.
 
@@ -53,7 +60,7 @@ class GroupedProjection(nn.Module):
         # Row c of the result is output channel c; the convolution makes it as its row `made[c]`.
         outputs = torch.arange(channels)
         group = group_of_output(channels, groups, shuffle)
-        made = group * (channels // groups) + outputs // groups if shuffle else outputs
+        made = _row_of_output(channels, groups, shuffle)
         full = weight.reshape(channels, groups, width, *weight.shape[2:])
         own = full[outputs.to(weight.device), group.to(weight.device)]
         result = cls(torch.empty_like(own).index_copy_(0, made.to(own.device), own), groups, shuffle, axis)
@@ -75,6 +82,12 @@ class GroupedProjection(nn.Module):
         elif "bias" in tensors:
             result.bias = nn.Parameter(tensors["bias"])
         return result
+
+    def reads(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """For each output channel: its row of `weight`, `[C]`, and the input channels that it reads, `[C, D / g]`."""
+        channels, width = self.weight.shape[:2]
+        group = group_of_output(channels, self.groups, self.shuffle)
+        return _row_of_output(channels, self.groups, self.shuffle), group[:, None] * width + torch.arange(width)
 
     def extra_repr(self) -> str:
         """What the printed module shows."""

@@ -1,0 +1,207 @@
+"""Closed forms for the shared weight of an attention (Armour modes), batched over heads, in float64.
+
+Words: H heads, D tokens' width with a last entry 1 for biases, d key_dim, e value_dim, E the width that the output
+projection makes. A *metric* is the basis in which tokens are white: errors count where tokens are.
+
+Two facts carry everything. A head is unchanged by `Wq -> Wq M, Wk -> Wk M^-T` and by `Wv -> Wv M, Wo -> M^-1 Wo`, so
+only the products `Wq Wk^T` and `Wv Wo` matter; and adding a constant over the keys changes no softmax, so errors in
+the keys count only as far as they differ within an image.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Head",
+    "Metric",
+    "bound_values",
+    "joint_svd",
+    "loss",
+    "make_metric",
+    "pick_columns",
+    "refit_output",
+    "symmetric",
+]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The tokens' second moment `C = T^-1 T^-T`, and that of tokens centered over each image, `T^-1 diag(spread) T^-T`.
+
+    `whiten` is `T [D, D]`'s transpose applied to weights: `white = whiten @ W` has `|white|^2 = E |x W|^2`.
+    """
+
+    whiten: Tensor
+    color: Tensor
+    spread: Tensor
+
+
+@dataclass(frozen=True)
+class Head:
+    """Weights of all heads of a site: `query [H, D, d]`, `key [H, D, d]`, `value [H, D, e]`, `out [H, e, E]`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    out: Tensor
+
+
+def make_metric(moment: Tensor, centered: Tensor, damping: float = 1e-6) -> Metric:
+    """The metric of tokens with second moment `moment [D, D]` and, centered over each image, `centered [D, D]`.
+
+    Both are damped by `damping` times their mean diagonal, so that directions which no token took stay bounded.
+    """
+    size = moment.shape[0]
+    identity = torch.eye(size, dtype=torch.float64)
+    lower = torch.linalg.cholesky(moment + damping * moment.diagonal().mean() * identity)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    # The last entry of a token is always 1: centered, it is 0, and a constant over keys costs nothing.
+    spread, basis = torch.linalg.eigh(inverse @ centered @ inverse.T)
+    floor = damping * max(float(spread.max()), 1e-300)
+    return Metric(basis.T @ lower.T, inverse.T @ basis, spread.clamp(min=floor))
+
+
+def joint_svd(head: Head, queries: Metric, keys: Metric, weight: float, rank: int | None = None) -> Head:
+    """The best `S` with `Wq Wk^T ~ S P^T` and `Wv Wo ~ S R` (Eckart-Young); Q and V then share S.
+
+    Minimizes `|T (Wq Wk^T - S P^T) Lc|^2 / a + weight^2 |T (Wv Wo - S R)|^2 / b` exactly, where a and b are the
+    norms of what is approximated. Where Wq and Wv span the same space, nothing is lost.
+
+    Returns `query = value = S [H, D, r]` with the norm that Wq had, `key = P [H, D, r]`, `out = R [H, r, E]`.
+    """
+    d = head.query.shape[-1]
+    rank = rank or d
+    basis, both = torch.linalg.qr(queries.whiten @ torch.cat([head.query, head.value], dim=-1))
+    right_key, small_key = torch.linalg.qr(keys.spread.sqrt()[:, None] * (keys.whiten @ head.key))
+    _, small_out = torch.linalg.qr(head.out.mT)
+    logits = both[..., :d] @ small_key.mT
+    output = both[..., d:] @ small_out.mT
+    scale = weight * _norm(logits) / _norm(output).clamp(min=1e-300)
+    left = torch.linalg.svd(torch.cat([logits, scale * output], dim=-1), full_matrices=False)[0][..., :rank]
+    # Columns keep the size that queries had, so that neither factor over- or underflows in half precision.
+    size = _norm(both[..., :d]) / rank**0.5
+    shared = queries.color @ (basis @ left) * size
+    back = left.mT / size
+    white_key = right_key @ (small_key @ both[..., :d].mT @ back.mT)
+    key = keys.color @ (white_key / keys.spread.sqrt()[:, None])
+    return Head(shared, key, shared, back @ both[..., d:] @ head.out)
+
+
+def refit_output(shared: Tensor, head: Head, tokens: Metric) -> Tensor:
+    """`R [H, r, E]`: the least squares solution of `Wv Wo ~ S R` for a given `S [H, D, r]`."""
+    white = tokens.whiten @ shared
+    mix: Tensor = torch.linalg.lstsq(white, tokens.whiten @ head.value, driver="gelsd").solution
+    return mix @ head.out
+
+
+def pick_columns(head: Head, count: int, queries: Metric, keys: Metric) -> Tensor:
+    """Which `count` of V's channels span the logits best, greedily, best first; the others follow: `[H, e]`.
+
+    Each step takes the channel which, made orthogonal to those taken before, explains most of `T Wq Wk^T Lc`.
+    """
+    logits = (queries.whiten @ head.query) @ (keys.spread.sqrt()[:, None] * (keys.whiten @ head.key)).mT
+    left = torch.linalg.qr(queries.whiten @ head.query)[0]
+    rest = left.mT @ logits
+    columns = left.mT @ (queries.whiten @ head.value)
+    full = (queries.whiten @ head.value).square().sum(dim=-2)
+    outside = (full - columns.square().sum(dim=-2)).clamp(min=0)
+    order: list[Tensor] = []
+    taken = torch.zeros(head.value.shape[0], head.value.shape[-1], dtype=torch.bool)
+    rows = torch.arange(len(taken))
+    for _ in range(count):
+        length = columns.square().sum(dim=-2) + outside
+        gain = (columns.mT @ rest).square().sum(dim=-1) / length.clamp(min=1e-300)
+        best = gain.masked_fill(taken, -1.0).argmax(dim=-1)
+        taken[rows, best] = True
+        order.append(best)
+        unit = torch.nn.functional.normalize(columns[rows, :, best], dim=-1)[..., None]
+        rest = rest - unit @ (unit.mT @ rest)
+        columns = columns - unit @ (unit.mT @ columns)
+    chosen = torch.stack(order, dim=-1)
+    others = torch.stack([(~row).nonzero().flatten() for row in taken])
+    return torch.cat([chosen, others], dim=-1)
+
+
+def bound_values(
+    head: Head, queries: Metric, keys: Metric, weight: float, *, of_query: int, of_key: int, steps: int = 60
+) -> Head:
+    """Q and K that also serve as channels of V, where V's basis is not free (an activation follows it).
+
+    V's channels `[: of_query]` are to be Q's, and `[of_query : of_query + of_key]` K's. Alternating least squares for
+    `|T (Wq Wk^T - S P^T) Lc|^2 / a + weight^2 (|T (Wv' - S)|^2 + |T (Wv'' - P)|^2) / b`.
+
+    Needs `of_query` in (0, d) and `of_key` in (0, d), and one metric for Q and K if `of_key` is not 0.
+    Returns the site's weights with `query = S`, `key = P` and V's channels replaced; `out` is as it was.
+    """
+    root = keys.spread.sqrt()[:, None]
+    white_q, white_k = queries.whiten @ head.query, keys.whiten @ head.key
+    target_q = queries.whiten @ head.value[..., :of_query]
+    target_k = keys.whiten @ head.value[..., of_query : of_query + of_key]
+    inner = (white_q.mT @ white_q) @ ((root * white_k).mT @ (root * white_k))
+    energy = inner.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].clamp(min=1e-300)
+    bound = target_q.square().sum((-2, -1)) + target_k.square().sum((-2, -1))
+    pull = weight**2 * energy / bound[:, None, None].clamp(min=1e-300)
+    identity = torch.eye(head.query.shape[-1], dtype=torch.float64)
+    # Start from the point of Q's gauge that is nearest to V.
+    mix = torch.linalg.lstsq(white_q, target_q, driver="gelsd").solution if of_query else identity.expand_as(inner)
+    s = white_q @ mix
+    p = torch.zeros_like(white_k)
+    for _ in range(steps):
+        if of_query or not bool(p.any()):
+            p = _keys_for(s, white_q, white_k, target_k, keys.spread, pull)
+        if of_query:
+            gram = (root * p).mT @ (root * p)
+            s = (white_q @ ((root * white_k).mT @ (root * p)) + pull * target_q) @ torch.linalg.inv(
+                gram + pull * identity
+            )
+    query, key = queries.color @ s, keys.color @ _keys_for(s, white_q, white_k, target_k, keys.spread, pull)
+    value = torch.cat([query[..., :of_query], key[..., :of_key], head.value[..., of_query + of_key :]], dim=-1)
+    return Head(query, key, value, head.out)
+
+
+def _keys_for(s: Tensor, white_q: Tensor, white_k: Tensor, target: Tensor, spread: Tensor, pull: Tensor) -> Tensor:
+    """The best keys for given queries: `spread p G + pull p = spread Wk (Wq^T s) + pull target`, in G's basis."""
+    gram, basis = torch.linalg.eigh(s.mT @ s)
+    right = spread[:, None] * (white_k @ (white_q.mT @ s))
+    drag = pull if target.shape[-1] else torch.zeros_like(pull)
+    if target.shape[-1]:
+        right = right + pull * target
+    bottom = spread[:, None] * gram[..., None, :] + drag
+    floor = 1e-12 * bottom.amax(dim=(-2, -1), keepdim=True)
+    found: Tensor = ((right @ basis) / torch.maximum(bottom, floor)) @ basis.mT
+    return found
+
+
+def symmetric(head: Head, tokens: Metric) -> Tensor:
+    """The best `S [H, D, d]` with `Wq Wk^T ~ S S^T`: the positive part of the symmetric part, in the metric.
+
+    Of the symmetric part's eigenvalues only positive ones can be had; where fewer than d are, columns are zero.
+    """
+    white = (tokens.whiten @ head.query) @ (tokens.whiten @ head.key).mT
+    values, vectors = torch.linalg.eigh((white + white.mT) / 2)
+    d = head.query.shape[-1]
+    shared: Tensor = tokens.color @ (vectors[..., -d:] * values[..., None, -d:].clamp(min=0).sqrt())
+    return shared
+
+
+def loss(new: Head, old: Head, queries: Metric, keys: Metric, weight: float = 1.0) -> float:
+    """What `joint_svd` minimizes, averaged over heads: relative squared errors of logits and values."""
+    root = keys.spread.sqrt()[:, None]
+
+    def logits(head: Head) -> Tensor:
+        return (queries.whiten @ head.query) @ (root * (keys.whiten @ head.key)).mT
+
+    def values(head: Head) -> Tensor:
+        return queries.whiten @ head.value @ head.out
+
+    errors = [
+        _norm(make(new) - make(old)).square() / _norm(make(old)).square().clamp(min=1e-300) for make in (logits, values)
+    ]
+    return float((errors[0] + weight**2 * errors[1]).mean())
+
+
+def _norm(matrix: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.matrix_norm(matrix)
+    return norm[:, None, None]

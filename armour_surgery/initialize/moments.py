@@ -1,0 +1,104 @@
+"""Statistics of tokens, summed up batch by batch: what is kept does not grow with the number of images."""
+
+import torch
+from torch import Tensor
+
+from armour_surgery.initialize.closed_form import Metric, make_metric
+
+__all__ = ["Moments", "Regression", "with_one"]
+
+# Ridge strengths that are tried, in units of the inputs' mean energy.
+_RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+
+
+def with_one(inputs: Tensor) -> Tensor:
+    """`[..., D] -> [..., D + 1]`: a last entry 1, for biases."""
+    return torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], dim=-1)
+
+
+class Moments:
+    """The second moment of tokens with a last entry 1, and that of tokens centered over each sequence."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._moment: Tensor | None = None
+        self._means: Tensor | None = None
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in `inputs [B, N, D]`. Products are made in the inputs' own precision and summed in float64."""
+        inputs = with_one(inputs)
+        flat = inputs.flatten(0, 1)
+        moment = (flat.mT @ flat).double().cpu()
+        means = inputs.double().mean(dim=1)
+        outer = (inputs.shape[1] * means.mT @ means).cpu()
+        self._moment = moment if self._moment is None else self._moment + moment
+        self._means = outer if self._means is None else self._means + outer
+        self.count += len(flat)
+
+    @property
+    def moment(self) -> Tensor:
+        """`E [x 1]^T [x 1]`, `[D + 1, D + 1]`."""
+        assert self._moment is not None
+        return self._moment / self.count
+
+    def metric(self, biases: bool) -> Metric:
+        """The metric of the tokens, with or without their last entry."""
+        assert self._moment is not None
+        assert self._means is not None
+        centered = (self._moment - self._means) / self.count
+        if not biases:
+            return make_metric(self.moment[:-1, :-1], centered[:-1, :-1])
+        return make_metric(self.moment, centered)
+
+
+class Regression:
+    """Least squares towards a present solution, with held-out data to say how far to go.
+
+    Minimizes `|X W - T|^2 + ridge * mean(diag X^T X) * |W - W_present|^2` over `W [n, E]`. With `biases` the last row
+    of W is a constant, and free.
+    """
+
+    def __init__(self, biases: bool) -> None:
+        self.biases = biases
+        self.moments = [Tensor(), Tensor()]  # of fitting and of held-out inputs
+        self._cross = [Tensor(), Tensor()]
+        self._energy = [0.0, 0.0]
+        self._sums = [Tensor(), Tensor()]
+        self.counts = [0, 0]
+
+    def add(self, inputs: Tensor, targets: Tensor, held_out: bool) -> None:
+        """Take in `inputs [T, n]` and `targets [T, E]`."""
+        inputs = with_one(inputs) if self.biases else inputs
+        for kind, value in (
+            (self.moments, inputs.mT @ inputs),
+            (self._cross, inputs.mT @ targets),
+            (self._sums, targets.sum(0)),
+        ):
+            kind[held_out] = kind[held_out] + value.double().cpu() if kind[held_out].numel() else value.double().cpu()
+        self._energy[held_out] += float(targets.double().square().sum())
+        self.counts[held_out] += len(inputs)
+
+    def error(self, solution: Tensor, held_out: bool = True) -> float:
+        """`|X W - T|^2 / |T - mean T|^2` on held-out (or fitting) data."""
+        fit = (solution * (self.moments[held_out] @ solution - 2 * self._cross[held_out])).sum()
+        spread = self._energy[held_out] - float(self._sums[held_out].square().sum()) / self.counts[held_out]
+        return max(float(fit) + self._energy[held_out], 0.0) / max(spread, 1e-300)
+
+    def solve(self, present: Tensor) -> tuple[Tensor, float]:
+        """The ridge solution that does best on held-out data, and its error there; `present` if none does better."""
+        moment, cross = self.moments[0], self._cross[0]
+        best, least = present, self.error(present)
+        missing = cross - moment @ present
+        size = moment.diagonal()[: -1 if self.biases else None].mean()
+        for ridge in _RIDGES:
+            damping = torch.full((len(moment),), float(ridge * size), dtype=torch.float64)
+            if self.biases:
+                damping[-1] *= 1e-6
+            lower, failed = torch.linalg.cholesky_ex(moment + torch.diag(damping))
+            if int(failed):
+                continue
+            candidate = present + torch.cholesky_solve(missing, lower)
+            error = self.error(candidate)
+            if error < least:
+                best, least = candidate, error
+        return best, least

@@ -1,0 +1,99 @@
+"""Find, by looking at numbers, what a module's output does to the model's residual stream.
+
+A host adds what a block computes to its stream, often scaled channel by channel (LayerScale, a BatchNorm), sometimes
+after a norm. Only in the first case is there a gain per channel, and then the block's last projection can be fitted
+to the stream. Which case it is shows in one batch of activations: either `target = base + gain * branch + constant`
+holds to rounding, or it does not.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from armour_surgery.initialize.walk import Arguments, Walk
+
+__all__ = ["Branch", "Seen", "find_branch", "look", "match_width"]
+
+_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Branch:
+    """`target = base + gain * output + constant` for the output of the layer `fqn`; `gain [E]`."""
+
+    fqn: str
+    gain: Tensor
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Activations of one part of a model in the order in which modules got them, and its layers' outputs."""
+
+    inputs: list[tuple[str, Tensor]]
+    outputs: list[tuple[str, Tensor]]
+
+
+def match_width(tensor: Tensor, width: int) -> Tensor | None:
+    """A tensor as `[B, N, width]`, channels last or second; None if it has no such axis."""
+    if tensor.ndim >= 3 and tensor.shape[-1] == width:
+        return tensor.reshape(len(tensor), -1, width)
+    if tensor.ndim == 4 and tensor.shape[1] == width:
+        return tensor.flatten(2).mT
+    return None
+
+
+def look(walk: Walk, number: int, batch: Tensor, arguments: Arguments) -> tuple[Seen, Arguments]:
+    """Run unit `number` and note what modules get and what Linears and convolutions give, up to the next unit."""
+    seen = Seen([], [])
+    handles = []
+    skipped = walk.skipped(number)
+    for name, module in walk.model.named_modules():
+        if any(name == one or name.startswith(f"{one}.") for one in skipped):
+            continue
+
+        def before(_: nn.Module, args: tuple[object, ...], name: str = name) -> None:
+            if args and isinstance(args[0], Tensor):
+                seen.inputs.append((name, args[0].clone()))
+
+        def after(_: nn.Module, args: object, output: object, name: str = name) -> None:
+            if isinstance(output, Tensor):
+                seen.outputs.append((name, output.clone()))
+
+        handles.append(module.register_forward_pre_hook(before))
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            handles.append(module.register_forward_hook(after))
+    try:
+        return seen, walk.run(number, batch, arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def find_branch(target: Tensor, bases: list[Tensor], outputs: list[tuple[str, Tensor]]) -> tuple[Branch, Tensor] | None:
+    """The last of `outputs` which, scaled channel by channel and added to one of `bases` (latest first), is `target`.
+
+    Returns the branch and its base.
+    """
+    for name, output in reversed(outputs):
+        for axis in (output.shape[-1], output.shape[1]):
+            goal, branch = match_width(target, axis), match_width(output, axis)
+            if goal is None or branch is None or goal.shape != branch.shape:
+                continue
+            for base in reversed(bases):
+                start = match_width(base, axis)
+                if start is None or start.shape != goal.shape or torch.equal(start, goal):
+                    continue
+                gain = _gain(goal - start, branch)
+                if gain is not None:
+                    return Branch(name, gain), base
+    return None
+
+
+def _gain(difference: Tensor, branch: Tensor) -> Tensor | None:
+    """The slope per channel if `difference = gain * branch + constant` holds."""
+    y, x = difference.double().flatten(0, 1), branch.double().flatten(0, 1)
+    y, x = y - y.mean(0), x - x.mean(0)
+    gain = (x * y).sum(0) / x.square().sum(0).clamp(min=1e-300)
+    left = (y - gain * x).norm()
+    return gain.cpu() if left <= _TOLERANCE * y.norm() and y.norm() > 0 else None

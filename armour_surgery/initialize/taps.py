@@ -1,0 +1,45 @@
+"""Watch what goes into and comes out of single weights while a model runs, whatever module or function uses them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Stop", "Tap", "Taps", "tokens"]
+
+_PRODUCTS = {F.linear, torch.conv1d, torch.conv2d, F.conv1d, F.conv2d}
+
+
+class Stop(Exception):
+    """Raised by a tap that has seen enough; the run that it interrupts is over."""
+
+
+Tap = Callable[[Tensor, Callable[[], Tensor]], Tensor]
+
+
+class Taps(TorchFunctionMode):
+    """While open, a product with a watched weight is handed to its tap: `tap(input, product) -> output`."""
+
+    def __init__(self, taps: dict[Tensor, Tap]) -> None:
+        super().__init__()
+        self._taps = {id(weight): tap for weight, tap in taps.items()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _PRODUCTS:
+            weight = args[1] if len(args) > 1 else kwargs.get("weight")
+            tap = self._taps.get(id(weight))
+            if tap is not None:
+                source = args[0] if args else kwargs["input"]
+                return tap(source, lambda: func(*args, **kwargs))
+        return func(*args, **kwargs)
+
+
+def tokens(tensor: Tensor, weight: Tensor) -> Tensor:
+    """The input or output of a product as `[B, N, C]`: images, tokens, channels."""
+    if weight.ndim > 2:
+        tensor = tensor.movedim(1, -1)
+    return tensor.reshape(len(tensor), -1, tensor.shape[-1])

@@ -1,0 +1,291 @@
+"""Run a model one part at a time over stored activations, so that each part sees what the parts before it now give.
+
+The model is called as a whole, by its own forward; *units* are the modules that hold one site each, in the order they
+run. To start at a unit, everything called before it answers with empty tensors of the right shape, and the unit is
+given the arguments that it had been called with; to stop, the next unit's call is caught. So the cost of a part is
+that of the part, in whatever library, and what has to be kept is one unit's arguments per batch.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from armour_surgery.errors import CalibrationError
+
+__all__ = ["Arguments", "Store", "Walk", "first_tensor", "units_of"]
+
+_LISTS = (nn.ModuleList, nn.ModuleDict)
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Arrived(Exception):
+    """The next unit was called; carries its arguments."""
+
+    def __init__(self, arguments: Arguments) -> None:
+        super().__init__()
+        self.arguments = arguments
+
+
+class Store:
+    """Values by key; in memory up to `budget` bytes, in files of a temporary folder beyond that."""
+
+    def __init__(self, budget: int = 512 * 2**20) -> None:
+        self._budget = budget
+        self._memory: dict[Any, Any] = {}
+        self._sizes: dict[Any, int] = {}
+        self._files: dict[Any, tuple[Path, list[Any], Any]] = {}
+        self._written = 0
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.drop(key)
+        leaves, form = pytree.tree_flatten(value)
+        tensors = {str(index): leaf for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        if sum(self._sizes.values()) + size <= self._budget:
+            self._memory[key], self._sizes[key] = value, size
+            return
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="armour-calibration-")
+        self._written += 1
+        path = Path(self._folder.name) / f"{self._written}.safetensors"
+        try:
+            # Tensors may be views of one another, which a file of tensors cannot say.
+            save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, path)
+        except (OSError, SafetensorError) as error:
+            raise CalibrationError(
+                f"calibration could not keep its activations in {path.parent}: {error}. Free space there, name "
+                "another folder in the environment variable TMPDIR, or use fewer images"
+            ) from error
+        rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._files[key] = (path, rest, form)
+
+    def __getitem__(self, key: Any) -> Any:
+        if key in self._memory:
+            return self._memory[key]
+        path, leaves, form = self._files[key]
+        tensors = load_file(path)
+        return pytree.tree_unflatten([tensors.get(str(index), leaf) for index, leaf in enumerate(leaves)], form)
+
+    def drop(self, key: Any) -> None:
+        """Forget a value, if it is there."""
+        self._memory.pop(key, None)
+        self._sizes.pop(key, None)
+        written = self._files.pop(key, None)
+        if written is not None:
+            written[0].unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Forget everything and remove the files."""
+        self._memory.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+def units_of(model: nn.Module, sites: list[str]) -> list[str]:
+    """For each site, the largest module around it that holds no other of them: the parts to go through one by one."""
+
+    def ancestors(fqn: str) -> list[str]:
+        parts = fqn.split(".")
+        return [".".join(parts[:size]) for size in range(1, len(parts) + 1)]
+
+    units = []
+    for site in sites:
+        taken = {above for other in sites if other != site for above in ancestors(other)}
+        # A list of modules is never called, so it is no part of the way.
+        called = [above for above in ancestors(site) if not isinstance(model.get_submodule(above), _LISTS)]
+        units.append(next((above for above in called if above not in taken), site))
+    return units
+
+
+class Walk:
+    """One model, its units, and how to call it. The model must be in eval mode; it is left as it was.
+
+    `call(model, batch)` calls the model on one batch of images.
+    """
+
+    def __init__(self, model: nn.Module, units: list[str], call: Callable[[nn.Module, Tensor], Any]) -> None:
+        self.model = model
+        self.units = units
+        self.call = call
+        self._modules = dict(model.named_modules())
+        above = {"", *(unit.rpartition(".")[0] for unit in units)}
+        self._around = {name for path in above for name in _with_parents(path)} - set(units)
+        # Modules that answer instead of running, per unit to start at: those called before it, outermost.
+        self._before: list[set[str]] = []
+        self._answers: dict[int, dict[str, Any]] = {}  # by batch size
+
+    def start(self, batch: Tensor) -> list[Arguments]:
+        """Run the whole model once and learn its order; returns every unit's arguments.
+
+        Raises:
+            CalibrationError: a unit is not called exactly once, or not in the given order.
+        """
+        arguments: dict[str, Arguments] = {}
+        order: list[str] = []
+        answers = self._answers.setdefault(len(batch), {})
+        handles = []
+        outermost = [name for name in self._modules if name and self._parent_runs(name) and name not in self._around]
+        for name in outermost:
+
+            def before(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                order.append(name)
+                if name in self.units:
+                    arguments[name] = (args, kwargs)
+
+            def after(_: nn.Module, args: Any, output: Any, name: str = name) -> None:
+                answers[name] = pytree.tree_map(_shape_only, output)
+
+            handles.append(self._modules[name].register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(self._modules[name].register_forward_hook(after))
+        try:
+            with torch.no_grad():
+                self.call(self.model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if [name for name in order if name in self.units] != self.units:
+            raise CalibrationError(
+                f"calibration goes through a model part by part, but {type(self.model).__name__} does not call "
+                f"{', '.join(self.units[:3])} ... once each and in this order; use init 'joint-svd', which needs no run"
+            )
+        self._before = [set(order[: order.index(unit)]) for unit in self.units]
+        found = [arguments[unit] for unit in self.units]
+        self._check(batch, found)
+        return found
+
+    def begin(self, batch: Tensor) -> Arguments:
+        """The first unit's arguments for a batch; `start` is called by itself where the batch's size is new."""
+        if len(batch) not in self._answers:
+            return self.start(batch)[0]
+        try:
+            with _forward(self._modules[self.units[0]], _arrive), torch.no_grad():
+                self.call(self.model, batch)
+        except _Arrived as arrived:
+            return arrived.arguments
+        raise CalibrationError(f"{self.units[0]} was not reached a second time; its model depends on its input")
+
+    def skipped(self, number: int) -> set[str]:
+        """Modules that answer instead of running when unit `number` is run."""
+        return self._before[number]
+
+    def _parent_runs(self, name: str) -> bool:
+        parent = name.rpartition(".")[0]
+        return parent in self._around or parent == ""
+
+    def _check(self, batch: Tensor, arguments: list[Arguments]) -> None:
+        """Skipping what comes before a unit must not change what the next one gets; else nothing is skipped."""
+        for number, given in enumerate(arguments[:-1]):
+            got = self.run(number, batch, given)
+            if not _equal(got, arguments[number + 1]):
+                self._before = [set(self.units[:index]) & before for index, before in enumerate(self._before)]
+                if not all(_equal(self.run(n, batch, a), arguments[n + 1]) for n, a in enumerate(arguments[:-1])):
+                    self._before = [set() for _ in self.units]
+                return
+
+    def run(self, number: int, batch: Tensor, arguments: Arguments) -> Arguments | Any:
+        """Run unit `number` on stored arguments; returns the next unit's arguments (of the last unit, its output).
+
+        `batch` only tells the model the size of its input.
+        """
+        with self._answering(number, len(batch)), self._given(number, arguments), torch.no_grad():
+            try:
+                self.call(self.model, batch)
+            except _Arrived as arrived:
+                return arrived.arguments
+        raise CalibrationError(f"{self.units[number]} was not reached a second time; its model depends on its input")
+
+    @contextmanager
+    def _given(self, number: int, arguments: Arguments) -> Iterator[None]:
+        unit = self._modules[self.units[number]]
+        forward = unit.forward
+        last = number + 1 == len(self.units)
+
+        # A host may write into what it is given; what is stored is given more than once.
+        args, kwargs = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, arguments)
+
+        def run(*_: Any, **__: Any) -> Any:
+            output = forward(*args, **kwargs)
+            if last:
+                raise _Arrived(((output,), {}))
+            return output
+
+        with _forward(unit, run):
+            if last:
+                yield
+            else:
+                with _forward(self._modules[self.units[number + 1]], _arrive):
+                    yield
+
+    @contextmanager
+    def _answering(self, number: int, size: int) -> Iterator[None]:
+        names = sorted(self._before[number])
+
+        def answer(name: str) -> Callable[..., Any]:
+            return lambda *_, **__: pytree.tree_map(_empty, self._answers[size][name])
+
+        changed = []
+        try:
+            for name in names:
+                changed.append(self._modules[name])
+                self._modules[name].__dict__["forward"] = answer(name)
+            yield
+        finally:
+            for module in changed:
+                module.__dict__.pop("forward", None)
+
+
+def _arrive(*args: Any, **kwargs: Any) -> Any:
+    raise _Arrived((args, kwargs))
+
+
+def first_tensor(arguments: Any) -> Tensor:
+    """The activations among a unit's arguments or outputs: its first tensor."""
+    leaf: Tensor = next(leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor))
+    return leaf
+
+
+@contextmanager
+def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module run something else for a while."""
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        module.__dict__.pop("forward", None)
+
+
+def _with_parents(path: str) -> list[str]:
+    parts = path.split(".")
+    return ["", *(".".join(parts[:size]) for size in range(1, len(parts) + 1))]
+
+
+class _Shape:
+    """What is remembered of a tensor: shape (the batch first) and type."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape, self.dtype, self.device = tuple(tensor.shape), tensor.dtype, tensor.device
+
+
+def _shape_only(leaf: Any) -> Any:
+    return _Shape(leaf) if isinstance(leaf, Tensor) else leaf
+
+
+def _empty(leaf: Any) -> Any:
+    return torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device) if isinstance(leaf, _Shape) else leaf
+
+
+def _equal(first: Any, second: Any) -> bool:
+    ours, theirs = pytree.tree_leaves(first), pytree.tree_leaves(second)
+    return len(ours) == len(theirs) and all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else type(a) is type(b)
+        for a, b in zip(ours, theirs, strict=True)
+    )

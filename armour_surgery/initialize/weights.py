@@ -1,0 +1,182 @@
+"""Read and write the linear maps of an attention as matrices, wherever and however the host stores them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from armour_surgery.traced import OutputProjection, Role
+
+__all__ = [
+    "Stored",
+    "batch_norm_affine",
+    "has_bias",
+    "locate",
+    "normalize",
+    "read",
+    "read_output",
+    "write",
+    "write_output",
+]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where the channels of q, k or v are: row `rows[h, j]` of `weight` makes dimension j of head h.
+
+    `biases[h][j]` is a parameter and an index into it, or None where the host has no bias. `norm` names the BatchNorm
+    that follows, whose channels are those of `weight`. All names are inside the site.
+    """
+
+    weight: str
+    rows: Tensor
+    biases: tuple[tuple[tuple[str, int] | None, ...], ...]
+    norm: str | None
+
+
+def locate(module: nn.Module, role: Role, kept: Mapping[str, tuple[int, ...]], start: int = 0) -> Stored:
+    """Where dimensions `start` and on of a role are stored.
+
+    `kept` tells, by tensor name, which old rows a tensor still has, in their new order; others have all.
+    """
+    producer = role.producer
+
+    def now(name: str, row: int) -> int:
+        return kept[name].index(row) if name in kept else row
+
+    owner = producer.weight.rpartition(".")[0]
+    # Of the tensors with a row per channel, those beside the weight are its bias, those elsewhere a BatchNorm's.
+    own_bias = next((n for n in producer.rows if n != producer.weight and n.rpartition(".")[0] == owner), None)
+    others = {name.rpartition(".")[0] for name in producer.rows} - {owner}
+    norm = next((n for n in sorted(others) if isinstance(module.get_submodule(n), _BatchNorm)), None)
+
+    def bias(channel: int) -> tuple[str, int] | None:
+        for piece in producer.bias:
+            name = str(piece.node.target)
+            if piece.start <= channel < piece.stop:
+                is_parameter = piece.node.op == "get_attr" and name in dict(module.named_parameters())
+                return (name, now(name, channel - piece.start)) if is_parameter else None
+        return (own_bias, now(own_bias, channel)) if own_bias else None
+
+    channels = [head[start:] for head in role.channels]
+    rows = torch.tensor([[now(producer.weight, channel) for channel in head] for head in channels])
+    biases = tuple(tuple(bias(channel) for channel in head) for head in channels)
+    return Stored(producer.weight, rows, biases, norm)
+
+
+def has_bias(stored: Stored) -> bool:
+    """Whether every channel can be given a constant."""
+    return stored.norm is not None or all(bias is not None for head in stored.biases for bias in head)
+
+
+def read(module: nn.Module, stored: Stored) -> Tensor:
+    """The map as `[H, D + 1, d]` in float64, biases in the last row, a following BatchNorm (in eval mode) folded in."""
+    rows = stored.rows
+    weight = module.get_parameter(stored.weight).detach().double().cpu().flatten(1)[rows]
+    offset = torch.zeros(rows.shape, dtype=torch.float64)
+    for head, entries in enumerate(stored.biases):
+        for place, entry in enumerate(entries):
+            if entry is not None:
+                offset[head, place] = module.get_parameter(entry[0]).detach()[entry[1]].double()
+    if stored.norm is not None:
+        scale, shift = batch_norm_affine(module, stored.norm)
+        weight, offset = weight * scale[rows][..., None], offset * scale[rows] + shift[rows]
+    return torch.cat([weight, offset[..., None]], dim=-1).mT
+
+
+def write(module: nn.Module, stored: Stored, matrix: Tensor, moment: Tensor) -> None:
+    """Store `matrix [H, D + 1, d]`; `read` then returns it (the last row only where the host has a bias).
+
+    A BatchNorm that follows gets the statistics that tokens with second moment `moment [D + 1, D + 1]` produce, so
+    that train mode sees what eval mode computes.
+    """
+    flat = matrix.mT.reshape(-1, matrix.shape[-2])
+    rows = stored.rows.flatten()
+    entries = [entry for head in stored.biases for entry in head]
+    offset = flat[:, -1]
+    with torch.no_grad():
+        if stored.norm is not None:
+            offset = normalize(_batch_norm(module, stored.norm), rows, flat, moment)
+        parameter = module.get_parameter(stored.weight)
+        shaped = flat[:, :-1].reshape(len(rows), *parameter.shape[1:])
+        parameter[rows.to(parameter.device)] = shaped.to(parameter)
+        for value, entry in zip(offset, entries, strict=True):
+            if entry is not None:
+                module.get_parameter(entry[0])[entry[1]] = value
+
+
+def read_output(module: nn.Module, out: OutputProjection) -> tuple[Tensor, Tensor]:
+    """The output projection as `[H, e, E]` and its constant `[E]`, in float64, a following BatchNorm folded in."""
+    weight = module.get_parameter(out.weight).detach().double().cpu().flatten(1)
+    offset = torch.zeros(len(weight), dtype=torch.float64)
+    if out.bias is not None:
+        offset = module.get_parameter(out.bias).detach().double().cpu()
+    if out.norm is not None:
+        scale, shift = batch_norm_affine(module, out.norm)
+        weight, offset = weight * scale[:, None], offset * scale + shift
+    return weight.T[torch.tensor(out.channels)], offset
+
+
+def write_output(module: nn.Module, out: OutputProjection, matrix: Tensor, offset: Tensor, moment: Tensor) -> None:
+    """Store `matrix [H, e, E]` and `offset [E]` (where there is a bias or a BatchNorm).
+
+    `moment [H * e + 1, H * e + 1]` is that of the heads' results, heads outermost, with a last entry 1.
+    """
+    flat = matrix.flatten(0, 1)
+    order = torch.tensor(out.channels).flatten()
+    with torch.no_grad():
+        if out.norm is not None:
+            norm = _batch_norm(module, out.norm)
+            augmented = torch.cat([flat, offset[None]]).T
+            offset = normalize(norm, torch.arange(len(offset)), augmented, moment)
+        parameter = module.get_parameter(out.weight)
+        weight = torch.empty(flat.shape[1], flat.shape[0], dtype=torch.float64)
+        weight[:, order] = flat.T
+        parameter.copy_(weight.reshape(parameter.shape))
+        if out.bias is not None:
+            module.get_parameter(out.bias).copy_(offset)
+
+
+def _batch_norm(module: nn.Module, name: str) -> _BatchNorm:
+    norm = module.get_submodule(name)
+    assert isinstance(norm, _BatchNorm)
+    return norm
+
+
+def batch_norm_affine(module: nn.Module, name: str) -> tuple[Tensor, Tensor]:
+    """What the BatchNorm of that name does in eval mode: `scale * y + shift`, both `[C]`, in float64."""
+    norm = _batch_norm(module, name)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = (norm.running_var.double() + norm.eps).rsqrt().cpu()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().double().cpu()
+    shift = -norm.running_mean.double().cpu() * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.detach().double().cpu()
+    return scale, shift
+
+
+def normalize(norm: _BatchNorm, rows: Tensor, flat: Tensor, moment: Tensor) -> Tensor:
+    """Set statistics and affine parameters so that rows of `flat [n, D + 1]` come out as they are; returns zeros.
+
+    With `u` a row and `m`, `V` mean and covariance of the tokens: mean `u m`, variance `u V u`, weight its root.
+    """
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    total = moment[-1, -1]
+    mean = moment[-1, :-1] / total
+    covariance = moment[:-1, :-1] / total - mean[:, None] * mean
+    weight = flat[:, :-1]
+    center = weight @ mean
+    variance = ((weight @ covariance) * weight).sum(-1).clamp(min=0)
+    for tensor, value in (
+        (norm.running_mean, center),
+        (norm.running_var, variance),
+        (norm.weight, (variance + norm.eps).sqrt()),
+        (norm.bias, flat[:, -1] + center),
+    ):
+        tensor[rows.to(tensor.device)] = value.to(tensor)
+    return torch.zeros(len(flat), dtype=torch.float64)

@@ -1,0 +1,37 @@
+"""How near a converted model is to the one it was: features, and first choices where there is a head."""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from armour_surgery.sites import Fidelity
+
+__all__ = ["compare_outputs"]
+
+# Runs a model on a batch: its final features, channels last, and its logits if it has a head.
+Features = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor | None]]
+
+
+def compare_outputs(
+    original: nn.Module, converted: nn.Module, batches: Iterable[Tensor], features: Features, source: str
+) -> Fidelity:
+    """Run both models, which must be in eval mode, on the same images and compare; see `Fidelity`."""
+    images = tokens = same = 0
+    cosine = signal = noise = 0.0
+    heads = False
+    with torch.no_grad():
+        for batch in batches:
+            (wanted, first), (got, second) = features(original, batch), features(converted, batch)
+            wanted, got = wanted.double(), got.double()
+            cosine += float(torch.cosine_similarity(wanted, got, dim=-1).sum())
+            tokens += wanted[..., 0].numel()
+            signal += float(wanted.square().sum())
+            noise += float((wanted - got).square().sum())
+            images += len(batch)
+            if first is not None and second is not None:
+                heads = True
+                same += int((first.argmax(-1) == second.argmax(-1)).sum())
+    ratio = 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else 300.0
+    return Fidelity(images, source, cosine / tokens, min(ratio, 300.0), 100 * same / images if heads else None)

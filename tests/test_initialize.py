@@ -1,0 +1,135 @@
+"""Weights that keep a model working: exact where nothing is lost, and never worse than simpler choices."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import merge
+from tiny_hosts import case
+
+from armour_surgery import convert
+from armour_surgery.conversion import surgery_of
+from armour_surgery.discover import find_output, find_sites
+from armour_surgery.errors import CalibrationError, UsageError
+from armour_surgery.initialize.closed_form import Head, joint_svd, loss, make_metric, refit_output
+from armour_surgery.initialize.gauge import Freedom, probe
+from armour_surgery.initialize.walk import Store
+from armour_surgery.meta import meta_copy
+
+EXACT = [
+    ("vit", "qv"),
+    ("vit", "kv"),
+    ("vit-qk-norm", "qv"),
+    ("eva", "qv"),
+    ("dinov2", "qv"),
+    ("swin", "qv"),
+    ("hf-dinov2", "qv"),
+    ("levit", "concat-half"),
+    ("levit-conv", "concat-half"),
+]
+
+
+def _output(model, batch):
+    with torch.no_grad():
+        found = model(**batch)
+    return found if isinstance(found, torch.Tensor) else found[0]
+
+
+@pytest.mark.parametrize("init", ["wq-refit", "joint-svd", "calibrated"])
+@pytest.mark.parametrize(("name", "mode"), EXACT)
+def test_where_the_merged_roles_are_equal_every_initializer_is_exact(name: str, mode: str, init: str) -> None:
+    host = case(name)
+    model = host.build(torch.float64)
+    batch = {key: value.double() for key, value in host.batches()[0].items()}
+    merge(model, mode, batch, find_sites(model, batch))
+    generator = torch.Generator().manual_seed(1)
+    shape = next(iter(batch.values())).shape
+    images = [torch.randn(4, *shape[1:], generator=generator, dtype=torch.float64) for _ in range(6)]
+    armour = convert(
+        model, mode, init=init, calibration=images if init == "calibrated" else None, example_input=batch
+    ).eval()
+    wanted, got = _output(model, batch), _output(armour, batch)
+    assert (wanted - got).norm() <= 1e-5 * wanted.norm()
+    assert all(site.residual is not None and site.residual < 1e-3 for site in surgery_of(armour).sites)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 3), st.integers(2, 5), st.integers(6, 13), st.integers(0, 2**16))
+def test_joint_svd_is_never_worse_than_keeping_wq(heads: int, d: int, width: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    width = max(width, 2 * d + 1)
+    tokens = torch.randn(9, 7, width, dtype=torch.float64) @ torch.randn(width, width, dtype=torch.float64)
+    flat, centered = tokens.flatten(0, 1), (tokens - tokens.mean(1, keepdim=True)).flatten(0, 1)
+    metric = make_metric(flat.mT @ flat / 63, centered.mT @ centered / 63)
+    shape = (heads, width, d)
+    head = Head(*(torch.randn(shape, dtype=torch.float64) for _ in range(3)), torch.randn(heads, d, 4).double())
+    best = loss(joint_svd(head, metric, metric, 1.0), head, metric, metric)
+    kept = Head(head.query, head.key, head.query, refit_output(head.query, head, metric))
+    assert best <= loss(kept, head, metric, metric) * (1 + 1e-9)
+    mix = torch.eye(d, dtype=torch.float64) + 0.2 * torch.randn(heads, d, d, dtype=torch.float64)
+    other = Head(head.query @ mix, head.key @ torch.linalg.inv(mix).mT, head.value, head.out)
+    assert loss(joint_svd(other, metric, metric, 1.0), other, metric, metric) == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "freedom"),
+    [
+        ("vit", Freedom(True, "linear")),
+        ("vit-qk-norm", Freedom(False, "linear")),
+        ("eva02", Freedom(False, "linear")),
+        ("swin", Freedom(True, "linear")),
+        ("levit", Freedom(True, "order")),
+        ("hf-dinov3", Freedom(False, "linear")),
+    ],
+)
+def test_which_bases_are_free(name: str, freedom: Freedom) -> None:
+    host = case(name)
+    model, batch = host.build(), host.batches()[0]
+    found = find_sites(model, batch)[0]
+    module, traced = model.get_submodule(found.site.fqn), found.traced
+    assert traced is not None
+    with torch.no_grad():
+        out = find_output(meta_copy(module), found.call, traced.v)
+    assert probe(module, found.call, traced.q, traced.k, traced.v, out) == freedom
+
+
+def test_the_original_is_untouched_and_types_stay() -> None:
+    host = case("vit")
+    model = host.build().to(torch.bfloat16).train()
+    batch = {key: value.bfloat16() for key, value in host.batches()[0].items()}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    images = [torch.randn(4, 3, 32, 32) for _ in range(4)]
+    armour = convert(model, "qv", init="calibrated", calibration=images, example_input=batch)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all("forward" not in vars(module) for module in [*model.modules(), *armour.modules()])
+    assert {tensor.dtype for tensor in armour.parameters()} == {torch.bfloat16}
+    assert armour.training
+    assert model.training
+
+
+def test_images_for_an_init_that_uses_none() -> None:
+    with pytest.raises(UsageError, match="uses no images"):
+        convert(case("vit").build(), "qv", init="wq", calibration="synthetic")
+
+
+def test_what_does_not_fit_into_memory_is_kept_in_files() -> None:
+    store = Store(budget=100)
+    base = torch.arange(60.0).reshape(3, 20)
+    store["a"] = ((base, None, base[:, 2:5].mT), {"flag": True})
+    (whole, nothing, part), options = store["a"]
+    assert torch.equal(whole, base)
+    assert torch.equal(part, base[:, 2:5].mT)
+    assert (nothing, options) == (None, {"flag": True})
+    store.close()
+
+
+def test_one_batch_is_too_few() -> None:
+    host = case("vit")
+    with pytest.raises(CalibrationError, match="two batches"):
+        convert(
+            host.build(),
+            "qv",
+            init="calibrated",
+            calibration=[torch.randn(4, 3, 32, 32)],
+            example_input=host.batches()[0],
+        )
