@@ -4,7 +4,8 @@
 
 The models of a comparison come from the same weights, are in eval mode, and get the same batches and the
 same compilation; they are timed in turns, and what is reported is the distribution of the ratios within
-rounds (see armour_surgery.measure.speed). The host is also held against itself: a ratio within that row's
+rounds (see armour_surgery.measure.speed). Freed memory stays with the process, so that no model pays for
+pages that another one gave back. The host is also held against itself: a ratio within that row's
 spread is noise. Weights are random: they do not change the time. Writes JSON and, beside it, a Markdown
 table.
 """
@@ -22,7 +23,7 @@ from torch import nn
 from armour_surgery import convert
 from armour_surgery.hosts import load_model
 from armour_surgery.measure.cost import count_macs, count_params
-from armour_surgery.measure.speed import SpeedReport, compare
+from armour_surgery.measure.speed import SpeedReport, compare, keep_memory
 
 BATCH_SIZE = 16
 IMAGE = (3, 224, 224)
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     batch_size, rounds = (4, options.rounds or 6) if options.quick else (BATCH_SIZE, options.rounds or 40)
 
+    kept = keep_memory()
     torch.manual_seed(0)
     results = []
     for name, modes, compiled in COMPARISONS:
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         kind = "torch.compile" if compiled else "eager"
         print(f"{name}: {', '.join(modes)}, {kind}", file=sys.stderr)
         results.append((kind, run(name, modes, compiled, batch_size, rounds)))
-    write(results, options.out)
+    write(results, options.out, kept)
     print(options.out.with_suffix(".md").read_text(encoding="utf-8"))
 
 
@@ -68,20 +70,20 @@ def run(name: str, modes: Sequence[str], compiled: bool, batch_size: int, rounds
     return compare(models, lambda: torch.randn(batch_size, *IMAGE), rounds=rounds, budget_s=600.0)
 
 
-def write(results: Sequence[tuple[str, SpeedReport]], out: Path) -> None:
+def write(results: Sequence[tuple[str, SpeedReport]], out: Path, kept: bool) -> None:
     """Write `out` (JSON) and the same name with .md."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    data = {"comparisons": [{"kind": kind, **report.to_dict()} for kind, report in results]}
+    data = {"memory_kept": kept, "comparisons": [{"kind": kind, **report.to_dict()} for kind, report in results]}
     out.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    out.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
+    out.with_suffix(".md").write_text(markdown(results, kept), encoding="utf-8")
 
 
-def markdown(results: Sequence[tuple[str, SpeedReport]]) -> str:
+def markdown(results: Sequence[tuple[str, SpeedReport]], kept: bool) -> str:
     first = results[0][1]
     here = first.environment
     lines = [
         f"{here.processor}, {here.threads} threads, torch {here.torch}, timm {here.timm}, {here.system}, "
-        f"batch {first.batch_size}, inference mode, random weights.",
+        f"batch {first.batch_size}, inference mode, random weights, freed memory {'kept' if kept else 'given back'}.",
         "",
         "| comparison | run as | median speed-up | middle half of the rounds | rounds |",
         "|---|---|---|---|---|",
