@@ -411,12 +411,12 @@ from armour_surgery.measure.speed import keep_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(30_000_000)
+    torch.ones(3_000_000)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 kept = keep_memory()
-first, again = faults(), faults()
-assert not kept or again < first / 10, (first, again)
+found = [faults() for _ in range(8)]
+assert not kept or found[-1] < found[0] / 10, found
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
