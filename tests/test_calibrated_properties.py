@@ -1,0 +1,144 @@
+"""What holds for every way to choose weights, on any host: it runs, types stay, and the better one is better."""
+
+import copy
+
+import pytest
+import torch
+from oracle import outputs
+from tiny_hosts import CASES, HostCase, case
+from torch import Tensor, nn
+
+from armour_surgery import convert
+from armour_surgery.conversion import INITS
+from armour_surgery.discover import find_output, find_sites
+from armour_surgery.initialize.weights import locate, read, read_output, write, write_output
+from armour_surgery.meta import meta_copy
+
+EVERYWHERE = [(name, mode) for name, one in CASES.items() for mode in one.modes]
+# One host for each answer to which bases are free: both, V's only, neither and V's order.
+SEEN = [("vit", "qv"), ("vit", "kv"), ("vit-qk-norm", "qv"), ("hf-dinov2", "qv"), ("swin", "qv"), ("eva02", "qv")]
+SEEN += [("levit", "concat-half"), ("levit", "concat-full"), ("levit", "grouped"), ("hf-vit", "qk"), ("vit", "qk-diag")]
+
+
+def images(host: HostCase, count: int = 6, batch: int = 4, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Calibration batches of the size that the host is converted for."""
+    size = host.inputs[0][1]
+    generator = torch.Generator().manual_seed(11)
+    return [torch.randn(batch, 3, size, size, generator=generator, dtype=torch.float64).to(dtype) for _ in range(count)]
+
+
+def example(host: HostCase, model: nn.Module) -> dict[str, Tensor]:
+    """What conversions are shown, in the model's type."""
+    dtype = next(model.parameters()).dtype
+    return {name: value.to(dtype) for name, value in host.example().items()}
+
+
+def converted(host: HostCase, model: nn.Module, mode: str, init: str, seen: list[Tensor]) -> nn.Module:
+    """What a user of `convert` gets."""
+    calibration = seen if init == "calibrated" else None
+    return convert(model, mode, init=init, calibration=calibration, example_input=example(host, model))
+
+
+def site_error(host: HostCase, model: nn.Module, armour: nn.Module, fqn: str, seen: list[Tensor]) -> float:
+    """Relative squared error of one attention's output over images."""
+    error = energy = 0.0
+    for batch in seen:
+        found = []
+        for one in (model, armour):
+            caught: list[Tensor] = []
+            handle = one.get_submodule(fqn).register_forward_hook(
+                lambda _, __, output, caught=caught: caught.append(output if isinstance(output, Tensor) else output[0])
+            )
+            with torch.no_grad():
+                one(**{host.argument: batch})
+            handle.remove()
+            found.append(caught[0].double())
+        error += float((found[0] - found[1]).square().sum())
+        energy += float((found[0] - found[0].mean(dim=(0, 1))).square().sum())
+    return error / energy
+
+
+@pytest.mark.parametrize(("name", "mode"), SEEN)
+def test_on_the_images_it_saw_calibrated_is_never_worse(name: str, mode: str) -> None:
+    """At the first site, whose input no other conversion has changed, for the output of attention."""
+    host = case(name)
+    model, seen = host.build(), images(host)
+    errors = {}
+    for init in INITS:
+        armour = converted(host, model, mode, init, seen).eval()
+        errors[init] = site_error(host, model, armour, armour.surgery.sites[0].fqn, seen)
+    assert errors["calibrated"] <= min(errors["wq-refit"], errors["joint-svd"]) * (1 + 1e-4), errors
+    assert errors["calibrated"] < errors["wq"]
+
+
+def change_bases(model: nn.Module, host: HostCase) -> None:
+    """Give every head other bases, in place, that leave what the model computes as it is."""
+    generator = torch.Generator().manual_seed(5)
+
+    def mix(heads: int, size: int) -> Tensor:
+        noise = torch.randn(heads, size, size, generator=generator, dtype=torch.float64)
+        # Heads also differ in size.
+        scale = torch.exp(0.5 * torch.randn(heads, 1, 1, generator=generator, dtype=torch.float64))
+        return scale * (torch.eye(size, dtype=torch.float64) + 0.5 / size**0.5 * noise)
+
+    for found in find_sites(model, example(host, model)):
+        traced = found.traced
+        assert traced is not None
+        module = model.get_submodule(found.site.fqn)
+        with torch.no_grad():
+            out = find_output(meta_copy(module), found.call, traced.v)
+        assert out is not None
+        m, n = mix(traced.q.num_heads, traced.q.head_dim), mix(traced.v.num_heads, traced.v.head_dim)
+        unused = torch.eye(1)
+        for role, change in ((traced.q, m), (traced.k, torch.linalg.inv(m).mT), (traced.v, n)):
+            place = locate(module, role, {})
+            write(module, place, read(module, place) @ change, unused)
+        weight, offset = read_output(module, out)
+        write_output(module, out, torch.linalg.inv(n) @ weight, offset, unused)
+
+
+@pytest.mark.parametrize("init", ["joint-svd", "calibrated"])
+@pytest.mark.parametrize("name", ["vit", "hf-vit"])
+def test_another_basis_of_the_heads_gives_the_same_function(name: str, init: str) -> None:
+    host = case(name)
+    model = host.build(torch.float64)
+    other = copy.deepcopy(model)
+    change_bases(other, host)
+    batch = {key: value.double() for key, value in host.batches()[1].items()}
+    same, wanted = outputs(other, batch), outputs(model, batch)
+    for a, b in zip(wanted, same, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    seen = images(host, dtype=torch.float64)
+    first, second = (outputs(converted(host, one, "qv", init, seen).eval(), batch) for one in (model, other))
+    for a, b, original in zip(first, second, wanted, strict=True):
+        assert (a - b).norm() <= 1e-5 * a.norm()
+        assert (a - original).norm() > 1e-3 * original.norm()  # otherwise there was nothing to be invariant
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_types_stay(dtype: torch.dtype, init: str) -> None:
+    host = case("levit")  # which also holds BatchNorm
+    model = host.build(dtype)
+    armour = converted(host, model, "concat-half", init, images(host, dtype=dtype))
+    assert {p.dtype for p in armour.parameters()} == {dtype}
+    before = {name: buffer.dtype for name, buffer in model.named_buffers()}
+    assert {name: buffer.dtype for name, buffer in armour.named_buffers()} == before
+    (output, *_) = outputs(armour.eval(), host.batches(dtype)[0])
+    assert output.dtype == dtype
+    assert output.isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "mode"), EVERYWHERE)
+def test_every_initializer_runs_everywhere(name: str, mode: str) -> None:
+    host = case(name)
+    model, batch = host.build(), host.batches()[1]
+    seen = images(host, count=4)
+    shapes = [tensor.shape for tensor in outputs(model, batch)]
+    for init in INITS[1:]:
+        armour = converted(host, model, mode, init, seen).eval()
+        assert all(tensor.isfinite().all() for tensor in armour.state_dict().values())
+        found = outputs(armour, batch)
+        assert [tensor.shape for tensor in found] == shapes
+        assert all(tensor.isfinite().all() for tensor in found)
+        assert all(site.residual is not None and site.init == init for site in armour.surgery.sites)
