@@ -259,8 +259,7 @@ class _Site:
             return list(found)[-1], float("nan")
         for name, head in found.items():
             write_head(self.new, self.problem, head, moments)
-            regression = self._regression(self.data.trial())
-            errors[name] = regression.solve(self._present(head, regression.biases))[1]
+            errors[name] = self._regression(head, self.data.trial()).solve()[1]
         name = min(errors, key=lambda one: errors[one])
         return name, errors[name]
 
@@ -279,14 +278,15 @@ class _Site:
         flat = head.out.flatten(0, 1)
         return torch.cat([flat, read_output(self.new, out)[1][None]]) if biases else flat
 
-    def _regression(self, batches: Iterable[tuple[int, Tensor, bool]]) -> Regression:
+    def _regression(self, head: Head, batches: Iterable[tuple[int, Tensor, bool]]) -> Regression:
         """The converted heads' results against the original's output and a share of what its stream is off."""
         out = self.problem.out
         assert out is not None
         weight = self.new.get_parameter(out.weight)
         order = torch.tensor(out.channels).flatten()
         scale, shift = self._affine(self.old)
-        regression = Regression(out.bias is not None or out.norm is not None)
+        biases = out.bias is not None or out.norm is not None
+        regression = Regression(self._present(head, biases), biases)
         for index, image, held in batches:
             target = tokens(self.store["result", index], weight).double() * scale + shift
             wanted = self._correction(index, target.shape)
@@ -317,10 +317,9 @@ class _Site:
     def _fit_output(self, head: Head) -> float:
         out = self.problem.out
         assert out is not None
-        regression = self._regression(self.data)
-        present = self._present(head, regression.biases)
-        solution, error = regression.solve(present)
-        if solution is not present:
+        regression = self._regression(head, self.data)
+        solution, error = regression.solve()
+        if solution is not regression.present:
             self.steps.append("output projection")
         offset = solution[-1] if regression.biases else torch.zeros(solution.shape[1], dtype=torch.float64)
         matrix = solution[: head.out.shape[0] * head.out.shape[1]].reshape(head.out.shape)
@@ -334,7 +333,10 @@ class _Site:
         weight, bias = layer.get_parameter("weight"), getattr(layer, "bias", None)
         if weight[0].numel() != weight.shape[1]:
             return
-        regression = Regression(bias is not None)
+        current = weight.detach().double().flatten(1).mT.cpu()
+        if bias is not None:
+            current = torch.cat([current, bias.detach().double().cpu()[None]])
+        regression = Regression(current, bias is not None)
         unknowns = weight.shape[1]
         total = sum(self.data.sizes) * _token_count(self.store["start", 0])
         stride = max(1, total // (_ENOUGH * unknowns))
@@ -356,14 +358,13 @@ class _Site:
             present = match_width(first_tensor(following), width)
             if goal is None or present is None:
                 return
-            target = output.double() + (goal - present).double() * inverse
+            missing = (goal - present).double() * inverse
             offset = index % stride
-            chosen = inputs.flatten(0, 1)[offset::stride]
-            regression.add(chosen, target.flatten(0, 1)[offset::stride].to(chosen.dtype), held)
-        current = weight.detach().double().flatten(1).mT.cpu()
-        if bias is not None:
-            current = torch.cat([current, bias.detach().double().cpu()[None]])
-        solution, _ = regression.solve(current)
+            chosen, wanted, lacking = (
+                one.flatten(0, 1)[offset::stride] for one in (inputs, output.double() + missing, missing)
+            )
+            regression.add(chosen, wanted, held, lacking.to(chosen))
+        solution, _ = regression.solve()
         if solution is current:
             return
         self.steps.append("last layer")

@@ -52,53 +52,71 @@ class Moments:
 
 
 class Regression:
-    """Least squares towards a present solution, with held-out data to say how far to go.
+    """Least squares from a present solution on, with held-out data to say how far to go.
 
     Minimizes `|X W - T|^2 + ridge * mean(diag X^T X) * |W - W_present|^2` over `W [n, E]`. With `biases` the last row
-    of W is a constant, and free.
+    of W is a constant, and free. Everything is summed relative to the present solution, `T - X W_present`: inputs and
+    targets may be large and nearly constant, and their own products would drown what is to be fitted.
     """
 
-    def __init__(self, biases: bool) -> None:
+    def __init__(self, present: Tensor, biases: bool) -> None:
+        self.present = present
         self.biases = biases
         self.moments = [Tensor(), Tensor()]  # of fitting and of held-out inputs
+        self.counts = [0, 0]
         self._cross = [Tensor(), Tensor()]
+        self._missing = [0.0, 0.0]
         self._energy = [0.0, 0.0]
         self._sums = [Tensor(), Tensor()]
-        self.counts = [0, 0]
 
-    def add(self, inputs: Tensor, targets: Tensor, held_out: bool) -> None:
-        """Take in `inputs [T, n]` and `targets [T, E]`."""
+    def add(self, inputs: Tensor, targets: Tensor, held_out: bool, missing: Tensor | None = None) -> None:
+        """Take in `inputs [T, n]` and `targets [T, E]`, of which the present solution lacks `missing [T, E]`."""
         inputs = with_one(inputs) if self.biases else inputs
+        if missing is None:
+            missing = targets - inputs @ self.present.to(inputs)
+        wide = targets.double()
         for kind, value in (
             (self.moments, inputs.mT @ inputs),
-            (self._cross, inputs.mT @ targets),
-            (self._sums, targets.sum(0)),
+            (self._cross, inputs.mT @ missing),
+            (self._sums, wide.sum(0)),
         ):
             kind[held_out] = kind[held_out] + value.double().cpu() if kind[held_out].numel() else value.double().cpu()
-        self._energy[held_out] += float(targets.double().square().sum())
+        self._missing[held_out] += float(missing.double().square().sum())
+        self._energy[held_out] += float(wide.square().sum())
         self.counts[held_out] += len(inputs)
 
-    def error(self, solution: Tensor, held_out: bool = True) -> float:
-        """`|X W - T|^2 / |T - mean T|^2` on held-out (or fitting) data."""
-        fit = (solution * (self.moments[held_out] @ solution - 2 * self._cross[held_out])).sum()
+    def error(self, change: Tensor, held_out: bool = True) -> float:
+        """`|X W - T|^2 / |T - mean T|^2` on held-out (or fitting) data, for `W = W_present + change`."""
+        fit = float((change * (self.moments[held_out] @ change - 2 * self._cross[held_out])).sum())
         spread = self._energy[held_out] - float(self._sums[held_out].square().sum()) / self.counts[held_out]
-        return max(float(fit) + self._energy[held_out], 0.0) / max(spread, 1e-300)
+        return max(fit + self._missing[held_out], 0.0) / max(spread, 1e-300)
 
-    def solve(self, present: Tensor) -> tuple[Tensor, float]:
-        """The ridge solution that does best on held-out data, and its error there; `present` if none does better."""
-        moment, cross = self.moments[0], self._cross[0]
-        best, least = present, self.error(present)
-        missing = cross - moment @ present
+    def solve(self) -> tuple[Tensor, float]:
+        """The ridge solution that does best on held-out data, and its error there; `present` if none does better.
+
+        The error falls and then rises with the ridge's strength, so the search begins in the middle and goes downhill.
+        """
+        moment = self.moments[0]
         size = moment.diagonal()[: -1 if self.biases else None].mean()
-        for ridge in _RIDGES:
-            damping = torch.full((len(moment),), float(ridge * size), dtype=torch.float64)
-            if self.biases:
-                damping[-1] *= 1e-6
-            lower, failed = torch.linalg.cholesky_ex(moment + torch.diag(damping))
-            if int(failed):
-                continue
-            candidate = present + torch.cholesky_solve(missing, lower)
-            error = self.error(candidate)
-            if error < least:
-                best, least = candidate, error
-        return best, least
+        tried: dict[int, tuple[float, Tensor]] = {}
+
+        def error(place: int) -> float:
+            if not 0 <= place < len(_RIDGES):
+                return float("inf")
+            if place not in tried:
+                damping = torch.full((len(moment),), float(_RIDGES[place] * size), dtype=torch.float64)
+                if self.biases:
+                    damping[-1] *= 1e-6
+                lower, failed = torch.linalg.cholesky_ex(moment + torch.diag(damping))
+                change = torch.cholesky_solve(self._cross[0], lower)
+                tried[place] = (float("inf") if int(failed) else self.error(change), change)
+            return tried[place][0]
+
+        place = len(_RIDGES) // 2
+        for step in (-1, 1):
+            while error(place + step) < error(place):
+                place += step
+        least = self.error(torch.zeros_like(self.present))
+        if error(place) < least:
+            return self.present + tried[place][1], error(place)
+        return self.present, least

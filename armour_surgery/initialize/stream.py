@@ -16,6 +16,8 @@ from armour_surgery.initialize.walk import Arguments, Walk
 __all__ = ["Branch", "Seen", "find_branch", "look", "match_width"]
 
 _TOLERANCE = 1e-3
+# Tokens that are looked at before all are.
+_GLANCE = 64
 
 
 @dataclass(frozen=True)
@@ -84,15 +86,16 @@ def find_branch(target: Tensor, bases: list[Tensor], outputs: list[tuple[str, Te
                 start = match_width(base, axis)
                 if start is None or start.shape != goal.shape or torch.equal(start, goal):
                     continue
-                gain = _gain(goal - start, branch)
+                glance = _gain(*(one[:1, :_GLANCE] for one in (goal, start, branch)))
+                gain = _gain(goal, start, branch) if glance is not None else None
                 if gain is not None:
                     return Branch(name, gain), base
     return None
 
 
-def _gain(difference: Tensor, branch: Tensor) -> Tensor | None:
-    """The slope per channel if `difference = gain * branch + constant` holds."""
-    y, x = difference.double().flatten(0, 1), branch.double().flatten(0, 1)
+def _gain(target: Tensor, base: Tensor, branch: Tensor) -> Tensor | None:
+    """The slope per channel if `target - base = gain * branch + constant` holds."""
+    y, x = (target - base).double().flatten(0, 1), branch.double().flatten(0, 1)
     y, x = y - y.mean(0), x - x.mean(0)
     gain = (x * y).sum(0) / x.square().sum(0).clamp(min=1e-300)
     left = (y - gain * x).norm()
