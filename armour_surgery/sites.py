@@ -7,7 +7,17 @@ A *site* is one module whose forward holds an attention core; its *projections* 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["AttentionSite", "Fidelity", "Projection", "RefusedSite", "SitePlan", "Source", "SurgeryPlan"]
+__all__ = [
+    "AttentionSite",
+    "Fidelity",
+    "FrontierPoint",
+    "Projection",
+    "RefusedSite",
+    "Sensitivity",
+    "SitePlan",
+    "Source",
+    "SurgeryPlan",
+]
 
 
 @dataclass(frozen=True)
@@ -137,6 +147,37 @@ class Fidelity:
     cosine: float
     sqnr_db: float
     agreement: float | None
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What converting one site alone, in one way, wins and costs.
+
+    `rank` is the number of shared channels per head, None for all of them. `params_saved` counts parameters of the
+    model. `residual` is the relative error of the site's output on held-out images. `loss` is the model's:
+    1 - the mean cosine of its final features' tokens to the original's, with this site alone converted.
+    """
+
+    fqn: str
+    mode: str
+    rank: int | None
+    params_saved: int
+    residual: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """A choice of conversions: how many parameters the model then has, and its loss (as in `Sensitivity`).
+
+    `predicted` is the sum of what its sites cost alone. `measured` is the loss of that conversion on held-out images,
+    None where it was not tried. `sites` names what is converted: (fqn, mode, rank).
+    """
+
+    params: int
+    predicted: float
+    measured: float | None
+    sites: tuple[tuple[str, str, int | None], ...]
 
 
 @dataclass(frozen=True)
