@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from armour_surgery import hosts
 from armour_surgery.errors import CalibrationError
 from armour_surgery.hosts.preprocessing import preprocessing
-from armour_surgery.initialize import SiteResult, calibrate, from_weights
+from armour_surgery.initialize import HELD_OUT, SiteResult, calibrate, from_weights
 from armour_surgery.initialize.images import calibration_batches
 from armour_surgery.measure.fidelity import compare_outputs
 from armour_surgery.meta import alias, full_copy
@@ -82,7 +82,13 @@ def _from_images(
         )
     parameter = next(p for p in before.parameters() if p.is_floating_point())
     size = max(1, min(_BATCH, images.count // 4))
-    batches = calibration_batches(images.source, preprocessing(before, example), images=images.count, batch_size=size)
+    batches = calibration_batches(
+        images.source,
+        preprocessing(before, example),
+        images=images.count,
+        batch_size=size,
+        apart=min(HELD_OUT, -(-images.count // size)),
+    )
     finished: list[str] = []
 
     def done(fqn: str) -> None:

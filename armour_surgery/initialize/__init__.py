@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from armour_surgery.initialize.calibrate import SiteResult, calibrate
+from armour_surgery.initialize.calibrate import HELD_OUT, SiteResult, calibrate
 from armour_surgery.initialize.closed_form import loss, make_metric
 from armour_surgery.initialize.problem import (
     Problem,
@@ -20,7 +20,7 @@ from armour_surgery.initialize.problem import (
 from armour_surgery.initialize.weights import read_output, write_output
 from armour_surgery.meta import meta_copy
 
-__all__ = ["Problem", "SiteResult", "calibrate", "from_weights"]
+__all__ = ["HELD_OUT", "Problem", "SiteResult", "calibrate", "from_weights"]
 
 
 def from_weights(

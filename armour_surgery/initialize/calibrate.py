@@ -5,6 +5,7 @@ projection, fitted to the real results of attention; then the last layer of the 
 original's stream. Fits go from the present weights as far as held-out images agree, and not at all where they do not.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,15 +25,16 @@ from armour_surgery.initialize.problem import (
     write_head,
     zero_biases,
 )
+from armour_surgery.initialize.reconstruct import SITE_RATE, descend, relative_error
 from armour_surgery.initialize.stream import Branch, find_branch, look, match_width
 from armour_surgery.initialize.taps import Stop, Taps, tokens
 from armour_surgery.initialize.walk import Store, Walk, first_tensor, units_of
 from armour_surgery.initialize.weights import batch_norm_affine, read_output, write_output
 
-__all__ = ["SiteResult", "calibrate"]
+__all__ = ["HELD_OUT", "SiteResult", "calibrate"]
 
-# Of every so many batches one is held out.
-_HELD_OUT = 8
+# Of every so many batches the last is held out; of fewer, the last of all.
+HELD_OUT = 8
 # Of the difference between the two streams, the part that one site's output projection is asked to make up for.
 _SHARE = 0.5
 # Tokens per unknown of a fit beyond which more are not looked at.
@@ -59,7 +61,7 @@ class _Batches:
         self.sizes = sizes
         self.kept: list[Tensor] = []
         self.images = images  # one batch of each size: only its shape matters from the second unit on
-        every = min(_HELD_OUT, len(sizes))
+        every = min(HELD_OUT, len(sizes))
         self.held_out = [index % every == every - 1 for index in range(len(sizes))]
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, bool]]:
@@ -82,11 +84,13 @@ def calibrate(
     batches: Iterable[Tensor],
     call: Callable[[nn.Module, Tensor], Any],
     done: Callable[[str], None] = lambda fqn: None,
+    steps: int = 0,
 ) -> tuple[list[SiteResult], list[Tensor]]:
     """Give every site of `converted` the weights that do best on the images of `batches`; in place.
 
     Both models must be in eval mode and in float32 or float64. `problems` are the sites in the order they run,
-    `call(model, batch)` runs a model, `done(fqn)` is told of every finished site. Labels play no part.
+    `call(model, batch)` runs a model, `done(fqn)` is told of every finished site. Labels play no part. With `steps`
+    each site goes on by gradient for so many, towards the original's stream.
 
     Returns the sites' results and some of the held-out images, at most 64, for a report.
 
@@ -100,7 +104,7 @@ def calibrate(
         data = _first_pass(before, after, batches, store)
         results = []
         for number, problem in enumerate(problems):
-            results.append(_Site(before, after, number, problem, data, store).solve())
+            results.append(_Site(before, after, number, problem, data, store).solve(steps))
             done(problem.fqn)
         return results, data.kept
     finally:
@@ -112,7 +116,7 @@ def _first_pass(before: Walk, after: Walk, batches: Iterable[Tensor], store: Sto
     images: dict[int, Tensor] = {}
     kept: list[Tensor] = []
     for index, batch in enumerate(batches):
-        if index % _HELD_OUT == _HELD_OUT - 1 and sum(map(len, kept)) < _REPORTED:
+        if index % HELD_OUT == HELD_OUT - 1 and sum(map(len, kept)) < _REPORTED:
             kept.append(batch)
         last = batch
         if len(batch) not in images:
@@ -143,7 +147,7 @@ class _Site:
         self.mid: Tensor | None = None  # gain of the site's output into the stream
         self.last: Branch | None = None
 
-    def solve(self) -> SiteResult:
+    def solve(self, steps: int) -> SiteResult:
         self._run_original()
         queries, keys = self._moments()
         head, biases = self._head()
@@ -155,6 +159,8 @@ class _Site:
         write_head(self.new, self.problem, found[name], (queries.moment, keys.moment))
         if self.problem.out is not None:
             residual = self._fit_output(found[name])
+        if steps:
+            self._reconstruct(steps)
         if self.last is not None:
             self._fit_last(self.last)
         self._advance()
@@ -326,6 +332,23 @@ class _Site:
         moment = regression.moments[0] / regression.counts[0]
         write_output(self.new, out, matrix, offset, moment)
         return error
+
+    def _reconstruct(self, steps: int) -> None:
+        """Small steps on the site's weights, so that what leaves its part of the model is the original's."""
+        parameters = [one for one in self.new.parameters() if one.is_floating_point()]
+        fitting = itertools.cycle([(index, image) for index, image, held in self.data if not held])
+
+        def error(index: int, image: Tensor, gradient: bool) -> Tensor:
+            following = self.after.run(self.number, image, self.store["converted", index], gradient)
+            return relative_error(first_tensor(following), first_tensor(self.store["original", index]))
+
+        def judge() -> float:
+            errors = [float(error(index, image, False)) for index, image, held in self.data if held]
+            return sum(errors) / len(errors)
+
+        first, least = descend(parameters, lambda: error(*next(fitting), True), judge, steps, SITE_RATE)
+        if least < first:
+            self.steps.append("reconstruction")
 
     def _fit_last(self, branch: Branch) -> None:
         """Fit the block's last layer, so that what leaves the block is the original's stream."""
