@@ -6,7 +6,7 @@ none of the others.
 
 import fnmatch
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from inspect import signature
 from typing import Any
@@ -28,7 +28,7 @@ from armour_surgery.errors import (
 )
 from armour_surgery.measure.cost import CostReport, count_macs, count_params
 from armour_surgery.meta import full_copy, meta_copy
-from armour_surgery.modes import AUTO, get_mode
+from armour_surgery.modes import AUTO, choose_rank, get_mode
 from armour_surgery.operation import Operation, Outcomes, layout_of, operate, prepare, rewrite_alike
 from armour_surgery.rewrite import ArmourAttention
 from armour_surgery.sites import AttentionSite, SitePlan, Source, SurgeryPlan
@@ -39,6 +39,7 @@ INITS = ("wq", "wq-refit", "joint-svd", "calibrated")
 CALIBRATION_IMAGES = 256
 SYNTHETIC = "synthetic"
 Calibration = str | Iterable[Any]
+Rank = int | Mapping[str, int]
 Example = dict[str, torch.Tensor] | torch.Tensor | tuple[int, ...]
 
 
@@ -60,6 +61,7 @@ def plan(
     mode: str = AUTO,
     *,
     init: str = "wq",
+    rank: Rank | None = None,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     example_input: Example | None = None,
@@ -71,9 +73,10 @@ def plan(
     """
     _refuse_converted(model)
     converted = convert(
-        meta_copy(model),
+        meta_copy(model, buffers=rank is None),  # whether a rank can be chosen is tried out with numbers
         mode,
         init=init,
+        rank=rank,
         include=include,
         exclude=exclude,
         inplace=True,
@@ -90,6 +93,7 @@ def convert(
     init: str = "wq",
     calibration: Calibration | None = None,
     calibration_images: int = CALIBRATION_IMAGES,
+    rank: Rank | None = None,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     inplace: bool = False,
@@ -113,6 +117,11 @@ def convert(
             `[B, C, H, W]` or of (images, labels), a folder of images, a dataset of timm, or "synthetic" (the default),
             which draws them.
         calibration_images: how many of them to use at most.
+        rank: with modes `qv` and `kv`, how many channels Q, K and V of every head get, in place of key_dim; the output
+            projection reads as many. One number for all sites, or one by site name (others keep what they have).
+            Logits keep their scale. The channels that stay are those best for the logits (`wq`, `wq-refit`), or for
+            logits and values. Sites whose channels are not free (a norm of queries and keys, rotary positions, an
+            activation before the output projection) are left alone and listed in `.surgery.refused`.
         include: patterns of site names (`blocks.0*`, `*.attn`); None takes all. `exclude` wins over it.
         example_input: what to run the (weightless) model on, if it is of no known library: a tensor, a shape
             with the batch first, or keyword arguments for its forward.
@@ -120,18 +129,20 @@ def convert(
         progress: called with what is being done, how much of it is done, and how much there is.
 
     Raises:
-        UsageError: unknown mode or init, or `calibration` for an init that uses no images.
+        UsageError: unknown mode or init, `calibration` for an init that uses no images, or a rank that a site does
+            not have.
         CalibrationError: the images are missing, of another kind than the model takes, or too few.
         AlreadyConvertedError: the model went through surgery before.
         NoAttentionError, NothingToConvertError, PatternError: nothing to do; the message says why.
         ExampleInputError: the model's input is not known, or it did not run on it.
     """
-    check_options(mode, init, calibration)
+    check_options(mode, init, calibration, rank)
     _refuse_converted(model)
     example = _example(model, example_input)
     found = _select(find_sites(model, example), include, exclude)
+    _check_names(rank, found)
     source = source or _describe(model)
-    operations, refused = prepare(model, found, mode)
+    operations, refused = prepare(model, found, mode, rank)
     if not operations:
         reasons = dict.fromkeys(f"{one.fqn}: {one.reason}" for one in refused)
         listed = "; ".join(list(reasons)[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
@@ -141,15 +152,21 @@ def convert(
         )
     before, params_before = count_macs(model, example), count_params(model)
     with torch.inference_mode(False):  # tensors made in inference mode could never be trained
-        original = full_copy(model) if inplace and init != "wq" else model
+        # `wq` takes rows as they are, unless fewer than a head has are to stay.
+        solved = [one for one in operations if init != "wq" or one.rank is not None]
+        original = full_copy(model) if inplace and solved else model
         result = model if inplace else full_copy(model)
         sites = [operate(result, operation, init) for operation in operations]
         fidelity = None
-        if init != "wq" and not any(parameter.is_meta for parameter in model.parameters()):
+        if solved and not any(parameter.is_meta for parameter in model.parameters()):
             images = Images(calibration or SYNTHETIC, calibration_images) if init == "calibrated" else None
-            chosen, fidelity = choose_weights(original, result, operations, init, example, images, progress)
+            chosen, fidelity = choose_weights(original, result, solved, init, example, images, progress)
+            by_name = {one.fqn: one for one in chosen}
             sites = [
-                replace(site, residual=one.residual, steps=one.steps) for site, one in zip(sites, chosen, strict=True)
+                replace(site, residual=by_name[site.fqn].residual, steps=by_name[site.fqn].steps)
+                if site.fqn in by_name
+                else site
+                for site in sites
             ]
     after = count_macs(result, example)
     result.surgery = SurgeryPlan(  # type: ignore[assignment]
@@ -186,6 +203,7 @@ def replay(host: nn.Module, surgery: SurgeryPlan) -> nn.Module:
 
     Raises:
         SchemaError: the plan names a site that the host does not have, or a mode that does not fit there.
+        UsageError: the plan gives a site a rank that it cannot have.
     """
     own = next((p.dtype for p in host.parameters() if p.is_floating_point()), torch.float32)
     example = {}
@@ -201,13 +219,14 @@ def replay(host: nn.Module, surgery: SurgeryPlan) -> nn.Module:
         if one is None or site.mode not in one.site.modes:
             reason = one.site.refused.get(site.mode, "there is no such mode") if one else "it has no such attention"
             raise SchemaError(f"the plan converts {site.fqn!r} to {site.mode!r}, but in {type(host).__name__} {reason}")
-        rewritten, cls = rewrite_alike(host, one, site.mode, done)
+        rank = choose_rank(one.site, site.mode, site.rank)
+        rewritten, cls = rewrite_alike(host, one, site.mode, rank, done, check=False)
         if layout_of(rewritten) != site.layout:
             raise SchemaError(
                 f"the plan keeps the channels of {site.fqn!r} in an order that this version of armour-surgery does not "
                 "produce; load the folder with the version that saved it"
             )
-        operations.append(Operation(site.fqn, site.mode, rewritten, cls, one))
+        operations.append(Operation(site.fqn, site.mode, rank, rewritten, cls, one))
     for operation in operations:
         operate(host, operation, surgery.init)
     host.surgery = surgery  # type: ignore[assignment]
@@ -215,11 +234,12 @@ def replay(host: nn.Module, surgery: SurgeryPlan) -> nn.Module:
     return host
 
 
-def check_options(mode: str, init: str, calibration: object = None) -> None:
+def check_options(mode: str, init: str, calibration: object = None, rank: object = None) -> None:
     """Check what can be checked without a model.
 
     Raises:
-        UsageError: there is no such mode or init, or the init uses no images and is given some.
+        UsageError: there is no such mode or init, the init uses no images and is given some, or the mode has no rank
+            and is given one.
     """
     if calibration is not None and init in INITS and init != "calibrated":
         raise UsageError(
@@ -229,6 +249,22 @@ def check_options(mode: str, init: str, calibration: object = None) -> None:
         get_mode(mode)
     if init not in INITS:
         raise UsageError(f"unknown init {init!r}; choose one of {', '.join(INITS)}")
+    if rank is not None and mode != AUTO and not get_mode(mode).has_rank:
+        raise UsageError(f"mode {mode!r} has no rank to choose; give a rank with qv or kv, or leave it out")
+    for value in rank.values() if isinstance(rank, Mapping) else [rank]:
+        if rank is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise UsageError(f"rank {value!r} is not a whole number from 1 to key_dim; 48, say")
+
+
+def _check_names(rank: Rank | None, found: list[FoundSite]) -> None:
+    """Refuse ranks for sites that there are not."""
+    names = [one.site.fqn for one in found]
+    unknown = [name for name in rank if name not in names] if isinstance(rank, Mapping) else []
+    if unknown:
+        raise PatternError(
+            f"rank names {unknown[0]!r}, which is none of the {len(names)} attention sites to convert, such as "
+            f"{names[0]!r}"
+        )
 
 
 def _refuse_converted(model: nn.Module) -> None:

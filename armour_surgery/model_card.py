@@ -15,8 +15,11 @@ def model_card(surgery: SurgeryPlan, name: str) -> str:
     source = surgery.source
     origin = source.name if source else "a model built in Python"
     license_name = (source.license if source else None) or "unknown"
-    modes = Counter(site.mode for site in surgery.sites)
-    shared = ", ".join(f"{count} x `{mode}`" for mode, count in modes.items())
+    modes = Counter((site.mode, site.rank) for site in surgery.sites)
+    shared = ", ".join(
+        f"{count} x `{mode}`" + (f" with {rank} channels a head" if rank else "")
+        for (mode, rank), count in modes.items()
+    )
     lines = [
         "---",
         f"license: {license_name if source and source.license else 'other'}",

@@ -111,6 +111,8 @@ class SitePlan:
     output on held-out images; after `wq-refit` and `joint-svd` the relative error of logits and values that the
     weights imply. None where there were no weights to compare. `steps` names what was fitted.
     `layout` is a digest of which rows were kept, in which order: weights only fit a surgery of equal layout.
+    `rank` is the number of channels that queries, keys and values of a head have now; None means key_dim, as before.
+    After `wq` with a rank, `residual` is what it is after `wq-refit`.
     """
 
     fqn: str
@@ -123,6 +125,7 @@ class SitePlan:
     residual: float | None
     layout: str
     steps: tuple[str, ...] = ()
+    rank: int | None = None
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,14 @@ def convert(
         ),
     ] = None,
     calib_images: Annotated[int, typer.Option(metavar="N", min=8, help="How many calibration images to use.")] = 256,
+    rank: Annotated[
+        str | None,
+        typer.Option(
+            metavar="R",
+            help="Channels of Q, K and V per head, fewer than it has (qv and kv; multiples of 8 run best).",
+            show_default="all",
+        ),
+    ] = None,
     include: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Convert only sites that match, such as 'blocks.0*'."),
@@ -79,12 +87,13 @@ def convert(
         from armour_surgery.conversion import check_options, surgery_of
         from armour_surgery.folder import check_output
 
-        check_options(mode, init, calib)
+        channels = _rank(rank)
+        check_options(mode, init, calib, channels)
         if out is not None and not dry_run:
             check_output(out)
         host, source = read_model(model, pretrained and not dry_run, checkpoint, img_size, num_classes, in_chans)
     kind = type(host).__name__
-    options: dict[str, Any] = {"init": init, "include": include, "exclude": exclude, "source": source}
+    options: dict[str, Any] = {"init": init, "rank": channels, "include": include, "exclude": exclude, "source": source}
     if dry_run:
         with console.status("planning"):
             surgery = plan_conversion(host, mode, **options)
@@ -114,6 +123,21 @@ def convert(
     _tell(console, model, kind, surgery, target)
 
 
+def _rank(given: str | None) -> int | None:
+    """The number that --rank names.
+
+    Raises:
+        UsageError: it is none.
+    """
+    from armour_surgery.errors import UsageError
+
+    if given is None:
+        return None
+    if not given.isascii() or not given.isdigit():
+        raise UsageError(f"--rank {given!r} is not a whole number from 1 to key_dim; 48, say")
+    return int(given)
+
+
 def _default_name(model: str, surgery: "SurgeryPlan") -> str:
     """`NAME-armour-MODE`, with the mode that `auto` chose where it chose one."""
     modes = {site.mode for site in surgery.sites}
@@ -132,7 +156,9 @@ def _document(model: str, surgery: "SurgeryPlan", target: Path | None, seconds: 
         "params_after": surgery.params_after,
         "macs_before": surgery.macs_before,
         "macs_after": surgery.macs_after,
-        "sites": [{"fqn": site.fqn, "mode": site.mode, "residual": site.residual} for site in surgery.sites],
+        "sites": [
+            {"fqn": site.fqn, "mode": site.mode, "rank": site.rank, "residual": site.residual} for site in surgery.sites
+        ],
         "refused": [{"fqn": site.fqn, "reason": site.reason} for site in surgery.refused],
         "seconds": round(seconds, 3),
     }

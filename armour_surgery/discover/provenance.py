@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from armour_surgery.discover.layout import Flow, find_layout, follow
-from armour_surgery.discover.match import find_core, inputs_of
+from armour_surgery.discover.layout import Flow, find_layout, follow, is_cast
+from armour_surgery.discover.match import find_core, inputs_of, is_tensor
 from armour_surgery.discover.producers import TraceInside, find_producers
 from armour_surgery.errors import TraceError
 from armour_surgery.traced import Anchor, Core, Layout, Producer, Role, Trace, TracedSite
@@ -99,6 +99,25 @@ def _anchors(flow: Flow, producer: Producer, heads: list[tuple[int, ...]]) -> tu
     return found, whole and bool(found)
 
 
+def _ends(flow: Flow, producer: Producer, heads: list[tuple[int, ...]]) -> tuple[Anchor, ...]:
+    """The last nodes that layout alone leads to: what reads them is no layout. None where only a part gets so far."""
+    shape = producer.node.meta["value"].shape
+    inner = shape[producer.axis % len(shape) + 1 :].numel()
+    own = torch.zeros(producer.channels, dtype=torch.bool)
+    own[[index for head in heads for index in head]] = True
+    full = shape.numel() // producer.channels * int(own.sum())
+    found: list[Anchor] = []
+    for node in (n for n in producer.node.graph.nodes if n in flow.pure):
+        numbers = flow[node]
+        if not isinstance(numbers, torch.Tensor) or not bool(own[(numbers // inner) % producer.channels].any()):
+            continue
+        if any(is_tensor(user) and (user not in flow.pure or is_cast(user)) for user in node.users):
+            if numbers.numel() != full or not bool(own[(numbers // inner) % producer.channels].all()):
+                return ()
+            found.append(Anchor(node, _layout(numbers, producer, heads)))
+    return tuple(found)
+
+
 def understand(
     trace: Trace,
     modules: dict[str, nn.Module],
@@ -143,7 +162,7 @@ def _assign(trace: Trace, core: Core, producers: list[Producer]) -> TracedSite:
         anchors, whole = _anchors(flow, producer, heads)
         value = producer.node.meta["value"]
         tokens = value.numel() // producer.channels // value.shape[0]
-        roles[letter] = Role(producer, tuple(heads), anchors, whole, tokens)
+        roles[letter] = Role(producer, tuple(heads), anchors, whole, tokens, _ends(flow, producer, heads))
     for letter in ("k", "v"):
         same = places[letter].shape == places["q"].shape and torch.equal(places[letter], places["q"])
         if not same and roles[letter].num_heads == roles["q"].num_heads:

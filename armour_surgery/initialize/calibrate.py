@@ -21,9 +21,9 @@ from armour_surgery.initialize.problem import (
     candidates,
     has_biases,
     read_head,
+    with_biases,
     without_biases,
     write_head,
-    zero_biases,
 )
 from armour_surgery.initialize.reconstruct import SITE_RATE, descend, relative_error
 from armour_surgery.initialize.stream import Branch, find_branch, look, match_width
@@ -153,7 +153,9 @@ class _Site:
         head, biases = self._head()
         metrics = queries.metric(biases), keys.metric(biases)
         found = candidates(self.problem, head, *metrics)
-        found = {name: one if biases else zero_biases(one) for name, one in found.items()}
+        if not biases:
+            old = read_head(self.old, self.problem)
+            found = {name: with_biases(self.problem, one, old) for name, one in found.items()}
         name, residual = self._best(found, (queries.moment, keys.moment))
         self.steps.append(name)
         write_head(self.new, self.problem, found[name], (queries.moment, keys.moment))
@@ -279,14 +281,14 @@ class _Site:
         return batch_norm_affine(module, out.norm)
 
     def _present(self, head: Head, biases: bool) -> Tensor:
-        out = self.problem.out
+        out = self.problem.narrow_out
         assert out is not None
         flat = head.out.flatten(0, 1)
         return torch.cat([flat, read_output(self.new, out)[1][None]]) if biases else flat
 
     def _regression(self, head: Head, batches: Iterable[tuple[int, Tensor, bool]]) -> Regression:
         """The converted heads' results against the original's output and a share of what its stream is off."""
-        out = self.problem.out
+        out = self.problem.narrow_out
         assert out is not None
         weight = self.new.get_parameter(out.weight)
         order = torch.tensor(out.channels).flatten()
@@ -321,7 +323,7 @@ class _Site:
         return _SHARE * (start - present).double() * torch.where(usable, 1 / gain, torch.zeros_like(gain))
 
     def _fit_output(self, head: Head) -> float:
-        out = self.problem.out
+        out = self.problem.narrow_out
         assert out is not None
         regression = self._regression(head, self.data)
         solution, error = regression.solve()
