@@ -53,9 +53,14 @@ class Operation:
 
 
 def prepare(
-    model: nn.Module, found: list[FoundSite], requested: str, ranks: int | Mapping[str, int] | None = None
+    model: nn.Module,
+    found: list[FoundSite],
+    requested: str | Mapping[str, str],
+    ranks: int | Mapping[str, int] | None = None,
 ) -> tuple[list[Operation], list[RefusedSite]]:
     """Rewrite every site on a weightless copy of its module; sites that are alike share one class.
+
+    `requested` is one mode for all, or one by site name.
 
     Raises:
         UsageError: a rank is none of a site's.
@@ -64,7 +69,7 @@ def prepare(
     refused: list[RefusedSite] = []
     done: Outcomes = {}
     for one in found:
-        name, reason = choose(one.site, requested)
+        name, reason = choose(one.site, requested if isinstance(requested, str) else requested[one.site.fqn])
         if name is None:
             refused.append(RefusedSite(one.site.fqn, reason))
             continue

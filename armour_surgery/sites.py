@@ -185,7 +185,10 @@ class FrontierPoint:
 
 @dataclass(frozen=True)
 class SurgeryPlan:
-    """Everything that `convert` did (or, from `plan`, would do). It rides on the model as `model.surgery`."""
+    """Everything that `convert` did (or, from `plan`, would do). It rides on the model as `model.surgery`.
+
+    `sensitivities` and `frontier` are what was weighed for a budget, `max_loss`; empty without one.
+    """
 
     mode: str
     init: str
@@ -198,6 +201,9 @@ class SurgeryPlan:
     example: tuple[tuple[str, tuple[int, ...], str], ...] = ()
     source: Source | None = None
     fidelity: Fidelity | None = None
+    max_loss: float | None = None
+    sensitivities: tuple[Sensitivity, ...] = ()
+    frontier: tuple[FrontierPoint, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `from_dict` is its inverse."""
@@ -219,5 +225,10 @@ class SurgeryPlan:
                 "example": tuple((name, tuple(shape), dtype) for name, shape, dtype in data["example"]),
                 "source": Source(**source) if source else None,
                 "fidelity": Fidelity(**fidelity) if fidelity else None,
+                "sensitivities": tuple(Sensitivity(**one) for one in data.get("sensitivities", ())),
+                "frontier": tuple(
+                    FrontierPoint(**{**point, "sites": tuple(tuple(site) for site in point["sites"])})
+                    for point in data.get("frontier", ())
+                ),
             }
         )

@@ -117,7 +117,8 @@ def timm_pictures(name: str) -> Callable[[np.random.Generator], Iterator[tuple[i
     """Open the training split of `PREFIX/NAME` or `PREFIX/NAME:FOLDER`, with `timm.data.create_dataset`.
 
     What is returned makes one pass over it: per picture its number, how many there are (0: not known), and a function
-    that reads it. A dataset that is indexed comes in an order drawn from the generator, a stream in its own. Nothing is downloaded for `torch/`.
+    that reads it. A dataset that is indexed comes in an order drawn from the generator, a stream in its own. Nothing is
+    downloaded for `torch/`.
 
     Raises:
         CalibrationError: timm cannot open it; the message says why.

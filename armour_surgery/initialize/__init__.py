@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from armour_surgery.initialize.calibrate import HELD_OUT, SiteResult, calibrate
+from armour_surgery.initialize.calibrate import calibrate
 from armour_surgery.initialize.closed_form import loss, make_metric
 from armour_surgery.initialize.problem import (
     Problem,
@@ -18,10 +18,12 @@ from armour_surgery.initialize.problem import (
     without_biases,
     write_head,
 )
+from armour_surgery.initialize.reconstruct import reconstruct
+from armour_surgery.initialize.site import HELD_OUT, SiteResult
 from armour_surgery.initialize.weights import read_output, write_output
 from armour_surgery.meta import meta_copy
 
-__all__ = ["HELD_OUT", "Problem", "SiteResult", "calibrate", "from_weights"]
+__all__ = ["HELD_OUT", "Problem", "SiteResult", "calibrate", "from_weights", "reconstruct"]
 
 
 def from_weights(

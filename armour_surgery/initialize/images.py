@@ -100,8 +100,9 @@ def calibration_batches(
     - An iterable of float batches `[B, C, H, W]` that are preprocessed, alone, in a tuple or list with labels,
       or under "pixel_values" in a mapping. They are used as they come, in their own batch size.
 
-    The same `seed` gives the same images. With `apart` every so-many-th batch of a folder or dataset is made of pictures
-    that the other batches do not have, not even as another crop: what is measured there was not fitted. Of an iterable nothing is drawn beyond what is used.
+    The same `seed` gives the same images. With `apart` every so-many-th batch of a folder or dataset is made of
+    pictures that the other batches do not have, not even as another crop: what is measured there was not fitted. Of an
+    iterable nothing is drawn beyond what is used.
 
     Raises:
         CalibrationError: here, if an argument is wrong, a path does not exist or a folder has no images; while

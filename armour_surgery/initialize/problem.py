@@ -65,6 +65,12 @@ class Problem:
         """The output projection of the converted site."""
         return self.out.narrowed(self.rank) if self.out is not None else None
 
+    @property
+    def joint(self) -> bool:
+        """Whether Q and V are one matrix in a basis of our choice, so that it may have fewer columns."""
+        whole = self.share("q") == (self.rank or self.q.head_dim) and self.q.head_dim == self.v.head_dim
+        return self.freedom.logits and self.freedom.values == "linear" and self.key[0][0] == "k" and whole
+
     def share(self, letter: str) -> int:
         """How many of V's channels a head has from another role."""
         return sum(stop - start for name, start, stop in self.value if name == letter)

@@ -39,8 +39,7 @@ def descend(
     Returns what `judge` said of the first and of the kept parameters. A loss that is not finite ends the descent.
     """
     groups = [
-        {"params": [one], "lr": rate * float(one.detach().square().mean().sqrt().clamp(min=1e-8))}
-        for one in parameters
+        {"params": [one], "lr": rate * float(one.detach().square().mean().sqrt().clamp(min=1e-8))} for one in parameters
     ]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     warm_up = max(1, round(_WARM_UP * steps))
@@ -58,7 +57,9 @@ def descend(
             value = loss()
             if not bool(value.isfinite()):
                 break
-            for one, gradient in zip(parameters, torch.autograd.grad(value, parameters, allow_unused=True), strict=True):
+            for one, gradient in zip(
+                parameters, torch.autograd.grad(value, parameters, allow_unused=True), strict=True
+            ):
                 one.grad = gradient
             optimizer.step()
             schedule.step()
