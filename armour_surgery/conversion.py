@@ -113,7 +113,7 @@ def convert(
         rank: with modes `qv` and `kv`, how many channels Q, K and V of every head get, in place of key_dim; the output
             projection reads as many. One number for all sites, or one by site name (others keep what they have), or
             "auto" (with `calibrated`): multiples of 8, as few as `max_loss` allows, or without it, as cost a tenth
-            more than full ranks do.
+            more than full ranks do, or a loss of 0.001.
             Logits keep their scale. The channels that stay are those best for the logits (`wq`, `wq-refit`), or for
             logits and values. Sites whose channels are not free (a norm of queries and keys, rotary positions, an
             activation before the output projection) are left alone and listed in `.surgery.refused`.

@@ -31,8 +31,9 @@ RANK_STEP = 8
 _TRIES = 4
 # A conversion this near to its budget is not tried again.
 _CLOSE = 0.85
-# What automatic ranks may cost, relative to full ones.
+# What automatic ranks may cost: so much more than full ones, or this loss if that is more.
 _SLACK = 1.1
+_LITTLE = 0.001
 
 Choice = tuple[tuple[str, str, int | None], ...]
 
@@ -65,7 +66,7 @@ def convert_within(
     """Convert the sites that fit a budget of loss, and say on the plan what was weighed.
 
     `operations` are those of converting everything. `automatic`: ranks are free; without a budget it is a tenth more
-    than what full ranks cost.
+    than what full ranks cost, or 0.001.
 
     Raises:
         NothingToConvertError: the budget leaves nothing.
@@ -99,7 +100,7 @@ def convert_within(
         full = tuple((one.fqn, one.mode, None) for one in operations)
         points = _beyond(options, full, params)
         first, loss = attempt(full)
-        budget = _SLACK * loss
+        budget = max(_SLACK * loss, _LITTLE)
         points[0] = replace(points[0], measured=loss)
     else:
         first = None
