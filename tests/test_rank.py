@@ -30,7 +30,6 @@ from armour_surgery.meta import meta_copy
 from armour_surgery.model_card import model_card
 from armour_surgery.rewrite import ArmourAttention
 
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 Example = dict[str, torch.Tensor]
 
 
@@ -79,13 +78,12 @@ def meta(batch: dict[str, Any]) -> Example:
 )
 def test_channels_that_are_zero_are_not_missed(name: str, mode: str, rank: int) -> None:
     host = CASES[name]
-    whole = cut(host.build(), mode, rank, host.example())
-    for dtype, tolerance in TOLERANCE.items():
-        model = whole.to(dtype)
-        converted = convert(model, mode, rank=rank, example_input=meta(host.batches(dtype)[0]))
-        assert {site.rank for site in surgery_of(converted).sites} == {rank}
-        assert all(site.residual is not None and site.residual < 1e-5 for site in surgery_of(converted).sites)
-        assert error(model, converted, host.batches(dtype)) <= tolerance
+    model = cut(host.build(), mode, rank, host.example()).double()
+    converted = convert(model, mode, rank=rank, example_input=meta(host.batches(torch.float64)[0]))
+    assert {site.rank for site in surgery_of(converted).sites} == {rank}
+    assert all(site.residual is not None and site.residual < 1e-5 for site in surgery_of(converted).sites)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        assert error(model.to(dtype), converted.to(dtype), host.batches(dtype)) <= tolerance
 
 
 @pytest.mark.parametrize(("build", "size"), [(vit, 32), (swin, 64)])
@@ -181,7 +179,7 @@ def test_more_channels_lose_less(init: str) -> None:
     host = CASES["dinov2"]
     model = host.build()
     residuals = []
-    for rank in (1, 4, 7, 11, 12):
+    for rank in (1, 6, 11, 12):
         sites = surgery_of(convert(model, "qv", init=init, rank=rank, example_input=host.example())).sites
         assert {site.rank for site in sites} == {rank if rank < 12 else None}
         residuals.append([site.residual for site in sites])
@@ -229,7 +227,7 @@ def test_in_place_and_as_a_copy_are_the_same() -> None:
 def test_parameters_and_macs_are_what_arithmetic_says(name: str, mode: str) -> None:
     host, width, heads, d, tokens = CASES[name], 48, 4, 12, 17
     model = host.build()
-    for rank in (1, 8, 11):
+    for rank in (1, 11):
         converted = convert(model, mode, rank=rank, example_input=host.example())
         one = surgery_of(converted).sites[0]
         rows = heads * rank
@@ -243,12 +241,12 @@ def test_parameters_and_macs_are_what_arithmetic_says(name: str, mode: str) -> N
 
 
 def test_a_plan_says_what_would_be_done() -> None:
-    model = timm.create_model("deit_tiny_patch16_224").requires_grad_(False)
+    model = timm.create_model("deit_tiny_patch16_224", depth=2)
     wanted = plan(model, "qv", rank=48)
     assert wanted == plan(meta_copy(model), "qv", rank=48)  # also for a model without any numbers
     assert {(site.rank, site.residual) for site in wanted.sites} == {(48, None)}
     per_block = 4 * 192 * 193 - (2 * 144 * 193 + 144 * 192 + 192)
-    assert wanted.params_before - wanted.params_after == 12 * per_block
+    assert wanted.params_before - wanted.params_after == 2 * per_block
 
 
 # Which sites.
