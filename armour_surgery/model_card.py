@@ -1,10 +1,14 @@
 """The README of a saved folder: where the model came from, what was shared, and how to load it."""
 
 from collections import Counter
+from collections.abc import Sequence
 
-from armour_surgery.sites import SurgeryPlan
+from armour_surgery.sites import SitePlan, SurgeryPlan
 
 __all__ = ["model_card"]
+
+# Rows that the table of residuals has at most.
+_ROWS = 24
 
 
 def model_card(surgery: SurgeryPlan, name: str) -> str:
@@ -43,6 +47,7 @@ def model_card(surgery: SurgeryPlan, name: str) -> str:
         "```",
         "",
         f"Converted: {', '.join(f'`{site.fqn}`' for site in surgery.sites)}.",
+        *_residuals(surgery),
     ]
     if surgery.refused:
         lines += ["", "Left as they were:", ""]
@@ -72,3 +77,35 @@ def _advice(surgery: SurgeryPlan) -> list[str]:
         "was not trained for: until it is fine-tuned, its accuracy is near chance.",
         "",
     ]
+
+
+def _residuals(surgery: SurgeryPlan) -> list[str]:
+    """The table of what each site lost; neighbors share a row where there are many."""
+    sites = [site for site in surgery.sites if site.residual is not None]
+    if surgery.init != "calibrated" or not sites:
+        return []
+    size = -(-len(sites) // _ROWS)
+    groups = [sites[start : start + size] for start in range(0, len(sites), size)]
+    return [
+        "",
+        "Relative error of each attention's output on held-out images (0: nothing was lost):",
+        "",
+        "| attention | mode | residual | fitted |",
+        "|---|---|---:|---|",
+        *(_residual_row(group) for group in groups),
+    ]
+
+
+def _residual_row(group: Sequence[SitePlan]) -> str:
+    names = [f"`{site.fqn}`".replace("|", r"\|") for site in group]
+    modes = dict.fromkeys(_way(site) for site in group)
+    values = sorted(site.residual for site in group if site.residual is not None)
+    spread = f"{values[0]:.4f}" if len(group) == 1 else f"{values[0]:.4f} to {values[-1]:.4f}"
+    steps = dict.fromkeys(step for site in group for step in site.steps)
+    name = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+    return f"| {name} | {', '.join(modes)} | {spread} | {', '.join(steps) or 'nothing'} |"
+
+
+def _way(site: SitePlan) -> str:
+    rank = getattr(site, "rank", None)
+    return f"`{site.mode}`" + (f" rank {rank}" if rank is not None else "")

@@ -139,7 +139,7 @@ def test_the_spine_does_not_know_the_folder_and_nobody_lower_knows_the_spine() -
 
 @pytest.mark.parametrize("path", [path for path in FILES if part_of(path) == "cli"], ids=lambda path: path.name)
 def test_commands_import_the_heavy_things_inside(path: Path) -> None:
-    heavy = {"torch", "timm", "transformers", "torchvision", "safetensors", "numpy", "sklearn"}
+    heavy = {"torch", "timm", "transformers", "torchvision", "safetensors", "numpy", "sklearn", "matplotlib"}
     assert not roots(path, lazy=False) & heavy
     light = {"cli", "errors", "sites", ""}
     assert {part for part, _, lazy in inner(path) if not lazy} <= light
@@ -188,6 +188,19 @@ def test_public_functions_are_in_all_and_used_or_documented(path: Path) -> None:
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             bound.add(node.id)
     assert set(names) <= bound
+
+
+def test_only_the_figures_import_matplotlib_and_only_those_who_need_them_wait_for_it() -> None:
+    drawing = (PACKAGE / "measure" / "figures.py", PACKAGE / "measure" / "report.py")
+    for path in FILES:
+        assert path == drawing[0] or "matplotlib" not in roots(path), path
+        eager = {name for _, name, lazy in inner(path) if not lazy}
+        wanted = [
+            name
+            for name in eager
+            if name.startswith(("armour_surgery.measure.figures", "armour_surgery.measure.report"))
+        ]
+        assert path in drawing or not wanted, path
 
 
 def test_no_pickle_and_no_unsafe_load_in_the_package() -> None:

@@ -119,7 +119,7 @@ def bad(*arguments: str, code: int = 1) -> str:
 
 
 def test_the_command_line_loads_without_the_heavy_libraries() -> None:
-    heavy = "{'torch', 'timm', 'transformers', 'torchvision', 'numpy', 'safetensors', 'huggingface_hub'}"
+    heavy = "{'torch', 'timm', 'transformers', 'torchvision', 'numpy', 'safetensors', 'huggingface_hub', 'matplotlib'}"
     code = f"import sys, armour_surgery.cli; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -754,12 +754,14 @@ def test_paper_for_a_person(paper: dict[str, Any], monkeypatch: pytest.MonkeyPat
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, Path]:
     pytest.importorskip("sklearn")
     out = tmp_path_factory.mktemp("demo")
-    compare = speed.compare
+    compare, kept = speed.compare, list[bool]()
     with pytest.MonkeyPatch.context() as patch:
-        # Everything as it is, but for the patience of the timing.
+        # Everything as it is, but for the patience of the timing; and this process goes on after it.
         patch.setattr(speed, "compare", lambda *models, **_: compare(*models, rounds=4, budget_s=4))
+        patch.setattr(speed, "keep_memory", lambda: kept.append(True))
         result = CliRunner().invoke(app, ["demo", "--json", "--out", str(out)])
     assert result.exit_code == 0, result.stderr
+    assert kept == [True]
     return json.loads(result.stdout), result.stderr, out
 
 
@@ -774,7 +776,14 @@ def test_demo_tells_the_truth(demo: tuple[dict[str, Any], str, Path]) -> None:
         assert mode["macs"] < found["original"]["macs"]
         low, high = mode["speedup_iqr"]
         assert 0 < low <= mode["speedup"] <= high
-    assert found["modes"]["qv"]["accuracy"] < found["original"]["accuracy"] - 10
+        assert {"wq", "calibrated"} <= set(mode["inits"])
+        assert all(init["accuracy"] == init["accuracy_reloaded"] for init in mode["inits"].values())
+        assert mode["inits"]["wq"] == {key: mode[key] for key in ("accuracy", "accuracy_reloaded")}
+        assert mode["accuracy"] < found["original"]["accuracy"] - 10
+    assert set(found["modes"]["qv"]["inits"]) == {"wq", "wq-refit", "joint-svd", "calibrated"}
+    # Without any training.
+    for mode in ("qv", "kv"):
+        assert found["modes"][mode]["inits"]["calibrated"]["accuracy"] > found["original"]["accuracy"] - 1
 
 
 def test_demo_for_a_person(demo: tuple[dict[str, Any], str, Path]) -> None:
@@ -783,8 +792,16 @@ def test_demo_for_a_person(demo: tuple[dict[str, Any], str, Path]) -> None:
         assert chapter in told
     assert "the same accuracy, every one" in told
     assert f"{found['original']['accuracy']:.1f} %" in told
-    assert "without training costs nearly all accuracy" in " ".join(told.split())
-    assert sorted(os.listdir(out)) == [f"digits_vit-armour-{mode}" for mode in ("kv", "qk", "qk-diag", "qv")]
+    told = " ".join(told.split())
+    assert "without training costs nearly all accuracy" in told
+    calibrated = found["modes"]["qv"]["inits"]["calibrated"]["accuracy"]
+    assert f"qv gets {calibrated:.1f} % where the original gets {found['original']['accuracy']:.1f} %" in told
+    endings = {"wq": "", "wq-refit": "-wq-refit", "joint-svd": "-joint-svd", "calibrated": "-calibrated"}
+    folders = [
+        f"digits_vit-armour-{mode}{endings[init]}" for mode in found["modes"] for init in found["modes"][mode]["inits"]
+    ]
+    assert len(folders) == 10
+    assert sorted(os.listdir(out)) == sorted(folders)
 
 
 def test_demo_numbers_are_measured_again(demo: tuple[dict[str, Any], str, Path]) -> None:
@@ -794,6 +811,8 @@ def test_demo_numbers_are_measured_again(demo: tuple[dict[str, Any], str, Path])
     _, _, images, labels = digits_split()
     assert accuracy(load_digits_vit(), images, labels) == found["original"]["accuracy"]
     assert accuracy(load(out / "digits_vit-armour-qv"), images, labels) == found["modes"]["qv"]["accuracy"]
+    calibrated = load(out / "digits_vit-armour-kv-calibrated")
+    assert accuracy(calibrated, images, labels) == found["modes"]["kv"]["inits"]["calibrated"]["accuracy"]
 
 
 def test_every_command_has_a_docstring_and_metavars() -> None:

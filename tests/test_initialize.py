@@ -72,6 +72,16 @@ def test_joint_svd_is_never_worse_than_keeping_wq(heads: int, d: int, width: int
     assert loss(joint_svd(other, metric, metric, 1.0), other, metric, metric) == pytest.approx(best, rel=1e-6)
 
 
+def test_sums_in_single_precision_may_leave_directions_below_zero() -> None:
+    # Small images with an empty border: their tokens take few directions, and rounding is larger than the damping.
+    basis = torch.linalg.qr(torch.randn(13, 13, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    moment = basis @ torch.diag(torch.tensor([40.0, 9, 4, *[-3e-5] * 10], dtype=torch.float64)) @ basis.mT
+    metric = make_metric(moment, moment)
+    assert all(torch.isfinite(part).all() for part in vars(metric).values())
+    kept = metric.whiten.mT @ metric.whiten
+    assert torch.allclose(kept, moment, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("name", "freedom"),
     [

@@ -2,13 +2,30 @@
 
 import re
 from collections.abc import Sequence
+from statistics import median
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
-from armour_surgery.sites import AttentionSite, RefusedSite, SitePlan, SurgeryPlan
+from armour_surgery.sites import AttentionSite, FrontierPoint, RefusedSite, Sensitivity, SitePlan, SurgeryPlan
 
-__all__ = ["change", "cost_table", "grouped_names", "millions", "plain_table", "refused_lines", "site_table"]
+__all__ = [
+    "change",
+    "cost_table",
+    "fidelity_lines",
+    "frontier_table",
+    "grouped_names",
+    "millions",
+    "plain_table",
+    "refused_lines",
+    "sensitivity_table",
+    "site_table",
+]
+
+# Rows that a table of choices has at most.
+_CHOICES = 24
+_BAR = 12
 
 
 def plain_table(title: str | None = None) -> Table:
@@ -124,3 +141,87 @@ def cost_table(surgery: SurgeryPlan) -> Table:
     ):
         table.add_row(label, millions(before), millions(after), change(before, after), style="bold")
     return table
+
+
+def fidelity_lines(surgery: SurgeryPlan) -> list[str]:
+    """How near a converted model is to its original, and which sites lost most; empty where nothing was compared."""
+    lines = []
+    near = surgery.fidelity
+    if near is not None:
+        same = f", same first choice on {near.agreement:.1f} %" if near.agreement is not None else ""
+        lines.append(
+            f"On {near.images} images ({near.source}) that nothing was fitted to: cosine to the original's features "
+            f"{near.cosine:.4f}, SQNR {near.sqnr_db:.1f} dB{same}."
+        )
+    known = [(site.residual, site.fqn) for site in surgery.sites if site.residual is not None]
+    if len(known) > 1 and surgery.init != "wq":
+        worst = sorted(known, key=lambda one: -one[0])[:3]
+        listed = ", ".join(f"{fqn} {residual:.3f}" for residual, fqn in worst)
+        middle = median(residual for residual, _ in known)
+        lines.append(f"Residual of the sites: median {middle:.3f}; the largest: {listed}.")
+    return lines
+
+
+def sensitivity_table(sensitivities: Sequence[Sensitivity]) -> Table:
+    """What each site costs alone, in the order given; a site that was tried in several ways is named once."""
+    table = plain_table("Each attention converted alone")
+    for column, side in (("attention", "left"), ("mode", "left"), ("parameters saved", "right"), ("residual", "right"),
+                         ("loss", "right"), ("", "left")):  # fmt: skip
+        table.add_column(column, justify=side, overflow="fold")  # type: ignore[arg-type]
+    largest = max((one.loss for one in sensitivities), default=0.0)
+    named = None
+    for one in sensitivities:
+        table.add_row(
+            escape(one.fqn) if one.fqn != named else "",
+            escape(_way(one.mode, one.rank)),
+            f"{one.params_saved:,}",
+            f"{one.residual:.4f}",
+            f"{one.loss:.5f}",
+            _bar(one.loss, largest),
+        )
+        named = one.fqn
+    return table
+
+
+def frontier_table(points: Sequence[FrontierPoint], params_before: int, chosen: FrontierPoint | None = None) -> Table:
+    """Choices from the largest model to the smallest, the `chosen` one in bold with a mark.
+
+    Of more choices than a screen has room for, evenly spaced ones are shown, and always the first, the last, the chosen
+    and those that were measured.
+    """
+    table = plain_table("Parameters against loss")
+    for column, side in (("", "left"), ("parameters", "right"), ("change", "right"), ("predicted loss", "right"),
+                         ("measured loss", "right"), ("converted", "left")):  # fmt: skip
+        table.add_column(column, justify=side, overflow="fold")  # type: ignore[arg-type]
+    ordered = sorted(points, key=lambda point: -point.params)
+    step = -(-len(ordered) // _CHOICES) or 1
+    for place, point in enumerate(ordered):
+        shown = place % step == 0 or place == len(ordered) - 1 or point.measured is not None or point == chosen
+        if not shown:
+            continue
+        table.add_row(
+            ">" if point == chosen else "",
+            millions(point.params),
+            change(params_before, point.params),
+            f"{point.predicted:.5f}",
+            f"{point.measured:.5f}" if point.measured is not None else "-",
+            escape(_converted(point)),
+            style="bold" if point == chosen else None,
+        )
+    return table
+
+
+def _converted(point: FrontierPoint) -> str:
+    """`blocks.0-3.attn (qv), blocks.7.attn (qv, rank 32)`, or `nothing`."""
+    ways: dict[str, list[str]] = {}
+    for fqn, mode, rank in point.sites:
+        ways.setdefault(_way(mode, rank), []).append(fqn)
+    return "; ".join(f"{grouped_names(names)} ({way})" for way, names in ways.items()) or "nothing"
+
+
+def _way(mode: str, rank: int | None) -> str:
+    return f"{mode}, rank {rank}" if rank is not None else mode
+
+
+def _bar(value: float, largest: float) -> str:
+    return "\u2501" * round(_BAR * max(value, 0.0) / largest) if largest > 0 else ""

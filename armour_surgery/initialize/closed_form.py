@@ -52,11 +52,15 @@ class Head:
 def make_metric(moment: Tensor, centered: Tensor, damping: float = 1e-6) -> Metric:
     """The metric of tokens with second moment `moment [D, D]` and, centered over each image, `centered [D, D]`.
 
-    Both are damped by `damping` times their mean diagonal, so that directions which no token took stay bounded.
+    Both are damped by `damping` times their mean diagonal, so that directions which no token took stay bounded; by more
+    where sums in single precision left such directions below zero.
     """
     size = moment.shape[0]
     identity = torch.eye(size, dtype=torch.float64)
-    lower = torch.linalg.cholesky(moment + damping * moment.diagonal().mean() * identity)
+    lower, failed = torch.linalg.cholesky_ex(moment + damping * moment.diagonal().mean() * identity)
+    while int(failed) and damping < 1:
+        damping *= 10
+        lower, failed = torch.linalg.cholesky_ex(moment + damping * moment.diagonal().mean() * identity)
     inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
     # The last entry of a token is always 1: centered, it is 0, and a constant over keys costs nothing.
     spread, basis = torch.linalg.eigh(inverse @ centered @ inverse.T)

@@ -1,0 +1,147 @@
+"""Tables for people, on records made by hand."""
+
+import io
+from dataclasses import replace
+
+import pytest
+from rich.console import Console  # noqa: TID251
+from rich.table import Table  # noqa: TID251
+
+from armour_surgery.cli.tables import fidelity_lines, frontier_table, grouped_names, sensitivity_table
+from armour_surgery.model_card import model_card
+from armour_surgery.sites import Fidelity, FrontierPoint, Sensitivity, SitePlan, SurgeryPlan
+
+
+def printed(table: Table) -> list[str]:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    return [line.rstrip() for line in console.file.getvalue().splitlines() if line.strip()]
+
+
+def site(number: int, residual: float | None) -> SitePlan:
+    return SitePlan(f"blocks.{number}.attn", "qv", "calibrated", 53, 39, 710, 530, residual, "x", ("joint-svd", "last"))
+
+
+def surgery(*residuals: float | None) -> SurgeryPlan:
+    sites = tuple(site(number, residual) for number, residual in enumerate(residuals))
+    fidelity = Fidelity(41, "photos", 0.97124, 13.46, 96.75)
+    return SurgeryPlan("qv", "calibrated", sites, (), 1_000_000, 900_000, 700, 600, fidelity=fidelity)
+
+
+# Sensitivities
+
+
+def test_sensitivities_name_a_site_once_and_show_every_way() -> None:
+    costs = [
+        Sensitivity("blocks.0.attn", "qv", None, 147_840, 0.1234, 0.00123),
+        Sensitivity("blocks.0.attn", "qv", 48, 184_800, 0.2, 0.004),
+        Sensitivity("blocks.1[x].attn", "concat-half", None, 7, 0.3, 0.002),
+    ]
+    lines = printed(sensitivity_table(costs))
+    body = [line.split() for line in lines[-3:]]
+    assert body[0] == ["blocks.0.attn", "qv", "147,840", "0.1234", "0.00123", "━" * 4]
+    assert body[1] == ["qv,", "rank", "48", "184,800", "0.2000", "0.00400", "━" * 12]
+    assert body[2] == ["blocks.1[x].attn", "concat-half", "7", "0.3000", "0.00200", "━" * 6]
+    assert "parameters saved" in lines[1]
+
+
+def test_sensitivities_without_a_loss_have_no_bars() -> None:
+    zero = [Sensitivity("a", "qv", None, 1, 0.0, value) for value in (0.0, -1e-9)]
+    assert "━" not in "".join(line.split("0.0000", 1)[-1] for line in printed(sensitivity_table(zero))[3:])
+    assert printed(sensitivity_table([]))
+
+
+# The frontier
+
+
+def point(number: int, measured: float | None = None) -> FrontierPoint:
+    ways = tuple((f"blocks.{n}.attn", "qv", 32 if n == 2 else None) for n in range(number))
+    return FrontierPoint(2_000_000 - 10_000 * number, 0.01 * number, measured, ways)
+
+
+def test_the_frontier_goes_from_large_to_small_and_marks_the_choice() -> None:
+    points = [point(3), point(0, 0.0), point(2, 0.015), point(1)]
+    lines = printed(frontier_table(points, 2_000_000, chosen=points[2]))[3:]
+    assert [line.split()[0] for line in lines] == ["2.000", "1.990", ">", "1.970"]
+    assert lines[2].split() == [
+        ">", "1.980", "M", "-1.0", "%", "0.02000", "0.01500", "blocks.0-1.attn", "(qv)",
+    ]  # fmt: skip
+    assert "nothing" in lines[0]
+    assert lines[1].split()[-3:] == ["-", "blocks.0.attn", "(qv)"]
+    assert "blocks.0-1.attn (qv); blocks.2.attn (qv, rank 32)" in lines[3]
+    assert not any(">" in line for line in printed(frontier_table(points, 2_000_000)))
+
+
+def test_a_long_frontier_is_thinned_out_and_keeps_what_matters() -> None:
+    points = [point(number, 0.5 if number == 31 else None) for number in range(97)]
+    table = frontier_table(points, 2_000_000, chosen=points[42])
+    shown = list(table.columns[1].cells)
+    assert len(shown) <= 28
+    for number in (0, 31, 42, 96):
+        assert f"{2 - 0.01 * number:.3f} M" in shown
+    assert printed(frontier_table([], 2_000_000))
+
+
+# Fidelity
+
+
+def test_fidelity_in_lines() -> None:
+    first, second = fidelity_lines(surgery(0.1, 0.4, 0.2, 0.3, 0.05))
+    assert first == (
+        "On 41 images (photos) that nothing was fitted to: cosine to the original's features 0.9712, SQNR 13.5 dB, "
+        "same first choice on 96.8 %."
+    )
+    assert second == (
+        "Residual of the sites: median 0.200; the largest: blocks.1.attn 0.400, blocks.3.attn 0.300, "
+        "blocks.2.attn 0.200."
+    )
+
+
+def test_fidelity_lines_say_only_what_is_known() -> None:
+    plan = surgery(0.1, 0.2)
+    assert fidelity_lines(replace(plan, init="wq", fidelity=None)) == []
+    assert fidelity_lines(replace(surgery(None, None), fidelity=None)) == []
+    headless = replace(surgery(0.1), fidelity=Fidelity(4, "synthetic", 0.5, 3.0, None))
+    [line] = fidelity_lines(headless)
+    assert "first choice" not in line
+    [line] = fidelity_lines(replace(plan, init="joint-svd", fidelity=None))
+    assert line.startswith("Residual of the sites: median 0.150")
+
+
+# The model card's table of residuals
+
+
+def rows(card: str) -> list[list[str]]:
+    body = card.partition("| attention | mode |")[2].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in body if line.startswith("|")]
+
+
+def test_the_model_card_lists_residuals() -> None:
+    card = model_card(surgery(0.125, None, 0.5), "x")
+    assert rows(card) == [
+        ["`blocks.0.attn`", "`qv`", "0.1250", "joint-svd, last"],
+        ["`blocks.2.attn`", "`qv`", "0.5000", "joint-svd, last"],
+    ]
+    ranked = surgery(0.125)
+    object.__setattr__(ranked.sites[0], "rank", 24)
+    assert rows(model_card(ranked, "x"))[0][1] == "`qv` rank 24"
+
+
+@pytest.mark.parametrize(("sites", "shown"), [(24, 24), (25, 13), (48, 24), (100, 20)])
+def test_neighbors_share_a_row_where_there_are_many(sites: int, shown: int) -> None:
+    found = rows(model_card(surgery(*(0.001 * (number + 1) for number in range(sites))), "x"))
+    assert len(found) == shown
+    if shown < sites:
+        assert found[0][0].startswith("`blocks.0.attn` to `blocks.")
+        assert found[0][2].startswith("0.0010 to 0.00")
+    assert f"`blocks.{sites - 1}.attn`" in found[-1][0]
+
+
+def test_the_model_card_has_no_residuals_where_nothing_was_calibrated() -> None:
+    assert rows(model_card(replace(surgery(0.5), init="joint-svd"), "x")) == []
+    assert rows(model_card(surgery(None), "x")) == []
+
+
+def test_grouped_names() -> None:
+    assert grouped_names(["blocks.0.attn", "blocks.1.attn", "blocks.3.attn"]) == "blocks.0-1,3.attn"
