@@ -141,7 +141,10 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class SurgeryPlan:
-    """Everything that `convert` did (or, from `plan`, would do). It rides on the model as `model.surgery`."""
+    """Everything that `convert` did (or, from `plan`, would do). It rides on the model as `model.surgery`.
+
+    `trained` is a sentence about the training that came afterwards; `fidelity` then no longer holds and is None.
+    """
 
     mode: str
     init: str
@@ -154,6 +157,7 @@ class SurgeryPlan:
     example: tuple[tuple[str, tuple[int, ...], str], ...] = ()
     source: Source | None = None
     fidelity: Fidelity | None = None
+    trained: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `from_dict` is its inverse."""
