@@ -20,7 +20,18 @@ from torch import Tensor, nn
 from armour_surgery.errors import ResumeError, TrainingError
 from armour_surgery.recover.distributed import full, like
 
-__all__ = ["BEST", "LAST", "Saved", "fill", "fill_optimizer", "optimizer_tensors", "read", "weights_of", "write"]
+__all__ = [
+    "BEST",
+    "LAST",
+    "Saved",
+    "fill",
+    "fill_optimizer",
+    "optimizer_numbers",
+    "optimizer_tensors",
+    "read",
+    "weights_of",
+    "write",
+]
 
 LAST, BEST = "last.safetensors", "best.safetensors"
 FORMAT = 1
@@ -55,6 +66,22 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return found
 
 
+def optimizer_numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Numbers that an optimizer keeps for whole groups; some count steps there, in a tensor (a list of one here)."""
+
+    def plain(value: Any) -> Any:
+        return [value.item()] if isinstance(value, Tensor) else value
+
+    return [
+        {
+            key: plain(value)
+            for key, value in group.items()
+            if type(value) in (int, float) or (isinstance(value, Tensor) and value.ndim == 0)
+        }
+        for group in optimizer.param_groups
+    ]
+
+
 def fill(model: nn.Module, weights: Mapping[str, Tensor], where: Path) -> None:
     """Put weights into a model of the same structure, sharded or not.
 
@@ -72,8 +99,14 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], where: Path) -> None:
             value.copy_(like(weights[name], value))
 
 
-def fill_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put `optimizer_tensors` back."""
+def fill_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], numbers: list[dict[str, Any]]
+) -> None:
+    """Put `optimizer_tensors` and `optimizer_numbers` back."""
+    for group, values in zip(optimizer.param_groups, numbers, strict=True):
+        group.update(
+            {key: torch.tensor(value[0]) if isinstance(value, list) else value for key, value in values.items()}
+        )
     parameters = _parameters(optimizer)
     for key, value in tensors.items():
         place, _, name = key.partition(".")

@@ -39,11 +39,15 @@ class Runner(nn.Module):
     def forward(self, images: Tensor, want_features: bool = False) -> Outputs:
         """Run the model, in whatever mode it is in."""
         inputs = {self.argument: images}
-        if want_features:
+        both = self.two_heads and self.training
+        if want_features and both and hosts.library_of(self.model) == "transformers":
+            raw: Any = self.model(**inputs, output_hidden_states=True)
+            features: Any = raw.hidden_states[-1]
+        elif want_features:
             features, raw = hosts.features(self.model, inputs)
         else:
             features, raw = None, self.model(**inputs)
-        logits, token = _heads(raw, self.two_heads and self.training)
+        logits, token = _heads(raw, both) if getattr(self.model, "num_classes", None) != 0 else (None, None)
         return Outputs(logits, token, features)
 
     def watch(self, fqns: Sequence[str], seen: dict[str, Tensor]) -> list[RemovableHandle]:

@@ -326,6 +326,7 @@ class _Run:
         progress = {
             "step": self.step,
             "epoch_losses": self.epoch_losses,
+            "optimizer": checkpoint.optimizer_numbers(self.optimizer),
             "scaler": self.scaler.state_dict(),
             "run": identity(self.recipe),
             "images": len(self.task.data) if isinstance(self.task.data, Pictures) else None,
@@ -351,7 +352,7 @@ class _Run:
         checkpoint.fill(self.runner, saved.part("model"), path)
         if self.average is not None:
             checkpoint.fill(self.average.module, saved.part("ema"), path)
-        checkpoint.fill_optimizer(self.optimizer, saved.part("optimizer"))
+        checkpoint.fill_optimizer(self.optimizer, saved.part("optimizer"), progress["optimizer"])
         if progress["scaler"]:
             self.scaler.load_state_dict(progress["scaler"])
         self.step = progress["step"]
