@@ -5,7 +5,6 @@ saved is a copy of the model as it came, with the weights that were kept, so tha
 parameters of the training leave no trace.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from armour_surgery import hosts
-from armour_surgery.conversion import convert, surgery_of
-from armour_surgery.errors import ArmourError, DataError, TeacherError, UsageError
-from armour_surgery.folder import TRAINING, check_output, is_saved_folder, load, save
+from armour_surgery.conversion import convert
+from armour_surgery.errors import ArmourError, DataError, ResumeError, TeacherError, UsageError
+from armour_surgery.folder import check_output, is_saved_folder, load
 from armour_surgery.hosts.preprocessing import Preprocessing, preprocessing
 from armour_surgery.measure.held_out import held_out_scores
 from armour_surgery.meta import full_copy
@@ -26,18 +25,16 @@ from armour_surgery.recover.data import Pictures, Stream, check_labels, has_spli
 from armour_surgery.recover.distillation import Teacher
 from armour_surgery.recover.distributed import Process
 from armour_surgery.recover.loading import evaluation_batches
-from armour_surgery.recover.log import write_text
 from armour_surgery.recover.recipe import DataPart, Recipe
-from armour_surgery.recover.recipe_files import to_yaml
 from armour_surgery.recover.student import evaluating
-from armour_surgery.recover.timm_parts import build_untrained, save_pretrained, set_drop_path, training_transform
+from armour_surgery.recover.timm_parts import build_untrained, set_drop_path, training_transform
 from armour_surgery.recover.trainer import Judge, Outcome, Task, Watch, train
 from armour_surgery.sites import Source, SurgeryPlan
+from armour_surgery.training_folder import check_saveable, open_folder, write_result
 
 __all__ = ["Finetuned", "adapted", "finetune", "head_size", "load_any"]
 
 JUDGE_BATCH = 64
-RECIPE = "recipe.yaml"
 
 
 @dataclass(frozen=True)
@@ -85,20 +82,24 @@ def finetune(
     Raises:
         ArmourError: see `recover.trainer.train`; and whatever loading, converting and saving raise.
     """
-    student, source = _student(model, recipe)
+    _check_folder(out, resume)
+    student = _student(model, recipe)
     surgery: SurgeryPlan | None = getattr(student, "surgery", None)
+    check_saveable(student)
     own = preprocessing(student)
     prep = adapted(own, recipe.data)
     given = data or recipe.data.source
     if given is None:
         raise UsageError("this recipe needs images; name them with --data")
-    _open_folder(out, recipe, process, resume)
     training, judged, judged_on = _images(given, recipe, prep)
     classes = head_size(student)
     for pictures in (training, judged):
         if recipe.labelled and isinstance(pictures, Pictures):
             check_labels(pictures, classes)
     guide = _teacher(student, surgery, recipe, own, prep, teacher)
+    if process.first:
+        open_folder(out, recipe)
+    process.wait()
     kept = full_copy(student)
     if recipe.model.drop_path:
         set_drop_path(student, recipe.model.drop_path)
@@ -116,7 +117,7 @@ def finetune(
     outcome = train(task, process, resume=resume, watch=watch)
     if process.first:
         kept.load_state_dict(outcome.weights)
-        _export(kept, out, recipe, outcome, prep, judged_on, source)
+        write_result(kept, out, recipe, outcome, prep, judged_on)
     process.wait()
     return Finetuned(outcome, out, judged_on)
 
@@ -158,7 +159,7 @@ def _open_split(
     )
 
 
-def _student(model: str | nn.Module, recipe: Recipe) -> tuple[nn.Module, Source | None]:
+def _student(model: str | nn.Module, recipe: Recipe) -> nn.Module:
     """The model to train, converted if the recipe says so."""
     part, source = recipe.model, None
     torch.manual_seed(recipe.seed)  # random weights are the same in every process
@@ -175,15 +176,15 @@ def _student(model: str | nn.Module, recipe: Recipe) -> tuple[nn.Module, Source 
             model, source = load_any(model, pretrained=part.start == "weights")
     surgery = getattr(model, "surgery", None)
     if part.mode is None:
-        return model, source
+        return model
     if surgery is None:
-        return convert(model, part.mode, init=part.init, inplace=True, source=source), source
+        return convert(model, part.mode, init=part.init, inplace=True, source=source)
     if surgery.mode != part.mode and {site.mode for site in surgery.sites} != {part.mode}:
         raise UsageError(
             f"this recipe is for the mode {part.mode}, and the model was converted to {surgery.mode}; take another "
             f"recipe, or --set model.mode={surgery.mode}"
         )
-    return model, source
+    return model
 
 
 def head_size(model: nn.Module) -> int:
@@ -196,22 +197,14 @@ def head_size(model: nn.Module) -> int:
     return linears[-1].out_features if linears else 0
 
 
-def _open_folder(out: Path, recipe: Recipe, process: Process, resume: bool) -> None:
-    """Make the folder ours from the start, with the resolved recipe in it."""
+def _check_folder(out: Path, resume: bool) -> None:
+    """Before anything is loaded, let alone written."""
     check_output(out)
-    if not resume and (out / "checkpoints" / checkpoint.LAST).exists():
+    path = out / "checkpoints" / checkpoint.LAST
+    if not resume and path.exists():
         raise UsageError(f"{out} holds a run already; go on with --resume, or name another --out")
-    if process.first:
-        out.mkdir(parents=True, exist_ok=True)
-        header = [f"effective learning rate {recipe.effective_lr:g} (base {recipe.optimizer.lr:g})"]
-        write_text(out / RECIPE, to_yaml(recipe, header))
-        _write_record(out, {"status": "running"})
-    process.wait()
-
-
-def _write_record(out: Path, values: Mapping[str, Any]) -> None:
-    record = {"tool": "armour-surgery", **values}
-    write_text(out / TRAINING, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    if resume and not path.exists():
+        raise ResumeError(f"there is no checkpoint {path} to go on from; leave --resume out, or name another --out")
 
 
 def _images(source: str, recipe: Recipe, prep: Preprocessing) -> tuple[Pictures | Stream, Pictures | Stream, str]:
@@ -333,65 +326,3 @@ def _judge(
             )
 
     return judge
-
-
-def _export(
-    model: nn.Module,
-    out: Path,
-    recipe: Recipe,
-    outcome: Outcome,
-    prep: Preprocessing,
-    judged_on: str,
-    source: Source | None,
-) -> None:
-    """Write the model with the weights that were kept, and a record of the run."""
-    record = {
-        "status": "done",
-        "steps": outcome.steps,
-        "kept": outcome.kept,
-        "average": outcome.average,
-        "judged_on": judged_on,
-        "start": outcome.start,
-        "end": outcome.end,
-        "images": outcome.images,
-        "seconds": round(outcome.seconds, 1),
-        "unreadable": len(outcome.broken),
-    }
-    library, surgery = hosts.library_of(model), getattr(model, "surgery", None)
-    overlay = _data_config(model, prep) if library == "timm" else {}
-    if surgery is not None:
-        if outcome.kept != "start":
-            model.surgery = replace(surgery_of(model), fidelity=None, trained=_sentence(outcome, judged_on))  # type: ignore[assignment]
-        earlier = surgery.source.arguments.get("pretrained_cfg_overlay", {}) if surgery.source is not None else {}
-        save(model, out, model_args={"pretrained_cfg_overlay": {**earlier, **overlay}} if overlay else None)
-    elif library == "timm":
-        model.pretrained_cfg = {**_config_of(model), **overlay}  # type: ignore[assignment]
-        save_pretrained(model, str(out), recipe.model.args)
-    elif library == "transformers":
-        model.save_pretrained(out)  # type: ignore[operator]
-    else:
-        raise UsageError(f"{type(model).__name__} is not converted, and only timm and transformers save such models")
-    _write_record(out, record)
-
-
-def _config_of(model: nn.Module) -> dict[str, Any]:
-    config: Any = getattr(model, "pretrained_cfg", None) or {}
-    return dict(config)
-
-
-def _data_config(model: nn.Module, prep: Preprocessing) -> dict[str, Any]:
-    """What timm has to know about images from now on, where the recipe changed it."""
-    own = preprocessing(model)
-    names = ("mean", "std", "crop_pct", "interpolation")
-    changed = {name: getattr(prep, name) for name in names if getattr(prep, name) != getattr(own, name)}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
-
-
-def _sentence(outcome: Outcome, judged_on: str) -> str:
-    """What the model card says about training."""
-    scores = ", ".join(f"{name} {value:.4g}" for name, value in outcome.end.items())
-    which = "the moving average of the weights" if outcome.average else "the weights"
-    return (
-        f"Trained for {outcome.steps:,} steps ({outcome.images:,} images); kept: {which} of "
-        f"{'the last step' if outcome.kept == 'last' else outcome.kept}. On {judged_on}: {scores}."
-    )

@@ -165,8 +165,8 @@ def _tell(console: Any, done: "Finetuned") -> None:
         console.print(f"Kept: {which}{outcome.kept} of {outcome.steps}.")
     if outcome.broken:
         console.print(
-            f"{len(outcome.broken)} times an image could not be read and another was taken; the first: "
-            f"{outcome.broken[0]}",
+            f"{len(outcome.broken)} images could not be read, and others were taken; the first: "
+            f"{next(iter(outcome.broken))}",
             markup=False,
             soft_wrap=True,
         )

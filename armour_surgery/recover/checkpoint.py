@@ -21,7 +21,6 @@ from armour_surgery.errors import ResumeError, TrainingError
 from armour_surgery.recover.distributed import full, like
 
 __all__ = [
-    "BEST",
     "LAST",
     "Saved",
     "fill",
@@ -33,7 +32,7 @@ __all__ = [
     "write",
 ]
 
-LAST, BEST = "last.safetensors", "best.safetensors"
+LAST = "last.safetensors"
 FORMAT = 1
 
 

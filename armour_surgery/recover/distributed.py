@@ -40,6 +40,14 @@ class Process:
         dist.all_reduce(tensor)
         return [float(value) for value in tensor.tolist()]
 
+    def union(self, counts: dict[str, int]) -> dict[str, int]:
+        """Counts by name, summed over all processes."""
+        if self.world == 1:
+            return counts
+        gathered: list[Any] = [None] * self.world
+        dist.all_gather_object(gathered, counts)
+        return {name: sum(one.get(name, 0) for one in gathered) for one in gathered for name in one}
+
     def average_norms(self, model: nn.Module) -> None:
         """Give every process the mean of their running statistics (BatchNorm's)."""
         if self.world == 1:

@@ -68,7 +68,8 @@ class Outcome:
     """What came of a run. `kept` says whose `weights` are kept: those at the `start`, of a step, or the `last`.
 
     `start` and `end` are what held-out images said about the weights at the start (where it was asked for) and about
-    those that were kept; `average` says that these are the moving average.
+    those that were kept; `average` says that these are the moving average. `broken` counts how often each image that
+    could not be read was passed over. `weights`, by the student's names, are the first process's to have.
     """
 
     steps: int
@@ -79,7 +80,7 @@ class Outcome:
     end: dict[str, float]
     images: int
     seconds: float
-    broken: list[str]
+    broken: dict[str, int]
     weights: dict[str, Tensor] = field(repr=False)
 
 
@@ -109,7 +110,9 @@ class _Run:
         self.end = min(planned, recipe.schedule.max_steps or planned)
         self.checkpoints = task.out / "checkpoints"
         self.step = 0
-        self.progress: dict[str, Any] = {"best": None, "start": {}, "seconds": 0.0, "broken": []}
+        self.progress: dict[str, Any] = {"best": None, "start": {}, "last": {}, "seconds": 0.0, "broken": {}}
+        # The weights that held-out images judge best so far; they travel in the checkpoint, so that it is one piece.
+        self.best: dict[str, Tensor] = {}
         self.losses: list[Tensor] = []
         self.epoch_losses: list[float] = []
 
@@ -126,7 +129,8 @@ class _Run:
             task.teacher.to(process.device)
         self._train_mode()
         self.average = average_of(self.runner, recipe.ema)
-        if recipe.run.parallel == "fsdp" and process.world > 1:
+        self.sharded = recipe.run.parallel == "fsdp" and process.world > 1
+        if self.sharded:
             shard(self.runner, task.sites)
             if self.average is not None:
                 shard(self.average.module, task.sites)
@@ -139,8 +143,7 @@ class _Run:
         objective = Objective(self.runner, task.teacher, recipe.loss, task.sites)
         if recipe.run.compile:
             self.runner.compile()
-        sharded = recipe.run.parallel == "fsdp"
-        self.objective = objective if sharded else wrapped(objective, process, unused=not recipe.loss.labels)
+        self.objective = objective if self.sharded else wrapped(objective, process, unused=not recipe.loss.labels)
         self.log = RunLog(task.out, self.step) if process.first else None
 
     def run(self) -> Outcome:
@@ -191,7 +194,8 @@ class _Run:
         total = torch.zeros((), device=device)
         for part in range(layout.accumulate):
             batch = next(batches)
-            self.progress["broken"] += batch.broken
+            for name in batch.broken:
+                self.progress["broken"][name] = self.progress["broken"].get(name, 0) + 1
             last = part == layout.accumulate - 1
             with seeded(recipe.seed, self.step, self.process.rank, part), no_sync(self.objective, self.runner, last):
                 if device.type == "cuda":
@@ -314,15 +318,19 @@ class _Run:
         if best is not None and score <= best["score"]:
             return
         self.progress["best"] = {"score": score, "step": self.step, "average": average, "found": dict(found)}
-        weights = checkpoint.weights_of(self.average.module if average else self.runner, "model")
-        if self.process.first:
-            checkpoint.write(self.checkpoints / checkpoint.BEST, weights, {"step": self.step})
+        self.best = self._weights(self.average.module if average else self.runner, "best")
+
+    def _weights(self, runner: nn.Module, prefix: str) -> dict[str, Tensor]:
+        """Whole weights in the first process; the others only help to put shards together."""
+        found = checkpoint.weights_of(runner, prefix) if self.process.first or self.sharded else {}
+        return found if self.process.first else {}
 
     def _save(self) -> None:
-        tensors = checkpoint.weights_of(self.runner, "model")
+        tensors = {**self.best, **self._weights(self.runner, "model")}
         if self.average is not None:
-            tensors |= checkpoint.weights_of(self.average.module, "ema")
-        tensors |= checkpoint.optimizer_tensors(self.optimizer)
+            tensors |= self._weights(self.average.module, "ema")
+        if self.process.first or self.sharded:
+            tensors |= checkpoint.optimizer_tensors(self.optimizer)
         progress = {
             "step": self.step,
             "epoch_losses": self.epoch_losses,
@@ -357,22 +365,17 @@ class _Run:
             self.scaler.load_state_dict(progress["scaler"])
         self.step = progress["step"]
         self.epoch_losses = progress["epoch_losses"]
-        self.progress = {key: progress[key] for key in (*self.progress, "last") if key in progress}
+        self.progress = {key: progress[key] for key in self.progress}
+        self.best = {f"best.{name}": value for name, value in saved.part("best").items()}
 
     def _finish(self) -> Outcome:
         """Give the student the weights that are kept, draw the curves, and say what came of it."""
         progress, best = self.progress, self.progress["best"]
-        average = False
-        if self.recipe.judge.keep == "best" and best is not None:
-            saved = checkpoint.read(self.checkpoints / checkpoint.BEST)
-            weights, end, average = saved.part("model"), best["found"], best["average"]
+        if best is not None:
+            weights, end, average = self.best, best["found"], best["average"]
             kept = "start" if best["step"] == 0 else f"step {best['step']}"
         else:
-            weights = {
-                name.removeprefix("model."): value
-                for name, value in checkpoint.weights_of(self.runner, "model").items()
-            }
-            end, kept = progress.get("last", {}), "last"
+            weights, end, average, kept = self._weights(self.runner, "last"), progress["last"], False, "last"
         if self.process.first and self.log is not None:
             self.log.close()
             draw_curves(self.task.out, self.log.epochs)
@@ -385,6 +388,6 @@ class _Run:
             end,
             self.step * self.layout.batch,
             progress["seconds"],
-            progress["broken"],
-            {name.removeprefix("model."): value for name, value in weights.items()},
+            self.process.union(progress["broken"]),
+            {name.partition(".model.")[2]: value for name, value in weights.items()},
         )
