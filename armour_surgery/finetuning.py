@@ -83,6 +83,7 @@ def finetune(
         ArmourError: see `recover.trainer.train`; and whatever loading, converting and saving raise.
     """
     _check_folder(out, resume)
+    process.wait()
     student = _student(model, recipe)
     surgery: SurgeryPlan | None = getattr(student, "surgery", None)
     check_saveable(student)

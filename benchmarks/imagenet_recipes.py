@@ -38,7 +38,7 @@ def make_folder(root: Path, images: int) -> None:
 
 
 def launch(recipe: str, model: str, arguments: list[str], out: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "armour_surgery", "finetune", model, "--recipe", recipe, "--out", str(out), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

@@ -112,9 +112,10 @@ def test_an_image_that_cannot_be_read_is_left_out_and_named(here: Path) -> None:
     assert "1 images could not be read and were left out" in run("armour", "--data", "photos").stdout
 
 
-def test_real_labels_are_counted_by_file_name(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_labels_are_counted_by_file_name(here: Path) -> None:
     found = document("armour", "--data", "photos", "--real")
-    assert found["real"]["images"] == 12
+    # Of ImageNet's first twelve validation images the reassessment left one without any label.
+    assert found["real"]["images"] == 11
     for path in Path("photos/val").rglob("*.JPEG"):
         path.rename(path.with_name(f"x{path.name}"))
     assert "no image is called like" in bad("armour", "--data", "photos", "--real", code=2)

@@ -261,7 +261,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(here: Path) -> None:
 
 
 def test_torchrun_trains_in_two_processes_and_one_of_them_speaks(here: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = ["finetune", "armour", "--recipe", "recover", *SHORT, "--out", "two", "--json"]
     launched = [*torchrun, "-m", "armour_surgery", *arguments]
     done = subprocess.run(launched, env=environment(), capture_output=True, text=True, check=False)
