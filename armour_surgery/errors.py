@@ -17,6 +17,12 @@ ArmourError                    exit code 1
 │   ├── AlreadyConvertedError  the model went through surgery before
 │   ├── CalibrationError       the images to calibrate with are missing, unreadable or of another kind
 │   └── PostconditionError     a pass did not keep its promise (a bug: please report it)
+├── TrainingError              training or evaluating cannot start, go on, or end well
+│   ├── DataError              images or labels are missing, unreadable, or not what the model takes
+│   ├── TeacherError           nobody knows the teacher, or it does not fit the student
+│   ├── DivergedError          the loss is no number any more
+│   ├── ResumeError            there is no checkpoint to go on from, or it belongs to another run
+│   └── InterruptedRunError    a signal stopped the run; a checkpoint was written
 ├── SpecializationError        a converted attention was called in a way it cannot follow
 └── FolderError                a saved folder cannot be written or read
     ├── NotOursError           --out exists and was not written by this tool
@@ -35,10 +41,13 @@ __all__ = [
     "CheckpointError",
     "ConversionError",
     "CorruptFileError",
+    "DataError",
     "DiscoveryError",
+    "DivergedError",
     "ExampleInputError",
     "FolderError",
     "HubUnreachableError",
+    "InterruptedRunError",
     "KeyMismatchError",
     "ModelError",
     "NoAttentionError",
@@ -46,9 +55,12 @@ __all__ = [
     "NothingToConvertError",
     "PatternError",
     "PostconditionError",
+    "ResumeError",
     "SchemaError",
     "SpecializationError",
+    "TeacherError",
     "TraceError",
+    "TrainingError",
     "UnknownModelError",
     "UsageError",
 ]
@@ -128,6 +140,30 @@ class CalibrationError(ConversionError):
 
 class PostconditionError(ConversionError):
     """A pass did not keep its promise. This is a bug of ours."""
+
+
+class TrainingError(ArmourError):
+    """Training or evaluating cannot start, go on, or end well."""
+
+
+class DataError(TrainingError):
+    """Images or labels are missing, unreadable, or not what the model takes."""
+
+
+class TeacherError(TrainingError):
+    """Nobody knows the teacher, or it does not fit the student."""
+
+
+class DivergedError(TrainingError):
+    """The loss is no number any more."""
+
+
+class ResumeError(TrainingError):
+    """There is no checkpoint to go on from, or it belongs to another run."""
+
+
+class InterruptedRunError(TrainingError):
+    """A signal stopped the run; a checkpoint was written before."""
 
 
 class SpecializationError(ArmourError):

@@ -34,10 +34,12 @@ from armour_surgery.model_card import model_card
 from armour_surgery.sites import Source, SurgeryPlan
 from armour_surgery.staging import CARD, PLAN, STAGE, WEIGHTS, digest_of, names_weights, written_aside
 
-__all__ = ["SCHEMA_VERSION", "check_output", "is_saved_folder", "load", "read_plan", "save"]
+__all__ = ["SCHEMA_VERSION", "TRAINING", "check_output", "is_saved_folder", "load", "read_plan", "save"]
 
 SCHEMA_VERSION = 1
 TOOL = "armour-surgery"
+# A training run's record; it makes a folder ours before there is a model in it.
+TRAINING = "training.json"
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,15 @@ def is_saved_folder(path: str | Path) -> bool:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a folder's `surgery.json` says that this tool wrote it."""
-    try:
-        document = json.loads((path / PLAN).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(document, dict) and document.get("tool") == TOOL
+    """Whether a folder's `surgery.json`, or the record of a run, says that this tool wrote it."""
+    for name in (PLAN, TRAINING):
+        try:
+            document = json.loads((path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(document, dict) and document.get("tool") == TOOL:
+            return True
+    return False
 
 
 def check_output(path: str | Path) -> None:

@@ -62,6 +62,8 @@ def _row(label: str, before: int, after: int) -> str:
 
 
 def _advice(surgery: SurgeryPlan) -> list[str]:
+    if surgery.trained is not None:
+        return [surgery.trained, ""]
     near = surgery.fidelity
     if near is not None:
         same = f", same first choice on {near.agreement:.1f} %" if near.agreement is not None else ""

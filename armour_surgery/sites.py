@@ -188,6 +188,7 @@ class SurgeryPlan:
     """Everything that `convert` did (or, from `plan`, would do). It rides on the model as `model.surgery`.
 
     `sensitivities` and `frontier` are what was weighed for a budget, `max_loss`; empty without one.
+    `trained` is a sentence about the training that came afterwards; `fidelity` then no longer holds and is None.
     """
 
     mode: str
@@ -204,6 +205,7 @@ class SurgeryPlan:
     max_loss: float | None = None
     sensitivities: tuple[Sensitivity, ...] = ()
     frontier: tuple[FrontierPoint, ...] = ()
+    trained: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `from_dict` is its inverse."""

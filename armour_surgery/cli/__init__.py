@@ -7,8 +7,11 @@ import typer
 
 from armour_surgery.cli.convert import convert
 from armour_surgery.cli.demo import demo
+from armour_surgery.cli.eval import evaluate
+from armour_surgery.cli.finetune import finetune
 from armour_surgery.cli.inspect import inspect
 from armour_surgery.cli.paper import paper
+from armour_surgery.cli.recipes import recipes
 
 __all__ = ["app", "main"]
 
@@ -38,8 +41,13 @@ def _root(
         raise typer.Exit(2)
 
 
-for command in (inspect, convert, paper, demo):
-    app.command()(command)
+app.command()(inspect)
+app.command()(convert)
+app.command()(finetune)
+app.command("eval")(evaluate)
+app.add_typer(recipes, name="recipes")
+app.command()(paper)
+app.command()(demo)
 
 
 def main() -> None:

@@ -74,9 +74,10 @@ def inspect(
         sites = inspect_model(host)
     measured = _measure(console, host, calib) if calib is not None else []
     if plot is not None:
-        from armour_surgery.measure.figures import save_figure, sensitivity_figure
+        from armour_surgery.measure.figures import sensitivity_figure
+        from armour_surgery.measure.report import write_figure
 
-        save_figure(plot, sensitivity_figure(measured, model))
+        write_figure(plot, sensitivity_figure(measured, model))
     if as_json:
         document: dict[str, Any] = {"model": model, "sites": [site.to_dict() for site in sites]}
         print_json({**document, "sensitivities": [asdict(one) for one in measured]} if calib is not None else document)

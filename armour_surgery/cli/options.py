@@ -25,7 +25,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="timm name, timm:NAME, hf-hub:ORG/NAME, local-dir:DIR, hf:ID_OR_DIR, or torchvision:NAME.",
+        help="timm name, timm:NAME, hf-hub:ORG/NAME, local-dir:DIR, hf:ID_OR_DIR, torchvision:NAME; but for inspect "
+        "and convert also a folder saved by this tool.",
         show_default=False,
     ),
 ]

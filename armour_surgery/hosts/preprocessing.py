@@ -57,13 +57,21 @@ class Preprocessing:
         Raises:
             CalibrationError: the model takes neither gray (1 channel) nor color images (3).
         """
+        tensor: torch.Tensor = _eval_transform(self)(self.picture(image))
+        return tensor
+
+    def picture(self, image: Image.Image) -> Image.Image:
+        """The picture in gray or in color, whichever the model takes; its size stays.
+
+        Raises:
+            CalibrationError: the model takes neither gray (1 channel) nor color images (3).
+        """
         if self.size[0] not in (1, 3):
             raise CalibrationError(
                 f"the model takes {self.size[0]} channels, and a photo has 1 or 3; pass an iterable of float batches "
                 f"[B, {', '.join(map(str, self.size))}], or use synthetic images"
             )
-        tensor: torch.Tensor = _eval_transform(self)(_in_mode(image, "L" if self.size[0] == 1 else "RGB"))
-        return tensor
+        return _in_mode(image, "L" if self.size[0] == 1 else "RGB")
 
     def normalize(self, image: torch.Tensor) -> torch.Tensor:
         """Values in [0, 1] `[..., C, H, W]`, shifted by the mean and divided by the deviation of their channel."""

@@ -1,0 +1,173 @@
+"""`armour-surgery finetune MODEL --recipe NAME`."""
+
+import os
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from armour_surgery.cli.options import AsJson, Model
+from armour_surgery.cli.run import command, console_for, print_json
+
+if TYPE_CHECKING:
+    from armour_surgery.finetuning import Finetuned
+    from armour_surgery.recover.recipe import Recipe
+
+__all__ = ["finetune"]
+
+
+@command
+def finetune(
+    model: Model,
+    recipe: Annotated[
+        str,
+        typer.Option(metavar="NAME|FILE", help="A shipped recipe (see recipes ls) or a YAML file.", show_default=False),
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="A folder of images (train/ and val/ by class; any layout where no labels are needed), a folder with "
+            "Fashion-MNIST's files, digits, synthetic, or a timm dataset PREFIX/NAME:FOLDER. Default: the recipe's.",
+            show_default=False,
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Default: the recipe's, or the model that MODEL was converted from.",
+            show_default=False,
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: optimizer.lr=1e-4.", show_default=False),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder to write. Default: NAME-RECIPE.", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train MODEL by a recipe: recover a converted model, distil it, or train it from scratch. Runs under torchrun."""
+    from armour_surgery.recover.recipe_files import load_recipe
+
+    chosen = load_recipe(recipe, settings or ())
+    target = out if out is not None else Path(_default_name(model, recipe))
+    started = time.perf_counter()
+    quiet = os.environ.get("RANK", "0") != "0"
+    console = console_for(as_json)
+    console.quiet = quiet
+    with console.status("loading PyTorch"):
+        from armour_surgery.finetuning import finetune as run
+        from armour_surgery.recover.distributed import distributed
+    _announce(console, chosen, recipe, target)
+    with distributed(chosen.run.device) as process, _Display(console) as display:
+        done = run(model, chosen, target, process, data=data, teacher=teacher, resume=resume, watch=display.update)
+    if quiet:
+        return
+    document = _document(model, recipe, chosen, done, time.perf_counter() - started)
+    if as_json:
+        print_json(document)
+    else:
+        _tell(console, done)
+
+
+def _default_name(model: str, recipe: str) -> str:
+    name = re.sub(r"[^\w.-]+", "-", model.rstrip("/").rpartition("/")[2].rpartition(":")[2]).strip("-")
+    return f"{name or 'model'}-{Path(recipe).stem}"
+
+
+def _announce(console: Any, chosen: "Recipe", name: str, target: Path) -> None:
+    base, effective = chosen.optimizer.lr, chosen.effective_lr
+    rule = f" (for 512 images, times {chosen.data.batch_size}/512)" if chosen.optimizer.lr_rule == "deit" else ""
+    console.print(f"recipe {name}, into {target}", markup=False, soft_wrap=True)
+    console.print(
+        f"learning rate {base:g}{rule}, effective {effective:g}; {chosen.data.batch_size} images a step", markup=False
+    )
+
+
+class _Display:
+    """A progress bar with images per second and the time that is left; on no terminal, a line per epoch."""
+
+    def __init__(self, console: Any) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._console = console
+        self._progress = Progress(
+            TextColumn("step"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal or console.quiet,
+            transient=True,
+        )
+        self._task: Any = None
+
+    def __enter__(self) -> "_Display":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, values: Mapping[str, Any]) -> None:
+        """Show what the trainer tells."""
+        if "epoch" in values:
+            shown = {key: value for key, value in values.items() if key not in ("epoch", "epochs", "step", "steps")}
+            text = ", ".join(f"{key} {value:.4g}" for key, value in shown.items())
+            self._console.print(f"epoch {values['epoch']}/{values['epochs']}: {text}", markup=False, soft_wrap=True)
+            return
+        if self._task is None:
+            self._task = self._progress.add_task("", total=values["steps"], completed=values["step"])
+        text = f"loss {values['loss']:.4f}, {values['images_per_s']:.0f} images/s"
+        self._progress.update(self._task, completed=values["step"], description=text)
+
+
+def _document(model: str, name: str, chosen: "Recipe", done: "Finetuned", seconds: float) -> dict[str, Any]:
+    outcome = done.outcome
+    return {
+        "model": model,
+        "recipe": name,
+        "out": str(done.folder),
+        "lr": {"base": chosen.optimizer.lr, "effective": chosen.effective_lr},
+        "steps": outcome.steps,
+        "epochs": outcome.epochs,
+        "kept": outcome.kept,
+        "average": outcome.average,
+        "judged_on": done.judged_on,
+        "start": outcome.start,
+        "end": outcome.end,
+        "images": outcome.images,
+        "images_per_s": round(outcome.images / outcome.seconds, 2) if outcome.seconds else None,
+        "unreadable": outcome.broken,
+        "seconds": round(seconds, 3),
+    }
+
+
+def _tell(console: Any, done: "Finetuned") -> None:
+    outcome = done.outcome
+    for name, value in outcome.end.items():
+        before = f"{outcome.start[name]:.5g} -> " if name in outcome.start else ""
+        console.print(f"  {name}: {before}{value:.5g}", markup=False)
+    console.print(f"  (on {done.judged_on})", markup=False, soft_wrap=True)
+    if outcome.kept == "start":
+        console.print("No step was better than the start, so the weights are what they were.")
+    elif outcome.kept != "last":
+        which = "the moving average at " if outcome.average else ""
+        console.print(f"Kept: {which}{outcome.kept} of {outcome.steps}.")
+    if outcome.broken:
+        console.print(
+            f"{len(outcome.broken)} images could not be read, and others were taken; the first: "
+            f"{next(iter(outcome.broken))}",
+            markup=False,
+            soft_wrap=True,
+        )
+    console.print(f"Saved to {done.folder}", markup=False, soft_wrap=True)

@@ -1,0 +1,126 @@
+"""First and fifth choices on labelled images: accuracy, agreement of two models, ReaL accuracy, a confusion plot."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Batch", "Choices", "agreement", "choices", "confusion", "draw_confusion", "real_hits", "top_hits"]
+
+TOP = 5
+# Runs a model on images: logits [B, classes].
+Run = Callable[[Tensor], Tensor]
+
+
+class Batch(Protocol):
+    """Images, labels, numbers of images and names of what could not be read."""
+
+    @property
+    def images(self) -> Tensor:
+        """`[B, C, H, W]`."""
+
+    @property
+    def labels(self) -> Tensor:
+        """`[B]`."""
+
+    @property
+    def numbers(self) -> list[int]:
+        """Which images."""
+
+    @property
+    def broken(self) -> list[str]:
+        """What could not be read."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A model's choices: for image `numbers[i]` with label `labels[i]` its best classes `top[i]`, the best first.
+
+    `broken` names images that could not be read, and of which there is nothing here.
+    """
+
+    numbers: list[int]
+    labels: Tensor
+    top: Tensor
+    broken: list[str]
+
+
+def choices(run: Run, batches: Iterable[Batch]) -> Choices:
+    """Run a model over batches, in eval mode and without gradients, which is the caller's to arrange."""
+    numbers: list[int] = []
+    broken: list[str] = []
+    labels, top = [torch.empty(0, dtype=torch.long)], []
+    for batch in batches:
+        broken += batch.broken
+        if not len(batch.labels):
+            continue
+        logits = run(batch.images)
+        top.append(logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices.cpu())
+        labels.append(batch.labels.cpu())
+        numbers += batch.numbers
+    return Choices(numbers, torch.cat(labels), torch.cat(top) if top else torch.empty(0, TOP, dtype=torch.long), broken)
+
+
+def top_hits(made: Choices) -> tuple[int, int]:
+    """For how many images the label is the first choice, and among the first five."""
+    hits = made.top == made.labels[:, None]
+    return int(hits[:, :1].sum()), int(hits.any(1).sum())
+
+
+def agreement(first: Choices, second: Choices) -> tuple[int, int]:
+    """On how many images two models have the same first choice, and how many both have seen."""
+    theirs = dict(zip(second.numbers, second.top[:, 0].tolist(), strict=True))
+    mine = zip(first.numbers, first.top[:, 0].tolist(), strict=True)
+    same = [choice == theirs[number] for number, choice in mine if number in theirs]
+    return sum(same), len(same)
+
+
+def real_hits(made: Choices, name: Callable[[int], str], real: Mapping[str, Sequence[int]]) -> tuple[int, int, int]:
+    """First choice and first five among an image's ReaL labels (arXiv 2006.07159), and how many images have some.
+
+    `name` tells the file of an image by its number; files that are not in `real` count as without labels.
+    """
+    first = five = counted = 0
+    for number, top in zip(made.numbers, made.top.tolist(), strict=True):
+        wanted = set(real.get(Path(name(number)).name, ()))
+        if wanted:
+            counted += 1
+            first += top[0] in wanted
+            five += bool(wanted & set(top))
+    return first, five, counted
+
+
+def confusion(made: Choices, classes: int) -> Tensor:
+    """`[classes, classes]`: how many images of class i (rows) were taken for class j."""
+    pairs = made.labels * classes + made.top[:, 0] if len(made.labels) else made.labels
+    return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+
+def draw_confusion(counts: Tensor, names: Sequence[str], path: Path) -> None:
+    """A picture of a confusion matrix, each row in percent of its class."""
+    from matplotlib.figure import Figure
+
+    share = 100 * counts.double() / counts.sum(1, keepdim=True).clamp(min=1)
+    classes = len(counts)
+    figure = Figure(figsize=(7, 6.2), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(image, label="percent of the class")
+    axes.set_xlabel("first choice")
+    axes.set_ylabel("label")
+    if classes <= 30:
+        axes.set_xticks(range(classes), names, rotation=90)
+        axes.set_yticks(range(classes), names)
+    if classes <= 12:
+        for row in range(classes):
+            for column in range(classes):
+                value = float(share[row, column])
+                color = "white" if value > 50 else "black"
+                axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=color, fontsize=7)
+    aside = path.with_name(f".{path.stem}.partial.png")
+    figure.savefig(aside, dpi=120)
+    os.replace(aside, path)

@@ -1,0 +1,1 @@
+"""Train what surgery left: recipes, data, distillation, and the loop that runs them."""

@@ -1,0 +1,123 @@
+"""What a run leaves to read: `log.jsonl` (every so many steps), `summary.csv` (every epoch), `curves.png`.
+
+TensorBoard gets the same numbers where it is installed. After an interruption the files go on where the checkpoint was:
+what was written later is dropped, so that no step is in them twice.
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["RunLog", "draw_curves", "write_text"]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that at any time it has the old content or the new."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+class RunLog:
+    """The files of one run in `folder`, continued after `step`."""
+
+    def __init__(self, folder: Path, step: int = 0) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lines, self._summary = folder / "log.jsonl", folder / "summary.csv"
+        kept = [line for line in _read_lines(self._lines) if line.get("step", 0) <= step] if step else []
+        write_text(self._lines, "".join(json.dumps(line) + "\n" for line in kept))
+        self.epochs: list[dict[str, Any]] = []
+        if step and self._summary.is_file():
+            with self._summary.open(newline="", encoding="utf-8") as stream:
+                rows: list[dict[str, Any]] = list(csv.DictReader(stream))
+            self.epochs = [
+                {key: _number(value) for key, value in row.items() if value} for row in rows if int(row["step"]) <= step
+            ]
+        self._board = _tensorboard(folder, step)
+
+    def step(self, values: Mapping[str, Any]) -> None:
+        """One line of `log.jsonl`."""
+        with self._lines.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(dict(values)) + "\n")
+        self._show("train", values)
+
+    def epoch(self, values: Mapping[str, Any]) -> None:
+        """One row of `summary.csv`."""
+        self.epochs.append(dict(values))
+        columns = list(dict.fromkeys(key for row in self.epochs for key in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.epochs)
+        write_text(self._summary, text.getvalue())
+        self._show("epoch", values)
+
+    def close(self) -> None:
+        """Finish what TensorBoard still holds."""
+        if self._board is not None:
+            self._board.close()
+
+    def _show(self, kind: str, values: Mapping[str, Any]) -> None:
+        if self._board is not None:
+            for key, value in values.items():
+                if isinstance(value, int | float) and key != "step":
+                    self._board.add_scalar(f"{kind}/{key}", value, values["step"])
+
+
+def draw_curves(folder: Path, epochs: Sequence[Mapping[str, Any]]) -> Path | None:
+    """`curves.png`: the loss of every logged step, and below it what held-out images say; None without a step."""
+    lines = [line for line in _read_lines(folder / "log.jsonl") if "loss" in line]
+    if not lines:
+        return None
+    # The object-oriented interface needs no display and leaves a user's pyplot alone.
+    from matplotlib.figure import Figure
+
+    names = ("top1", "ema_top1", "cosine", "ema_cosine", "agreement", "ema_agreement")
+    shown = [name for name in names if any(name in row for row in epochs)]
+    figure = Figure(figsize=(7, 3 + 2.2 * bool(shown)), layout="constrained")
+    axes = figure.subplots(1 + bool(shown), 1, sharex=True, squeeze=False)[:, 0]
+    axes[0].plot([line["step"] for line in lines], [line["loss"] for line in lines], linewidth=1)
+    axes[0].set_ylabel("training loss")
+    for name in shown:
+        rows = [row for row in epochs if name in row]
+        axes[1].plot([row["step"] for row in rows], [row[name] for row in rows], marker=".", label=name)
+    if shown:
+        axes[1].set_ylabel("held-out images")
+        axes[1].legend()
+    axes[-1].set_xlabel("step")
+    path = folder / "curves.png"
+    aside = folder / ".curves.partial.png"
+    figure.savefig(aside, dpi=120)
+    os.replace(aside, path)
+    return path
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSON lines file; one that was cut short is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def _number(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
+    """TensorBoard's writer, or None where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)

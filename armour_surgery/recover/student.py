@@ -1,0 +1,138 @@
+"""One way to run the models of all libraries: images in; logits, final features and what sites compute out."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
+
+from armour_surgery import hosts
+from armour_surgery.errors import TeacherError, UsageError
+
+__all__ = ["Outputs", "Runner", "block_of", "evaluating", "freeze_norms", "prepare", "train_only"]
+
+
+class Outputs(NamedTuple):
+    """`logits` and `token` (the distillation head's) are `[B, classes]`, `features` has channels last."""
+
+    logits: Tensor | None
+    token: Tensor | None
+    features: Tensor | None
+
+
+class Runner(nn.Module):
+    """A model and how it is fed. Its parameters are the model's, under `model.`.
+
+    With `two_heads` a model that has a distillation head gives both heads' logits while it trains; else their mean.
+    """
+
+    def __init__(self, model: nn.Module, two_heads: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.two_heads = two_heads
+        example = hosts.example_input(model)
+        self.argument = next(name for name, value in example.items() if value.is_floating_point() and value.ndim == 4)
+
+    def forward(self, images: Tensor, want_features: bool = False) -> Outputs:
+        """Run the model, in whatever mode it is in."""
+        inputs = {self.argument: images}
+        both = self.two_heads and self.training
+        if want_features and both and hosts.library_of(self.model) == "transformers":
+            raw: Any = self.model(**inputs, output_hidden_states=True)
+            features: Any = raw.hidden_states[-1]
+        elif want_features:
+            features, raw = hosts.features(self.model, inputs)
+        else:
+            features, raw = None, self.model(**inputs)
+        logits, token = _heads(raw, both) if getattr(self.model, "num_classes", None) != 0 else (None, None)
+        return Outputs(logits, token, features)
+
+    def watch(self, fqns: Sequence[str], seen: dict[str, Tensor]) -> list[RemovableHandle]:
+        """Keep what those modules give, in `seen`, until the handles are removed.
+
+        Raises:
+            TeacherError: there is no such module.
+        """
+        modules = dict(self.model.named_modules())
+        handles = []
+        for fqn in fqns:
+            if fqn not in modules:
+                raise TeacherError(
+                    f"{type(self.model).__name__} has no module {fqn!r}, so what it computes there cannot be compared; "
+                    "name the original as --teacher, or set loss.attention=0 and loss.blocks=0"
+                )
+
+            def keep(_: nn.Module, args: Any, output: Any, fqn: str = fqn) -> None:
+                found = output if isinstance(output, Tensor) else output[0]
+                seen[fqn] = found
+
+            handles.append(modules[fqn].register_forward_hook(keep))
+        return handles
+
+
+def _heads(raw: Any, both: bool) -> tuple[Tensor | None, Tensor | None]:
+    """The logits of the head, and of the distillation head, in what a model gave."""
+    if raw is None or isinstance(raw, Tensor):
+        return raw, None
+    if isinstance(raw, tuple):
+        return raw[0], raw[1]
+    if both and getattr(raw, "distillation_logits", None) is not None:
+        return raw.cls_logits, raw.distillation_logits
+    logits: Tensor | None = getattr(raw, "logits", None)
+    return logits, None
+
+
+def block_of(fqn: str) -> str:
+    """The module that a site lies in."""
+    return fqn.rpartition(".")[0]
+
+
+def prepare(model: nn.Module, *, token: bool, grad_checkpointing: bool) -> None:
+    """Tell a model to give both heads while it trains, and to trade time for memory.
+
+    Raises:
+        UsageError: it cannot do one of them.
+    """
+    if hasattr(model, "set_distilled_training"):
+        model.set_distilled_training(token)  # type: ignore[operator]
+    elif token and not hasattr(model, "distillation_classifier") and not hasattr(model, "classifier_distill"):
+        raise UsageError(
+            f"loss.logits_head=token needs a model with a distillation head, and {type(model).__name__} has none; "
+            "set loss.logits_head=main, or take a deit_*_distilled_* or levit_* model"
+        )
+    if not grad_checkpointing:
+        return
+    switch = getattr(model, "set_grad_checkpointing", None) or getattr(model, "gradient_checkpointing_enable", None)
+    if switch is None:
+        raise UsageError(f"run.grad_checkpointing: {type(model).__name__} does not offer it; set it to false")
+    switch()
+
+
+def train_only(model: nn.Module, fqns: Sequence[str]) -> None:
+    """Freeze everything but the parameters below these modules."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(name.startswith(f"{fqn}.") for fqn in fqns))
+
+
+def freeze_norms(model: nn.Module) -> None:
+    """Let BatchNorm use its running statistics, and leave them as they are, as LeViT does when it is fine-tuned."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+
+
+@contextmanager
+def evaluating(runner: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside, the mode it was in afterwards."""
+    was = runner.training
+    # LeViT keeps attention biases that it computed in eval mode; going through train mode lets go of old ones.
+    runner.train()
+    runner.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        runner.train(was)
