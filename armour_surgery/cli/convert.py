@@ -155,8 +155,10 @@ def _rank(given: str | None) -> int | Literal["auto"] | None:
     """
     from armour_surgery.errors import UsageError
 
-    if given is None or given == "auto":
-        return given
+    if given is None:
+        return None
+    if given == "auto":
+        return "auto"
     if not given.isascii() or not given.isdigit():
         raise UsageError(f"--rank {given!r} is neither auto nor a whole number from 1 to key_dim; 48, say")
     return int(given)

@@ -7,6 +7,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -127,13 +128,14 @@ def frontier_figure(
     axes.set_ylabel("loss of the model")
     _tidy(axes)
     axes.grid(axis="x", color=RULE, linewidth=0.6)
-    saved = axes.secondary_xaxis(
-        "top",
-        functions=(
-            lambda millions: 100 * (1e6 * millions / params_before - 1),
-            lambda percent: params_before * (1 + percent / 100) / 1e6,
-        ),
-    )
+
+    def percent(millions: Any) -> Any:
+        return 100 * (1e6 * millions / params_before - 1)
+
+    def millions(percent: Any) -> Any:
+        return params_before * (1 + percent / 100) / 1e6
+
+    saved = axes.secondary_xaxis("top", functions=(percent, millions))
     saved.set_xlabel("change, %", color=MUTED, fontsize=9)
     saved.tick_params(colors=MUTED, labelsize=8, length=0)
     saved.spines["top"].set_visible(False)

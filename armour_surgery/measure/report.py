@@ -1,5 +1,6 @@
 """The report of a conversion: one page of HTML that opens anywhere, offline, and says what was won and what it cost."""
 
+import io
 import json
 import os
 import tempfile
@@ -7,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
+
+from matplotlib.figure import Figure
 
 from armour_surgery.errors import FolderError
 from armour_surgery.measure.figures import (
@@ -17,7 +20,7 @@ from armour_surgery.measure.figures import (
 )
 from armour_surgery.sites import Fidelity, FrontierPoint, Sensitivity, SitePlan, SurgeryPlan
 
-__all__ = ["check_report", "frontier_figure", "html_report", "sensitivity_figure", "write_html"]
+__all__ = ["check_report", "frontier_figure", "html_report", "sensitivity_figure", "write_figure", "write_html"]
 
 _STYLE = Path(__file__).with_name("report.css")
 _RESIDUAL = {
@@ -101,18 +104,37 @@ def write_html(path: str | Path, text: str) -> Path:
     Raises:
         FolderError: it cannot be written there, see `check_report`, or the disk refuses.
     """
+    # A name that came from a file system may hold what UTF-8 cannot.
+    return _write(path, text.encode("utf-8", "replace"))
+
+
+def write_figure(path: str | Path, figure: Figure) -> Path:
+    """Write a figure in the format that the name ends with, whole or not at all.
+
+    Raises:
+        FolderError: as `write_html`, or there is no such format.
+    """
+    known = figure.canvas.get_supported_filetypes()
+    kind = Path(path).suffix.removeprefix(".").lower()
+    if kind not in known:
+        raise FolderError(f"{path} ends in no known format for a figure; name it .png, .svg or .pdf")
+    content = io.BytesIO()
+    figure.savefig(content, format=kind, dpi=150)
+    return _write(path, content.getvalue())
+
+
+def _write(path: str | Path, content: bytes) -> Path:
     check_report(path)
     target = Path(path).resolve()  # what a link points to is replaced, not the link
     temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=".armour-", suffix=".html", dir=target.parent)
+        handle, temporary = tempfile.mkstemp(prefix=".armour-", suffix=target.suffix, dir=target.parent)
         with os.fdopen(handle, "wb") as stream:
-            # A name that came from a file system may hold what UTF-8 cannot.
-            stream.write(text.encode("utf-8", "replace"))
+            stream.write(content)
         os.chmod(temporary, 0o644)
         os.replace(temporary, target)
     except OSError as error:
-        raise FolderError(f"the report {target} could not be written: {error.strerror}; name another place") from error
+        raise FolderError(f"{target} could not be written: {error.strerror}; name another place") from error
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
