@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from armour_surgery.conversion import convert as convert
     from armour_surgery.conversion import inspect as inspect
     from armour_surgery.conversion import plan as plan
+    from armour_surgery.conversion import sensitivities as sensitivities
     from armour_surgery.errors import ArmourError as ArmourError
     from armour_surgery.folder import load as load
     from armour_surgery.folder import save as save
@@ -26,9 +27,10 @@ _HOME = {
     "load": "folder",
     "plan": "conversion",
     "save": "folder",
+    "sensitivities": "conversion",
 }
 
-__all__ = ["ArmourError", "AttentionSite", "SurgeryPlan", "convert", "inspect", "load", "plan", "save"]
+__all__ = ["ArmourError", "AttentionSite", "SurgeryPlan", "convert", "inspect", "load", "plan", "save", "sensitivities"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+from timm.models import save_for_hf
+from torchvision.transforms.functional import to_pil_image
+
+from armour_surgery.initialize.synthetic import synthetic_images
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -25,19 +30,48 @@ def test_there_is_something_to_run() -> None:
     assert len(blocks("python")) == 1
 
 
-@pytest.mark.parametrize("command", commands())
-def test_command(command: str, tmp_path: Path) -> None:
-    offline = ["--no-pretrained"] if command.startswith("armour-surgery convert") else []
-    done = subprocess.run(
-        [sys.executable, "-m", "armour_surgery", *shlex.split(command)[1:], *offline],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    words = shlex.split(command)[1:]
+    return subprocess.run(
+        [sys.executable, "-m", "armour_surgery", *words], cwd=folder, capture_output=True, text=True, check=False
     )
+
+
+@pytest.mark.parametrize("command", [one for one in commands() if "deit_tiny" in one and "eval" not in one])
+def test_command(command: str, tmp_path: Path) -> None:
+    offline = " --no-pretrained" if command.startswith("armour-surgery convert") else ""
+    done = run(command + offline, tmp_path)
     assert done.returncode == 0, done.stderr
     if offline:
         assert (tmp_path / "deit_tiny_patch16_224-armour-qv" / "model.safetensors").is_file()
+
+
+def test_commands_with_names_of_the_users_own(tmp_path: Path) -> None:
+    """MODEL, PHOTOS/ and VALIDATION/ stand for what a user has: a tiny model here, and drawn pictures."""
+    model = timm.create_model("test_vit", num_classes=2, img_size=32, depth=2)
+    save_for_hf(model, tmp_path / "mine", model_config={"pretrained_cfg": {"input_size": [3, 32, 32]}})
+    for number, picture in enumerate(synthetic_images(24, (3, 40, 40))):
+        for name in ("PHOTOS", "VALIDATION"):
+            folder = tmp_path / name / ("left" if number % 2 else "right")
+            folder.mkdir(parents=True, exist_ok=True)
+            to_pil_image(picture).save(folder / f"{number}.png")
+    seen = 0
+    for command in commands():
+        own = "MODEL" in command or "deit-armour" in command or "recovered" in command
+        if not own and not command.endswith("recipes ls"):
+            continue
+        words = command.replace("MODEL", "local-dir:mine").replace("deit_tiny_patch16_224", "local-dir:mine")
+        words = words.replace("deit-armour", "mine-armour-qv")
+        if "convert" in words:
+            words = f"{words.replace('0.02', '1.0')} --calib-images 16"
+        if "finetune" in words:
+            words += " --set data.images_per_epoch=8 --set data.batch_size=4 --set data.holdout=4 --set schedule.epochs=1"
+        done = run(words, tmp_path)
+        assert done.returncode == 0, f"{words}\n{done.stderr}"
+        seen += 1
+    assert seen == 6
+    for made in ("sites.png", "report.html", "mine-armour-qv/surgery.json", "recovered/surgery.json"):
+        assert (tmp_path / made).is_file(), made
 
 
 def test_python(tmp_path: Path) -> None:
