@@ -1,7 +1,9 @@
 """Between the spine and the initializers: which images, in which precision, and what came of it."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,14 +12,15 @@ from torch import Tensor, nn
 from armour_surgery import hosts
 from armour_surgery.errors import CalibrationError
 from armour_surgery.hosts.preprocessing import preprocessing
-from armour_surgery.initialize import SiteResult, calibrate, from_weights
+from armour_surgery.initialize import HELD_OUT, Problem, SiteResult, calibrate, from_weights, reconstruct
 from armour_surgery.initialize.images import calibration_batches
+from armour_surgery.initialize.walk import units_of
 from armour_surgery.measure.fidelity import compare_outputs
 from armour_surgery.meta import alias, full_copy
 from armour_surgery.operation import Operation, problems_of
 from armour_surgery.sites import Fidelity
 
-__all__ = ["Images", "Progress", "choose_weights"]
+__all__ = ["Effect", "Images", "Progress", "choose_weights", "copy_weights", "measure_alone"]
 
 Progress = Callable[[str, int, int], None]
 _BATCH = 16
@@ -32,6 +35,18 @@ class Images:
     count: int
 
 
+@dataclass(frozen=True)
+class Effect:
+    """What one site does to the model when it alone is converted: `loss` as in `Sensitivity`.
+
+    `per_channel` is how many parameters each shared channel of all heads costs; 0 where their number is not free.
+    """
+
+    result: SiteResult
+    loss: float
+    per_channel: int
+
+
 def choose_weights(
     original: nn.Module,
     converted: nn.Module,
@@ -40,11 +55,89 @@ def choose_weights(
     example: dict[str, Tensor],
     images: Images | None,
     progress: Progress | None,
+    steps: int = 0,
 ) -> tuple[list[SiteResult], Fidelity | None]:
     """Give a converted model its weights, in place; with `images`, also say how near it is to the original then.
 
-    Both models keep their types, modes and devices. What they compute with meanwhile is at least float32.
+    Both models keep their types, modes and devices. What they compute with meanwhile is at least float32. `steps` are
+    those by gradient, at each site and then of all together.
     """
+    with _precise(original, converted) as (before, after):
+        problems = problems_of(before, operations)
+        if images is None:
+            dtype = next(p.dtype for p in before.parameters() if p.is_floating_point())
+            given = {name: value.to(dtype) if value.is_floating_point() else value for name, value in example.items()}
+            return from_weights(before, after, problems, init, lambda model: model(**given)), None
+        data = _Data(before, example, images, progress)
+        results, held_out = calibrate(
+            before, after, problems, data.batches(), data.call, data.counter("calibrating", len(problems)), steps
+        )
+        judged, reported = _halves(held_out) if steps else ([], held_out)
+        if steps:
+            sites = [after.get_submodule(problem.fqn) for problem in problems]
+            weights = [one for site in sites for one in site.parameters() if one.is_floating_point()]
+            first, least = reconstruct(
+                before,
+                after,
+                weights,
+                data.fresh(),
+                judged,
+                lambda model, batch: data.features(model, batch)[0],
+                steps,
+                data.counter("reconstructing", steps),
+            )
+            if least < first:
+                results = [replace(one, steps=(*one.steps, "end to end")) for one in results]
+        return results, compare_outputs(before, after, reported, data.features, data.source)
+
+
+def measure_alone(
+    original: nn.Module,
+    converted: nn.Module,
+    operations: list[Operation],
+    example: dict[str, Tensor],
+    images: Images,
+    progress: Progress | None,
+) -> list[Effect]:
+    """Calibrate every site as if no other were converted, and measure what the model loses by it alone."""
+    with _precise(original, converted) as (before, after):
+        problems = problems_of(before, operations)
+        data = _Data(before, example, images, progress)
+        done = data.counter("measuring sites", 2 * len(problems))
+        results, held_out = calibrate(before, after, problems, data.batches(), data.call, done, alone=True)
+        effects = []
+        for problem, unit, result in zip(
+            problems, units_of(before, [problem.fqn for problem in problems]), results, strict=True
+        ):
+            hybrid = alias(before)
+            hybrid.set_submodule(unit, after.get_submodule(unit))
+            found = compare_outputs(before, hybrid, held_out, data.features, data.source)
+            effects.append(Effect(result, 1 - found.cosine, _per_channel(before, problem) if result.ranks else 0))
+            done(problem.fqn)
+        return effects
+
+
+def _per_channel(model: nn.Module, problem: Problem) -> int:
+    site = model.get_submodule(problem.fqn)
+    parameters = dict(site.named_parameters())
+    rows = sum(
+        parameters[name][0].numel()
+        for role in (problem.q, problem.k)
+        for name in role.producer.rows
+        if name in parameters
+    )
+    assert problem.out is not None
+    return problem.q.num_heads * (rows + len(parameters[problem.out.weight]))
+
+
+def _halves(batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The same images in two lists: to judge by, and to report on."""
+    return [batch[::2] for batch in batches], [batch[1::2] for batch in batches if len(batch) > 1] or batches
+
+
+@contextmanager
+def _precise(original: nn.Module, converted: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Both models in eval mode and in float32 at least; what the second one learns goes back into it."""
     modes = {name: module.training for name, module in converted.named_modules()}
     low = any(p.dtype not in _EXACT for p in original.parameters() if p.is_floating_point())
     before = full_copy(original).float() if low else alias(original)
@@ -52,58 +145,77 @@ def choose_weights(
     before.eval()
     after.eval()
     try:
-        problems = problems_of(before, operations)
-        if images is None:
-            dtype = next(p.dtype for p in before.parameters() if p.is_floating_point())
-            given = {name: value.to(dtype) if value.is_floating_point() else value for name, value in example.items()}
-            results = from_weights(before, after, problems, init, lambda model: model(**given))
-            return results, None
-        return _from_images(before, after, problems, example, images, progress)
+        yield before, after
     finally:
         if low:
-            _copy_weights(after, converted)
+            copy_weights(after, converted)
         for name, module in converted.named_modules():
             module.training = modes[name]
 
 
-def _from_images(
-    before: nn.Module,
-    after: nn.Module,
-    problems: list[Any],
-    example: dict[str, Tensor],
-    images: Images,
-    progress: Progress | None,
-) -> tuple[list[SiteResult], Fidelity]:
-    name = next((name for name, value in example.items() if value.is_floating_point() and value.ndim == 4), None)
-    if name is None:
-        raise CalibrationError(
-            f"calibration knows models that take images [B, C, H, W], and {type(before).__name__} takes "
-            f"{', '.join(example)}; use init 'joint-svd'"
+class _Data:
+    """The images of one calibration, and how a model is run on them."""
+
+    def __init__(self, model: nn.Module, example: dict[str, Tensor], images: Images, progress: Progress | None) -> None:
+        name = next((name for name, value in example.items() if value.is_floating_point() and value.ndim == 4), None)
+        if name is None:
+            raise CalibrationError(
+                f"calibration knows models that take images [B, C, H, W], and {type(model).__name__} takes "
+                f"{', '.join(example)}; use init 'joint-svd'"
+            )
+        self.name = name
+        self.source = images.source if isinstance(images.source, str) else "images given in Python"
+        self._images = images
+        self._progress = progress
+        self._like = next(p for p in model.parameters() if p.is_floating_point())
+        self._prep = preprocessing(model, example)
+        self._size = max(1, min(_BATCH, images.count // 4))
+
+    def call(self, model: nn.Module, batch: Tensor) -> Any:
+        """Run a model."""
+        return model(**{self.name: batch})
+
+    def features(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A model's final features and its logits."""
+        return hosts.features(model, {self.name: batch})
+
+    def counter(self, what: str, total: int) -> Callable[..., None]:
+        """Something to call whenever one more of `total` is done."""
+        numbers = itertools.count(1)
+
+        def done(*_: object) -> None:
+            if self._progress is not None:
+                self._progress(what, next(numbers), total)
+
+        return done
+
+    def batches(self) -> Iterator[Tensor]:
+        """The images, every so-many-th batch of pictures that are in no other."""
+        count = self._images.count
+        drawn = calibration_batches(
+            self._images.source,
+            self._prep,
+            images=count,
+            batch_size=self._size,
+            apart=min(HELD_OUT, -(-count // self._size)),
         )
-    parameter = next(p for p in before.parameters() if p.is_floating_point())
-    size = max(1, min(_BATCH, images.count // 4))
-    batches = calibration_batches(images.source, preprocessing(before, example), images=images.count, batch_size=size)
-    finished: list[str] = []
+        for number, batch in enumerate(drawn, start=1):
+            if self._progress is not None:
+                self._progress("reading images", min(number * self._size, count), count)
+            yield batch.to(self._like)
 
-    def done(fqn: str) -> None:
-        finished.append(fqn)
-        if progress is not None:
-            progress("calibrating", len(finished), len(problems))
-
-    def moved() -> Iterable[Tensor]:
-        for count, batch in enumerate(batches, start=1):
-            if progress is not None:
-                progress("reading images", min(count * size, images.count), images.count)
-            yield batch.to(parameter)
-
-    results, held_out = calibrate(before, after, problems, moved(), lambda model, batch: model(**{name: batch}), done)
-    source = images.source if isinstance(images.source, str) else "images given in Python"
-    return results, compare_outputs(
-        before, after, held_out, lambda model, batch: hosts.features(model, {name: batch}), source
-    )
+    def fresh(self) -> Iterator[Tensor]:
+        """Batches without end that were not seen before: other crops and drawings, or what can be drawn at least."""
+        endless = 2**40
+        parts = [self._images.source] if isinstance(self._images.source, str) else []
+        source = ",".join([*parts, *(["synthetic"] if "synthetic" not in parts else [])])
+        drawn = calibration_batches(source, self._prep, images=endless, batch_size=self._size, seed=1, apart=HELD_OUT)
+        for number, batch in enumerate(drawn):
+            if number % HELD_OUT != HELD_OUT - 1:  # those are of pictures that judge
+                yield batch.to(self._like)
 
 
-def _copy_weights(source: nn.Module, target: nn.Module) -> None:
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
     """Parameters and buffers of one model into another of equal structure, in the other's types."""
     with torch.no_grad():
         tensors = {**dict(source.named_parameters()), **dict(source.named_buffers())}

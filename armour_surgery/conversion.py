@@ -4,42 +4,30 @@
 none of the others.
 """
 
-import fnmatch
-import math
-from collections.abc import Iterable
-from dataclasses import replace
-from inspect import signature
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from armour_surgery import hosts
-from armour_surgery.calibration import Images, Progress, choose_weights
-from armour_surgery.discover import FoundSite, find_sites
-from armour_surgery.errors import (
-    AlreadyConvertedError,
-    ArmourError,
-    ExampleInputError,
-    NothingToConvertError,
-    PatternError,
-    SchemaError,
-    UsageError,
-)
-from armour_surgery.measure.cost import CostReport, count_macs, count_params
-from armour_surgery.meta import full_copy, meta_copy
-from armour_surgery.modes import AUTO, get_mode
+from armour_surgery.calibration import Images, Progress
+from armour_surgery.discover import find_sites
+from armour_surgery.errors import ArmourError, NothingToConvertError, SchemaError, UsageError
+from armour_surgery.meta import meta_copy
+from armour_surgery.modes import AUTO, choose_rank, get_mode
 from armour_surgery.operation import Operation, Outcomes, layout_of, operate, prepare, rewrite_alike
-from armour_surgery.rewrite import ArmourAttention
-from armour_surgery.sites import AttentionSite, SitePlan, Source, SurgeryPlan
+from armour_surgery.perform import Order, perform, surgery_of
+from armour_surgery.selection import convert_within, measure_sites
+from armour_surgery.sites import AttentionSite, Sensitivity, Source, SurgeryPlan
+from armour_surgery.targets import Example, Rank, check_names, example_of, refuse_converted, select_sites
 
-__all__ = ["INITS", "check_options", "convert", "inspect", "plan", "replay", "surgery_of"]
+__all__ = ["INITS", "check_options", "convert", "inspect", "plan", "replay", "sensitivities", "surgery_of"]
 
 INITS = ("wq", "wq-refit", "joint-svd", "calibrated")
 CALIBRATION_IMAGES = 256
 SYNTHETIC = "synthetic"
 Calibration = str | Iterable[Any]
-Example = dict[str, torch.Tensor] | torch.Tensor | tuple[int, ...]
 
 
 def inspect(model: nn.Module, *, example_input: Example | None = None) -> list[AttentionSite]:
@@ -51,8 +39,8 @@ def inspect(model: nn.Module, *, example_input: Example | None = None) -> list[A
         ExampleInputError: nobody knows what to feed the model; pass `example_input`.
         NoAttentionError: nothing in it is attention.
     """
-    _refuse_converted(model)
-    return [found.site for found in find_sites(model, _example(model, example_input))]
+    refuse_converted(model)
+    return [found.site for found in find_sites(model, example_of(model, example_input))]
 
 
 def plan(
@@ -60,6 +48,7 @@ def plan(
     mode: str = AUTO,
     *,
     init: str = "wq",
+    rank: Rank | None = None,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     example_input: Example | None = None,
@@ -69,15 +58,16 @@ def plan(
 
     Residuals are None in it: there are no weights to compare.
     """
-    _refuse_converted(model)
+    refuse_converted(model)
     converted = convert(
-        meta_copy(model),
+        meta_copy(model, buffers=rank is None),  # whether a rank can be chosen is tried out with numbers
         mode,
         init=init,
+        rank=rank,
         include=include,
         exclude=exclude,
         inplace=True,
-        example_input=_example(model, example_input),
+        example_input=example_of(model, example_input),
         source=source,
     )
     return surgery_of(converted)
@@ -90,6 +80,9 @@ def convert(
     init: str = "wq",
     calibration: Calibration | None = None,
     calibration_images: int = CALIBRATION_IMAGES,
+    reconstruct: int = 0,
+    max_loss: float | None = None,
+    rank: Rank | Literal["auto"] | None = None,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     inplace: bool = False,
@@ -113,6 +106,17 @@ def convert(
             `[B, C, H, W]` or of (images, labels), a folder of images, a dataset of timm, or "synthetic" (the default),
             which draws them.
         calibration_images: how many of them to use at most.
+        reconstruct: with `calibrated`, so many small steps by gradient at every site, and then of all sites together;
+            each kept only if held-out images agree.
+        max_loss: with `calibrated`, convert only as many sites as fit this budget, the most rewarding first. The loss
+            is 1 - the mean cosine of the final features' tokens to the original's on held-out images.
+        rank: with modes `qv` and `kv`, how many channels Q, K and V of every head get, in place of key_dim; the output
+            projection reads as many. One number for all sites, or one by site name (others keep what they have), or
+            "auto" (with `calibrated`): multiples of 8, as few as `max_loss` allows, or without it, as cost a tenth
+            more than full ranks do, or a loss of 0.001.
+            Logits keep their scale. The channels that stay are those best for the logits (`wq`, `wq-refit`), or for
+            logits and values. Sites whose channels are not free (a norm of queries and keys, rotary positions, an
+            activation before the output projection) are left alone and listed in `.surgery.refused`.
         include: patterns of site names (`blocks.0*`, `*.attn`); None takes all. `exclude` wins over it.
         example_input: what to run the (weightless) model on, if it is of no known library: a tensor, a shape
             with the batch first, or keyword arguments for its forward.
@@ -120,18 +124,31 @@ def convert(
         progress: called with what is being done, how much of it is done, and how much there is.
 
     Raises:
-        UsageError: unknown mode or init, or `calibration` for an init that uses no images.
+        UsageError: unknown mode or init, `calibration`, `reconstruct`, `max_loss` or rank "auto" for an init that uses
+            no images, or a rank that a site does not have.
         CalibrationError: the images are missing, of another kind than the model takes, or too few.
         AlreadyConvertedError: the model went through surgery before.
         NoAttentionError, NothingToConvertError, PatternError: nothing to do; the message says why.
         ExampleInputError: the model's input is not known, or it did not run on it.
     """
-    check_options(mode, init, calibration)
-    _refuse_converted(model)
-    example = _example(model, example_input)
-    found = _select(find_sites(model, example), include, exclude)
-    source = source or _describe(model)
-    operations, refused = prepare(model, found, mode)
+    check_options(mode, init, calibration, rank, reconstruct, max_loss)
+    refuse_converted(model)
+    example = example_of(model, example_input)
+    found = select_sites(find_sites(model, example), include, exclude)
+    images = Images(SYNTHETIC if calibration is None else calibration, calibration_images)
+    order = Order(
+        mode,
+        init,
+        images if init == "calibrated" else None,
+        reconstruct,
+        example,
+        source or _describe(model),
+        progress,
+    )
+    searching = max_loss is not None or rank == "auto"
+    fixed = None if isinstance(rank, str) else rank
+    check_names(fixed, found)
+    operations, refused = prepare(model, found, mode, fixed)
     if not operations:
         reasons = dict.fromkeys(f"{one.fqn}: {one.reason}" for one in refused)
         listed = "; ".join(list(reasons)[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
@@ -139,46 +156,43 @@ def convert(
             f"mode {mode!r} fits none of the {len(found)} attention sites of {type(model).__name__}: {listed}. "
             "`armour-surgery inspect` lists the modes that fit"
         )
-    before, params_before = count_macs(model, example), count_params(model)
-    with torch.inference_mode(False):  # tensors made in inference mode could never be trained
-        original = full_copy(model) if inplace and init != "wq" else model
-        result = model if inplace else full_copy(model)
-        sites = [operate(result, operation, init) for operation in operations]
-        fidelity = None
-        if init != "wq" and not any(parameter.is_meta for parameter in model.parameters()):
-            images = Images(calibration or SYNTHETIC, calibration_images) if init == "calibrated" else None
-            chosen, fidelity = choose_weights(original, result, operations, init, example, images, progress)
-            sites = [
-                replace(site, residual=one.residual, steps=one.steps) for site, one in zip(sites, chosen, strict=True)
-            ]
-    after = count_macs(result, example)
-    result.surgery = SurgeryPlan(  # type: ignore[assignment]
-        mode=mode,
-        init=init,
-        sites=tuple(_with_macs(site, before, after) for site in sites),
-        refused=tuple(refused),
-        params_before=params_before,
-        params_after=count_params(result),
-        macs_before=before.macs,
-        macs_after=after.macs,
-        example=tuple((name, tuple(value.shape), str(value.dtype)[6:]) for name, value in example.items()),
-        source=source,
-        fidelity=fidelity,
-    )
-    hosts.mark_converted(result)
-    return result
+    if searching and not any(parameter.is_meta for parameter in model.parameters()):
+        return convert_within(
+            model, found, operations, refused, order, max_loss, fixed, automatic=rank == "auto", inplace=inplace
+        )
+    return perform(model, operations, refused, order, inplace=inplace)
 
 
-def surgery_of(model: nn.Module) -> SurgeryPlan:
-    """What was done to a converted model.
+def sensitivities(
+    model: nn.Module,
+    mode: str = AUTO,
+    *,
+    calibration: Calibration = SYNTHETIC,
+    calibration_images: int = CALIBRATION_IMAGES,
+    rank: Literal["auto"] | None = None,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    example_input: Example | None = None,
+    progress: Progress | None = None,
+) -> list[Sensitivity]:
+    """What converting each site alone wins and costs, measured on images; arguments and errors as of `convert`.
 
-    Raises:
-        UsageError: the model is not converted.
+    Under `auto`, wide V is tried in `concat-half` and in `concat-full`. With rank "auto", every rank that is a multiple
+    of 8 is predicted too. The model is not changed.
     """
-    surgery = getattr(model, "surgery", None)
-    if not isinstance(surgery, SurgeryPlan):
-        raise UsageError(f"this {type(model).__name__} is not converted; pass what convert() returned")
-    return surgery
+    check_options(mode, "calibrated", calibration, rank)
+    refuse_converted(model)
+    example = example_of(model, example_input)
+    found = select_sites(find_sites(model, example), include, exclude)
+    order = Order(mode, "calibrated", Images(calibration, calibration_images), 0, example, None, progress)
+    with torch.inference_mode(False):
+        options = measure_sites(model, found, order, ranks=rank == "auto")
+    if not options:
+        raise NothingToConvertError(
+            f"mode {mode!r} fits none of the {len(found)} attention sites of {type(model).__name__}; `armour-surgery "
+            "inspect` lists the modes that fit"
+        )
+    return options
 
 
 def replay(host: nn.Module, surgery: SurgeryPlan) -> nn.Module:
@@ -186,6 +200,7 @@ def replay(host: nn.Module, surgery: SurgeryPlan) -> nn.Module:
 
     Raises:
         SchemaError: the plan names a site that the host does not have, or a mode that does not fit there.
+        UsageError: the plan gives a site a rank that it cannot have.
     """
     own = next((p.dtype for p in host.parameters() if p.is_floating_point()), torch.float32)
     example = {}
@@ -201,13 +216,14 @@ def replay(host: nn.Module, surgery: SurgeryPlan) -> nn.Module:
         if one is None or site.mode not in one.site.modes:
             reason = one.site.refused.get(site.mode, "there is no such mode") if one else "it has no such attention"
             raise SchemaError(f"the plan converts {site.fqn!r} to {site.mode!r}, but in {type(host).__name__} {reason}")
-        rewritten, cls = rewrite_alike(host, one, site.mode, done)
+        rank = choose_rank(one.site, site.mode, site.rank)
+        rewritten, cls = rewrite_alike(host, one, site.mode, rank, done, check=False)
         if layout_of(rewritten) != site.layout:
             raise SchemaError(
                 f"the plan keeps the channels of {site.fqn!r} in an order that this version of armour-surgery does not "
                 "produce; load the folder with the version that saved it"
             )
-        operations.append(Operation(site.fqn, site.mode, rewritten, cls, one))
+        operations.append(Operation(site.fqn, site.mode, rank, rewritten, cls, one))
     for operation in operations:
         operate(host, operation, surgery.init)
     host.surgery = surgery  # type: ignore[assignment]
@@ -215,58 +231,43 @@ def replay(host: nn.Module, surgery: SurgeryPlan) -> nn.Module:
     return host
 
 
-def check_options(mode: str, init: str, calibration: object = None) -> None:
+def check_options(
+    mode: str,
+    init: str,
+    calibration: object = None,
+    rank: object = None,
+    reconstruct: object = 0,
+    max_loss: object = None,
+) -> None:
     """Check what can be checked without a model.
 
     Raises:
-        UsageError: there is no such mode or init, or the init uses no images and is given some.
+        UsageError: there is no such mode or init, the init uses no images and is given some or what needs them, the
+            mode has no rank and is given one, or a number is none that makes sense.
     """
     if calibration is not None and init in INITS and init != "calibrated":
         raise UsageError(
             f"init {init!r} uses no images; use init 'calibrated' with calibration images, or leave them out"
         )
+    needs_images = {"rank auto": rank == "auto", "reconstruct": bool(reconstruct), "max_loss": max_loss is not None}
+    for option, given in needs_images.items():
+        if given and init in INITS and init != "calibrated":
+            raise UsageError(
+                f"{option} needs images to measure with, and init {init!r} uses none; add init 'calibrated'"
+            )
+    if isinstance(reconstruct, bool) or not isinstance(reconstruct, int) or reconstruct < 0:
+        raise UsageError(f"reconstruct {reconstruct!r} is not a number of steps; 60, say, or 0 for none")
+    if max_loss is not None and (not isinstance(max_loss, int | float) or not 0 < max_loss < 2):
+        raise UsageError(f"max_loss {max_loss!r} is not between 0 and 2 (1 - cosine of the final features); 0.02, say")
     if mode != AUTO:
         get_mode(mode)
     if init not in INITS:
         raise UsageError(f"unknown init {init!r}; choose one of {', '.join(INITS)}")
-
-
-def _refuse_converted(model: nn.Module) -> None:
-    done = next((name for name, module in model.named_modules() if isinstance(module, ArmourAttention)), None)
-    if done is not None or hasattr(model, "surgery"):
-        raise AlreadyConvertedError(
-            f"{type(model).__name__} is converted already ({done or 'it carries a surgery plan'}). Convert the "
-            "original model, with everything that you want in one call"
-        )
-
-
-def _example(model: nn.Module, given: Example | None) -> dict[str, torch.Tensor]:
-    """Keyword arguments on the meta device."""
-    if given is None:
-        return hosts.example_input(model)
-    if isinstance(given, tuple):
-        given = _of_shape(given)
-    if isinstance(given, torch.Tensor):
-        given = {list(signature(type(model).forward).parameters)[1]: given}
-    tensors = isinstance(given, dict) and all(isinstance(value, torch.Tensor) for value in given.values())
-    if not tensors or all(value.ndim == 0 for value in given.values()):
-        raise ExampleInputError(
-            f"example_input is {given!r}; pass a tensor, a shape (batch, channels, height, width), or a dictionary "
-            "from argument names to tensors"
-        )
-    example = {}
-    for name, value in given.items():
-        # Axes of size one hide which axis is which; a batch of two costs nothing on the meta device.
-        shape = (max(2, value.shape[0]), *value.shape[1:]) if value.ndim else ()
-        example[name] = torch.empty(shape, dtype=value.dtype, device="meta")
-    return example
-
-
-def _of_shape(shape: tuple[int, ...]) -> torch.Tensor:
-    whole = all(isinstance(size, int) and size > 0 for size in shape)
-    if len(shape) != 4 or not whole or math.prod(shape) > 2**40:
-        raise ExampleInputError(f"example_input {shape!r} is not a shape (batch, channels, height, width)")
-    return torch.empty(shape, device="meta")
+    if rank is not None and mode != AUTO and not get_mode(mode).has_rank:
+        raise UsageError(f"mode {mode!r} has no rank to choose; give a rank with qv or kv, or leave it out")
+    for value in rank.values() if isinstance(rank, Mapping) else [rank]:
+        if rank is not None and rank != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise UsageError(f"rank {value!r} is not a whole number from 1 to key_dim; 48, say")
 
 
 def _describe(model: nn.Module) -> Source | None:
@@ -275,42 +276,3 @@ def _describe(model: nn.Module) -> Source | None:
         return hosts.describe(model)
     except ArmourError:
         return None
-
-
-def _patterns(given: str | Iterable[str] | None) -> list[str]:
-    return [given] if isinstance(given, str) else list(given or ())
-
-
-def _select(
-    found: list[FoundSite], include: str | Iterable[str] | None, exclude: str | Iterable[str] | None
-) -> list[FoundSite]:
-    """The sites that the patterns leave. A pattern also matches everything below a module that it matches."""
-
-    def matches(fqn: str, pattern: str) -> bool:
-        return fnmatch.fnmatchcase(fqn, pattern) or fnmatch.fnmatchcase(fqn, f"{pattern}.*")
-
-    names = [one.site.fqn for one in found]
-    wanted = None if include is None else _patterns(include)
-    unwanted = _patterns(exclude)
-    for pattern in [*(wanted or ()), *unwanted]:
-        if not any(matches(name, pattern) for name in names):
-            raise PatternError(
-                f"pattern {pattern!r} matches none of the {len(names)} attention sites, which are named like "
-                f"{names[0]!r} and {names[-1]!r}"
-            )
-    chosen = [
-        one
-        for one in found
-        if (wanted is None or any(matches(one.site.fqn, pattern) for pattern in wanted))
-        and not any(matches(one.site.fqn, pattern) for pattern in unwanted)
-    ]
-    if not chosen:
-        raise PatternError(
-            f"include {wanted if wanted is not None else 'everything'} and exclude {unwanted} leave none of the "
-            f"{len(names)} attention sites"
-        )
-    return chosen
-
-
-def _with_macs(site: SitePlan, before: CostReport, after: CostReport) -> SitePlan:
-    return replace(site, macs_before=before.by_module.get(site.fqn, 0), macs_after=after.by_module.get(site.fqn, 0))

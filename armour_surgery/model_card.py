@@ -19,8 +19,11 @@ def model_card(surgery: SurgeryPlan, name: str) -> str:
     source = surgery.source
     origin = source.name if source else "a model built in Python"
     license_name = (source.license if source else None) or "unknown"
-    modes = Counter(site.mode for site in surgery.sites)
-    shared = ", ".join(f"{count} x `{mode}`" for mode, count in modes.items())
+    modes = Counter((site.mode, site.rank) for site in surgery.sites)
+    shared = ", ".join(
+        f"{count} x `{mode}`" + (f" with {rank} channels a head" if rank else "")
+        for (mode, rank), count in modes.items()
+    )
     lines = [
         "---",
         f"license: {license_name if source and source.license else 'other'}",
@@ -104,5 +107,4 @@ def _residual_row(group: Sequence[SitePlan]) -> str:
 
 
 def _way(site: SitePlan) -> str:
-    rank = getattr(site, "rank", None)
-    return f"`{site.mode}`" + (f" rank {rank}" if rank is not None else "")
+    return f"`{site.mode}`" + (f" rank {site.rank}" if site.rank is not None else "")

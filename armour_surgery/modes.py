@@ -8,13 +8,13 @@ Source: Armour paper, eq. 2 (`qv`), Table 1 (`qk`, `qk-diag`, `kv`), Fig. 3 (`co
 section 4, last paragraph (`grouped`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from armour_surgery.errors import UsageError
+from armour_surgery.errors import TraceError, UsageError
 from armour_surgery.sites import AttentionSite, Projection
 
-__all__ = ["AUTO", "MODES", "Mode", "choose", "get_mode", "judge"]
+__all__ = ["AUTO", "MODES", "Mode", "choose", "choose_rank", "get_mode", "judge"]
 
 AUTO = "auto"
 
@@ -29,6 +29,11 @@ class Mode:
     value: tuple[str, ...]
     fits: Callable[[AttentionSite], str | None]
     mask_diagonal: bool = False
+
+    @property
+    def has_rank(self) -> bool:
+        """Whether Q, K and V of a head may have fewer channels than key_dim: V is all of Q, or all of K."""
+        return self.key == ("k",) and self.value in (("q",), ("k",))
 
 
 def _roles(site: AttentionSite) -> tuple[Projection, Projection, Projection]:
@@ -154,3 +159,26 @@ def choose(site: AttentionSite, requested: str) -> tuple[str | None, str]:
             return name, ""
     widest = candidates[-1] if site.value_dim > site.key_dim else candidates[0]
     return None, site.refused.get(widest, "nothing fits")
+
+
+def choose_rank(site: AttentionSite, mode: str, requested: int | Mapping[str, int] | None) -> int | None:
+    """How many channels a head gets at this site: None for as many as it has, key_dim.
+
+    `requested` is one number for all sites, or one by site; a site that is not in the mapping keeps what it has.
+
+    Raises:
+        UsageError: the number is not from 1 to key_dim.
+        TraceError: there is no rank to choose in this mode.
+    """
+    rank = requested.get(site.fqn) if isinstance(requested, Mapping) else requested
+    if rank is None:
+        return None
+    if not MODES[mode].has_rank:
+        names = " and ".join(name for name, one in MODES.items() if one.has_rank)
+        raise TraceError(f"a rank can be chosen in modes {names}, and this attention takes {mode}; leave out rank")
+    if not 1 <= rank <= site.key_dim:
+        raise UsageError(
+            f"rank {rank} does not fit {site.fqn}, whose heads have {site.key_dim} channels (key_dim): give a whole "
+            f"number from 1 to {site.key_dim}"
+        )
+    return rank if rank < site.key_dim else None

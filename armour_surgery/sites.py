@@ -111,6 +111,8 @@ class SitePlan:
     output on held-out images; after `wq-refit` and `joint-svd` the relative error of logits and values that the
     weights imply. None where there were no weights to compare. `steps` names what was fitted.
     `layout` is a digest of which rows were kept, in which order: weights only fit a surgery of equal layout.
+    `rank` is the number of channels that queries, keys and values of a head have now; None means key_dim, as before.
+    After `wq` with a rank, `residual` is what it is after `wq-refit`.
     """
 
     fqn: str
@@ -123,6 +125,7 @@ class SitePlan:
     residual: float | None
     layout: str
     steps: tuple[str, ...] = ()
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,10 @@ class FrontierPoint:
 
 @dataclass(frozen=True)
 class SurgeryPlan:
-    """Everything that `convert` did (or, from `plan`, would do). It rides on the model as `model.surgery`."""
+    """Everything that `convert` did (or, from `plan`, would do). It rides on the model as `model.surgery`.
+
+    `sensitivities` and `frontier` are what was weighed for a budget, `max_loss`; empty without one.
+    """
 
     mode: str
     init: str
@@ -195,6 +201,9 @@ class SurgeryPlan:
     example: tuple[tuple[str, tuple[int, ...], str], ...] = ()
     source: Source | None = None
     fidelity: Fidelity | None = None
+    max_loss: float | None = None
+    sensitivities: tuple[Sensitivity, ...] = ()
+    frontier: tuple[FrontierPoint, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `from_dict` is its inverse."""
@@ -216,5 +225,10 @@ class SurgeryPlan:
                 "example": tuple((name, tuple(shape), dtype) for name, shape, dtype in data["example"]),
                 "source": Source(**source) if source else None,
                 "fidelity": Fidelity(**fidelity) if fidelity else None,
+                "sensitivities": tuple(Sensitivity(**one) for one in data.get("sensitivities", ())),
+                "frontier": tuple(
+                    FrontierPoint(**{**point, "sites": tuple(tuple(site) for site in point["sites"])})
+                    for point in data.get("frontier", ())
+                ),
             }
         )

@@ -8,7 +8,7 @@ for heads, "j" for a head's dimensions. `(0,), ("h",), (1,), ("j",)` is `[B, H, 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
@@ -20,9 +20,11 @@ __all__ = [
     "Call",
     "Core",
     "FunctionReference",
+    "Handover",
     "Layout",
     "OutputProjection",
     "Producer",
+    "Results",
     "Role",
     "Signature",
     "Trace",
@@ -135,7 +137,8 @@ class Anchor:
 class Role:
     """q, k or v: channel `channels[h][j]` of `producer` is dimension j of head h.
 
-    `whole` says that everything which uses these channels goes through the anchors.
+    `whole` says that everything which uses these channels goes through the anchors. `ends` are the last nodes that
+    layout alone leads to; everything goes through them too, if there are any.
     """
 
     producer: Producer
@@ -143,6 +146,7 @@ class Role:
     anchors: tuple[Anchor, ...]
     whole: bool
     tokens: int
+    ends: tuple[Anchor, ...] = ()
 
     @property
     def num_heads(self) -> int:
@@ -166,6 +170,36 @@ class OutputProjection:
     bias: str | None
     norm: str | None
     channels: tuple[tuple[int, ...], ...]
+
+    def narrowed(self, rank: int | None) -> "OutputProjection":
+        """The same where only the first `rank` dimensions of every head are left, in their old order."""
+        kept = sorted(channel for head in self.channels for channel in head[:rank])
+        place = {channel: index for index, channel in enumerate(kept)}
+        return replace(self, channels=tuple(tuple(place[channel] for channel in head[:rank]) for head in self.channels))
+
+
+@dataclass(frozen=True)
+class Handover:
+    """A node on the way of the heads' results that something other than a layout operation reads (`readers`).
+
+    Layout operations alone lead from `start` to `node`. Atoms are integers for the core result's own axes, "h" and "j".
+    """
+
+    start: Anchor
+    node: fx.Node
+    layout: Layout
+    readers: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class Results:
+    """The way of the heads' results from the core to the output projection, in the order of the graph.
+
+    On it are layout operations, changes of type, dropout and nothing else.
+    """
+
+    handovers: tuple[Handover, ...]
+    projection: OutputProjection
 
 
 @dataclass(frozen=True)

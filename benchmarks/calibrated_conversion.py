@@ -20,6 +20,7 @@ machine that does nothing else. Needs what `photos.py` and `fashion_mnist.py` sa
 import argparse
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ from fashion_mnist import DATA, accuracy, load, normalize, read_split
 from feature_quality import at_size, cosines, final_tokens, gallery_of, gray_batches, knn_accuracy
 from rivals import (
     feature_pca,
+    in_attention,
+    in_blocks,
     mean_of_shared,
     prune_mlp_channels,
     prune_smallest,
@@ -48,7 +51,8 @@ from armour_surgery.measure.cost import count_params
 from armour_surgery.measure.speed import environment
 
 WEIGHTS = Path(__file__).parent / "weights"
-IMAGE, KNN_IMAGE = 224, 112
+KNN_IMAGE = 112
+FEW_PHOTOS = 24
 FASHION = (("vit", "qv"), ("levit", "concat-half"), ("levit", "concat-full"))
 FASHION_IMAGES = 512
 
@@ -117,14 +121,6 @@ def low_rank(chosen: Callable[[str], bool], source: str, by_variance: bool) -> M
     return Method(f"feature PCA, {which}, {share}, equal size", make, source)
 
 
-def in_attention(fqn: str) -> bool:
-    return any(part in ("attn", "attention") for part in fqn.split("."))
-
-
-def in_blocks(fqn: str) -> bool:
-    return "blocks." in fqn or "layer." in fqn
-
-
 def rivals(source: str) -> list[Method]:
     """What others would do, for a model whose V is as wide as its Q."""
     return [
@@ -190,8 +186,14 @@ def dinov2(options: argparse.Namespace) -> dict[str, Any]:
         return list(calibration_batches(source, prep, images=count))
 
     calib = str(options.photos / "calib")
+    with tempfile.TemporaryDirectory() as few:
+        photos = sorted((options.photos / "calib").iterdir())
+        for path in photos[:: max(1, len(photos) // FEW_PHOTOS)][:FEW_PHOTOS]:
+            (Path(few) / path.name).symlink_to(path.resolve())
+        crops_of_few = crops(few, options.images)
     images = {
         "photos": crops(calib, options.images),
+        f"{FEW_PHOTOS} photos": crops_of_few,
         "synthetic": crops("synthetic", options.images),
         "photos and synthetic": crops(f"{calib},synthetic", options.images),
     }
@@ -204,6 +206,7 @@ def dinov2(options: argparse.Namespace) -> dict[str, Any]:
         ours("joint-svd"),
         *rivals("photos"),
         ours("calibrated", "synthetic", own=True),
+        ours("calibrated", f"{FEW_PHOTOS} photos"),
         ours("calibrated", "photos", own=True),
         ours("calibrated", "photos and synthetic", own=True),
     ]

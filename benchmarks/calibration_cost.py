@@ -1,4 +1,4 @@
-"""What calibrated conversion costs: time against plain forward passes, and the memory of a larger model.
+"""What calibrated conversion costs in time and memory, and how fast its result is beside low rank of equal size.
 
 Called by `calibrated_conversion.py --timing`; as a program it does one conversion and prints its peak memory in MiB:
 
@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from rivals import feature_pca, in_blocks
 from torch import nn
 
 from armour_surgery import convert
@@ -22,7 +23,7 @@ from armour_surgery.hosts import load_model
 from armour_surgery.hosts.preprocessing import preprocessing
 from armour_surgery.initialize.images import calibration_batches
 from armour_surgery.measure.cost import count_params
-from armour_surgery.measure.speed import environment
+from armour_surgery.measure.speed import SpeedReport, compare, environment
 
 LARGE, LARGE_IMAGES = "vit_base_patch16_224", 64
 
@@ -40,10 +41,11 @@ class Cost:
     large_images: int
     peak_mib: float
     before_mib: float
+    speed: SpeedReport
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
-        return asdict(self)
+        return asdict(self) | {"speed": self.speed.to_dict()}
 
     def markdown(self) -> str:
         """The same for people."""
@@ -58,6 +60,11 @@ class Cost:
             f"{conversions} s; two plain forward passes over them: {passes} s; median ratio {self.ratio:.2f}.\n"
             f"- {self.large_model} with {self.large_images} images: peak resident memory {self.peak_mib:.0f} MiB, of "
             f"which {self.before_mib:.0f} MiB before the conversion (libraries and the model).\n"
+            + "".join(
+                f"- Speed of {pair.b} over {pair.a}, batch {self.speed.batch_size}: median {pair.speedup:.3f}, middle "
+                f"half of {pair.rounds} rounds {pair.speedup_iqr[0]:.3f} to {pair.speedup_iqr[1]:.3f}.\n"
+                for pair in self.speed.pairs
+            )
         )
 
 
@@ -83,6 +90,17 @@ def measure_cost(model: nn.Module, images: int, rounds: int, say: Callable[[str]
             task()
             times[name].append(time.perf_counter() - start)
             say(f"{name}: {times[name][-1]:.1f} s")
+    converted = convert(model, "qv", init="wq").eval()
+    low_rank = feature_pca(
+        model, count_params(converted), batches[:4], lambda one, batch: one(batch), in_blocks, by_variance=True
+    )[0]
+    models: dict[str, nn.Module] = {
+        "original": model,
+        "original again": model,
+        "qv": converted,
+        "feature PCA of equal size": low_rank,
+    }
+    speed = compare(models, lambda: torch.randn_like(batches[0]), rounds=4 if rounds == 1 else 30, budget_s=300.0)
     command = [sys.executable, __file__, LARGE, str(LARGE_IMAGES)]
     peak, before = map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
     say(f"{LARGE}: {peak:.0f} MiB")
@@ -97,6 +115,7 @@ def measure_cost(model: nn.Module, images: int, rounds: int, say: Callable[[str]
         LARGE_IMAGES,
         peak,
         before,
+        speed,
     )
 
 

@@ -108,6 +108,16 @@ def _converted(original: nn.Module, mode: str, example: Example, choose: Callabl
     return converted
 
 
+def in_attention(fqn: str) -> bool:
+    """Whether a layer of a ViT belongs to attention."""
+    return any(part in ("attn", "attention") for part in fqn.split("."))
+
+
+def in_blocks(fqn: str) -> bool:
+    """Whether it belongs to a block."""
+    return "blocks." in fqn or "layer." in fqn
+
+
 def feature_pca(
     original: nn.Module,
     parameters: int,

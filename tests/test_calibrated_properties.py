@@ -1,6 +1,7 @@
 """What holds for every way to choose weights, on any host: it runs, types stay, and the better one is better."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ from tiny_hosts import CASES, HostCase, case
 from torch import Tensor, nn
 
 from armour_surgery import convert
+from armour_surgery.calibration import Images, choose_weights
 from armour_surgery.conversion import INITS
-from armour_surgery.discover import find_output, find_sites
+from armour_surgery.discover import FoundSite, find_output, find_sites
 from armour_surgery.initialize.weights import locate, read, read_output, write, write_output
-from armour_surgery.meta import meta_copy
+from armour_surgery.meta import full_copy, meta_copy
+from armour_surgery.operation import operate, prepare
 
 EVERYWHERE = [(name, mode) for name, one in CASES.items() for mode in one.modes]
 # One host for each answer to which bases are free: both, V's only, neither and V's order.
@@ -129,16 +132,30 @@ def test_types_stay(dtype: torch.dtype, init: str) -> None:
     assert output.isfinite().all()
 
 
+@functools.cache
+def built(name: str) -> tuple[nn.Module, list[FoundSite]]:
+    """A host and what was found in it. Shared, and not to be changed."""
+    model = case(name).build()
+    return model, find_sites(model, case(name).example())
+
+
 @pytest.mark.parametrize(("name", "mode"), EVERYWHERE)
 def test_every_initializer_runs_everywhere(name: str, mode: str) -> None:
+    """As in `convert`, with the surgery prepared once."""
     host = case(name)
-    model, batch = host.build(), host.batches()[1]
-    seen = images(host, count=4)
+    model, sites = built(name)
+    batch, seen = host.batches()[1], images(host, count=4)
     shapes = [tensor.shape for tensor in outputs(model, batch)]
+    operations, _ = prepare(model, sites, mode)
     for init in INITS[1:]:
-        armour = converted(host, model, mode, init, seen).eval()
+        armour = full_copy(model)
+        for operation in operations:
+            operate(armour, operation, init)
+        given = Images(seen, 16) if init == "calibrated" else None
+        results, _ = choose_weights(model, armour, operations, init, host.example(), given, None)
+        assert [one.fqn for one in results] == [operation.fqn for operation in operations]
+        assert all(one.steps for one in results)
         assert all(tensor.isfinite().all() for tensor in armour.state_dict().values())
         found = outputs(armour, batch)
         assert [tensor.shape for tensor in found] == shapes
         assert all(tensor.isfinite().all() for tensor in found)
-        assert all(site.residual is not None and site.init == init for site in armour.surgery.sites)

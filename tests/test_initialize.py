@@ -19,6 +19,7 @@ from armour_surgery.meta import meta_copy
 EXACT = [
     ("vit", "qv"),
     ("vit", "kv"),
+    ("beit", "kv"),
     ("vit-qk-norm", "qv"),
     ("eva", "qv"),
     ("dinov2", "qv"),

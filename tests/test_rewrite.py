@@ -320,6 +320,7 @@ def surgery_on(model: nn.Module, mode: str) -> Surgery:
         traced=traced,
         mode=chosen,
         graph=traced.trace.graph,
+        query=Part("q", 0, sizes["q"]),
         key=parts_of(chosen.key, "k", sizes),
         value=parts_of(chosen.value, "v", sizes),
     )

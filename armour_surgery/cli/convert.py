@@ -3,8 +3,9 @@
 import json
 import re
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -18,6 +19,7 @@ from armour_surgery.cli.options import (
     Pretrained,
     read_model,
 )
+from armour_surgery.cli.progress import progress_bar
 from armour_surgery.cli.run import command, console_for, print_json
 
 if TYPE_CHECKING:
@@ -52,6 +54,26 @@ def convert(
         ),
     ] = None,
     calib_images: Annotated[int, typer.Option(metavar="N", min=8, help="How many calibration images to use.")] = 256,
+    reconstruct: Annotated[
+        int,
+        typer.Option(metavar="STEPS", min=0, help="With calibrated: steps by gradient at each site, then of all."),
+    ] = 0,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="With calibrated: convert the sites that fit this loss (1 - cosine of the final features).",
+            show_default="all sites",
+        ),
+    ] = None,
+    rank: Annotated[
+        str | None,
+        typer.Option(
+            metavar="R",
+            help="Channels of Q, K and V per head, fewer than it has (qv and kv; multiples of 8 run best), or auto.",
+            show_default="all",
+        ),
+    ] = None,
     include: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Convert only sites that match, such as 'blocks.0*'."),
@@ -66,6 +88,10 @@ def convert(
         Path | None,
         typer.Option(metavar="DIR", help="Folder to write. Default: NAME-armour-MODE.", show_default=False),
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Write a page about the conversion.", show_default=False),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -78,29 +104,32 @@ def convert(
         from armour_surgery import save
         from armour_surgery.conversion import check_options, surgery_of
         from armour_surgery.folder import check_output
+        from armour_surgery.measure.report import check_report, html_report, write_html
 
-        check_options(mode, init, calib)
+        channels = _rank(rank)
+        check_options(mode, init, calib, channels, reconstruct, max_loss)
         if out is not None and not dry_run:
             check_output(out)
+        if report is not None:
+            check_report(report)
         host, source = read_model(model, pretrained and not dry_run, checkpoint, img_size, num_classes, in_chans)
     kind = type(host).__name__
     options: dict[str, Any] = {"init": init, "include": include, "exclude": exclude, "source": source}
     if dry_run:
         with console.status("planning"):
-            surgery = plan_conversion(host, mode, **options)
+            surgery = plan_conversion(host, mode, rank=None if channels == "auto" else channels, **options)
         target = None
     else:
-        with console.status("rewriting attention") as status:
-
-            def tell(what: str, finished: int, total: int) -> None:
-                status.update(f"{what}: {finished} of {total}")
-
+        with progress_bar(console, "rewriting attention") as tell:
             converted = convert_model(
                 host,
                 mode,
                 inplace=True,
                 calibration=calib,
                 calibration_images=calib_images,
+                reconstruct=reconstruct,
+                max_loss=max_loss,
+                rank=channels,
                 progress=tell,
                 **options,
             )
@@ -108,10 +137,29 @@ def convert(
         target = out if out is not None else Path(_default_name(model, surgery))
         with console.status("saving"):
             save(converted, target)
+    if report is not None:
+        write_html(report, html_report(surgery, model, surgery.sensitivities, surgery.frontier))
     if as_json:
         print_json(_document(model, surgery, target, time.perf_counter() - started))
         return
     _tell(console, model, kind, surgery, target)
+    if report is not None:
+        console.print(f"What was done and measured: {report}", markup=False, soft_wrap=True)
+
+
+def _rank(given: str | None) -> int | Literal["auto"] | None:
+    """The number that --rank names, or "auto".
+
+    Raises:
+        UsageError: it is none.
+    """
+    from armour_surgery.errors import UsageError
+
+    if given is None or given == "auto":
+        return given
+    if not given.isascii() or not given.isdigit():
+        raise UsageError(f"--rank {given!r} is neither auto nor a whole number from 1 to key_dim; 48, say")
+    return int(given)
 
 
 def _default_name(model: str, surgery: "SurgeryPlan") -> str:
@@ -132,8 +180,16 @@ def _document(model: str, surgery: "SurgeryPlan", target: Path | None, seconds: 
         "params_after": surgery.params_after,
         "macs_before": surgery.macs_before,
         "macs_after": surgery.macs_after,
-        "sites": [{"fqn": site.fqn, "mode": site.mode, "residual": site.residual} for site in surgery.sites],
+        "sites": [
+            {"fqn": site.fqn, "mode": site.mode, "rank": site.rank, "residual": site.residual} for site in surgery.sites
+        ],
         "refused": [{"fqn": site.fqn, "reason": site.reason} for site in surgery.refused],
+        "fidelity": asdict(surgery.fidelity) if surgery.fidelity is not None else None,
+        "max_loss": surgery.max_loss,
+        "frontier": [
+            {"params": one.params, "predicted": one.predicted, "measured": one.measured, "sites": len(one.sites)}
+            for one in surgery.frontier
+        ],
         "seconds": round(seconds, 3),
     }
 
@@ -141,7 +197,7 @@ def _document(model: str, surgery: "SurgeryPlan", target: Path | None, seconds: 
 def _tell(console: Any, model: str, kind: str, surgery: "SurgeryPlan", target: Path | None) -> None:
     from rich.markup import escape
 
-    from armour_surgery.cli.tables import cost_table, refused_lines
+    from armour_surgery.cli.tables import cost_table, fidelity_lines, frontier_table, refused_lines
 
     verb = "converted" if target is not None else "would be converted"
     total = len(surgery.sites) + len(surgery.refused)
@@ -149,11 +205,18 @@ def _tell(console: Any, model: str, kind: str, surgery: "SurgeryPlan", target: P
     console.print(cost_table(surgery))
     for line in refused_lines(surgery.refused):
         console.print(f"  left alone: {line}", style="dim", markup=False)
+    if surgery.frontier:
+        chosen = next(
+            one for one in surgery.frontier if set(one.sites) == {(s.fqn, s.mode, s.rank) for s in surgery.sites}
+        )
+        console.print(frontier_table(surgery.frontier, surgery.params_before, chosen))
     if target is None:
         console.print("Nothing was written (--dry-run).")
         return
     console.print(f"Saved to [bold]{escape(str(target))}[/bold]", soft_wrap=True)
-    console.print(_advice(surgery))
+    for line in fidelity_lines(surgery):
+        console.print(line, markup=False)
+    console.print(_advice(surgery), markup=False)
     load = f"\n    from armour_surgery import load\n    model = load({json.dumps(str(target))})\n"
     console.print(load, markup=False, soft_wrap=True)
 
@@ -161,13 +224,7 @@ def _tell(console: Any, model: str, kind: str, surgery: "SurgeryPlan", target: P
 def _advice(surgery: "SurgeryPlan") -> str:
     """What the model is good for now, in a sentence or two."""
     if surgery.fidelity is not None:
-        near = surgery.fidelity
-        same = f", same first choice on {near.agreement:.1f} %" if near.agreement is not None else ""
-        return (
-            f"\nOn {near.images} images ({near.source}) that nothing was fitted to: cosine to the original's features "
-            f"{near.cosine:.4f}, SQNR {near.sqnr_db:.1f} dB{same}. The model can be used as it is, and fine-tuned from "
-            "here."
-        )
+        return "\nThe model can be used as it is, and fine-tuned from here."
     if surgery.init == "wq":
         return (
             "\nThis model needs training. Its projections now serve a purpose that they were not trained for (init "

@@ -77,7 +77,7 @@ def _story(console: Any, folder: Path) -> dict[str, Any]:
     console.rule("2. convert and evaluate", align="left")
     before = accuracy(model, images, labels)
     converted, found = {}, {}
-    given = train_images.split(64)  # without their labels; the test images stay unseen
+    given = torch.split(train_images, 64)  # without their labels; the test images stay unseen
     for mode, init in _TRIALS:
         with console.status(f"converting to {mode} with {init}"):
             one = convert(model, mode, init=init, calibration=given if init == "calibrated" else None)

@@ -1,6 +1,11 @@
 """`armour-surgery inspect MODEL`."""
 
 import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from armour_surgery.cli.options import (
     AsJson,
@@ -9,10 +14,17 @@ from armour_surgery.cli.options import (
     InChans,
     Model,
     NumClasses,
-    Pretrained,
     read_model,
 )
+from armour_surgery.cli.progress import progress_bar
 from armour_surgery.cli.run import command, console_for, print_json
+from armour_surgery.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import nn
+
+    from armour_surgery.sites import Sensitivity
 
 __all__ = ["inspect"]
 
@@ -20,8 +32,26 @@ __all__ = ["inspect"]
 @command
 def inspect(
     model: Model,
+    calib: Annotated[
+        str | None,
+        typer.Option(
+            metavar="IMAGES",
+            help="Measure what converting each site costs, on a folder of images, a timm dataset, or synthetic.",
+            show_default=False,
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="With --calib: draw it.", show_default=False)
+    ] = None,
     checkpoint: Checkpoint = None,
-    pretrained: Pretrained = False,
+    pretrained: Annotated[
+        bool | None,
+        typer.Option(
+            "--pretrained/--no-pretrained",
+            help="Load the pretrained weights. Default: only with --calib.",
+            show_default=False,
+        ),
+    ] = None,
     img_size: ImgSize = None,
     num_classes: NumClasses = None,
     in_chans: InChans = None,
@@ -29,27 +59,54 @@ def inspect(
 ) -> None:
     """Show every attention of MODEL: its projections and sizes, which modes fit, and why others do not.
 
-    Structure is all it looks at, so it needs no weights and no network.
+    Structure is all it looks at, so it needs no weights and no network. With --calib it converts every site alone and
+    measures what the model loses.
     """
     console = console_for(as_json)
+    if plot is not None and calib is None:
+        raise UsageError("--plot draws what --calib measures; add --calib IMAGES, synthetic say")
     with console.status("building the model"):
         from armour_surgery import inspect as inspect_model
 
-        host, _ = read_model(model, pretrained, checkpoint, img_size, num_classes, in_chans)
+        wanted = calib is not None if pretrained is None else pretrained
+        host, _ = read_model(model, wanted, checkpoint, img_size, num_classes, in_chans)
     with console.status("following q, k and v"):
         sites = inspect_model(host)
+    measured = _measure(console, host, calib) if calib is not None else []
+    if plot is not None:
+        from armour_surgery.measure.figures import save_figure, sensitivity_figure
+
+        save_figure(plot, sensitivity_figure(measured, model))
     if as_json:
-        print_json({"model": model, "sites": [site.to_dict() for site in sites]})
+        document: dict[str, Any] = {"model": model, "sites": [site.to_dict() for site in sites]}
+        print_json({**document, "sensitivities": [asdict(one) for one in measured]} if calib is not None else document)
         return
     from rich.markup import escape
 
-    from armour_surgery.cli.tables import site_table
+    from armour_surgery.cli.tables import sensitivity_table, site_table
 
     table, reasons = site_table(sites)
     console.print(f"[bold]{escape(model)}[/bold]: {len(sites)} attention sites in a {type(host).__name__}")
     console.print(table)
     for reason in reasons:
         console.print(f"  {reason}", style="dim", markup=False)
+    if measured:
+        console.print(sensitivity_table(measured))
+        console.print(
+            "loss: 1 - the mean cosine of the model's final features to the original's, that site alone converted and "
+            f"calibrated ({calib}).",
+            style="dim",
+            markup=False,
+        )
+    if plot is not None:
+        console.print(f"Drawn: {plot}", markup=False, soft_wrap=True)
     fitting = [site for site in sites if site.modes]
     if fitting:
         console.print(f"\nNext: armour-surgery convert {shlex.quote(model)}", markup=False, soft_wrap=True)
+
+
+def _measure(console: "Console", model: "nn.Module", calib: str) -> "list[Sensitivity]":
+    from armour_surgery.conversion import sensitivities
+
+    with progress_bar(console, "measuring sites") as tell:
+        return sensitivities(model, calibration=calib, progress=tell)

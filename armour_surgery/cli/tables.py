@@ -8,7 +8,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from armour_surgery.sites import AttentionSite, FrontierPoint, RefusedSite, Sensitivity, SurgeryPlan
+from armour_surgery.sites import AttentionSite, FrontierPoint, RefusedSite, Sensitivity, SitePlan, SurgeryPlan
 
 __all__ = [
     "change",
@@ -124,16 +124,15 @@ def refused_lines(refused: Sequence[RefusedSite]) -> list[str]:
 
 
 def cost_table(surgery: SurgeryPlan) -> Table:
-    """Sites by mode, and the model's cost before and after."""
+    """Sites by mode and rank, and the model's cost before and after."""
     table = plain_table()
     for column, side in (("", "left"), ("before", "right"), ("after", "right"), ("change", "right")):
         table.add_column(column, justify=side)  # type: ignore[arg-type]
-    modes: dict[str, list[str]] = {}
+    groups: dict[str, list[SitePlan]] = {}
     for site in surgery.sites:
-        modes.setdefault(site.mode, []).append(site.fqn)
-    for mode, names in modes.items():
-        table.add_row(f"{grouped_names(names)}  ({mode})", "", "", "")
-        chosen = [site for site in surgery.sites if site.mode == mode]
+        groups.setdefault(_way(site.mode, site.rank), []).append(site)
+    for label, chosen in groups.items():
+        table.add_row(f"{grouped_names([site.fqn for site in chosen])}  ({label})", "", "", "")
         before, after = sum(s.params_before for s in chosen), sum(s.params_after for s in chosen)
         table.add_row("  attention parameters", millions(before), millions(after), change(before, after))
     for label, before, after in (

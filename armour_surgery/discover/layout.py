@@ -15,7 +15,7 @@ from armour_surgery.discover.match import inputs_of, is_tensor
 from armour_surgery.discover.trace import value_of
 from armour_surgery.traced import Layout
 
-__all__ = ["Flow", "find_layout", "follow"]
+__all__ = ["Flow", "find_layout", "follow", "is_cast"]
 
 _METHODS = {
     "view", "reshape", "permute", "transpose", "contiguous", "chunk", "split", "unbind", "flatten", "unflatten",
@@ -42,6 +42,11 @@ class Flow(dict[fx.Node, Any]):
     def __init__(self) -> None:
         super().__init__()
         self.pure: set[fx.Node] = set()
+
+
+def is_cast(node: fx.Node) -> bool:
+    """Whether a node changes the format of numbers and nothing else."""
+    return node.op == "call_method" and node.target in _CASTS
 
 
 def _is_layout(node: fx.Node) -> bool:
@@ -109,7 +114,7 @@ def follow(
             flow[node] = _apply(node, flow)
             if first in flow.pure:
                 flow.pure.add(node)
-        elif first in flow and (node in transparent or (node.op == "call_method" and node.target in _CASTS)):
+        elif first in flow and (node in transparent or is_cast(node)):
             flow[node] = flow[first]
             if first in flow.pure:
                 flow.pure.add(node)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from armour_surgery.discover.layout import Flow, find_layout, follow
-from armour_surgery.discover.match import find_core, inputs_of
+from armour_surgery.discover.layout import Flow, find_layout, follow, is_cast
+from armour_surgery.discover.match import find_core, inputs_of, is_tensor
 from armour_surgery.discover.producers import TraceInside, find_producers
 from armour_surgery.errors import TraceError
 from armour_surgery.traced import Anchor, Core, Layout, Producer, Role, Trace, TracedSite
@@ -68,14 +68,26 @@ def _layout(numbers: torch.Tensor, producer: Producer, heads: list[tuple[int, ..
     return find_layout(numbers, coordinates, sizes | {"h": len(heads), "j": len(heads[0])})
 
 
-def _anchors(flow: Flow, producer: Producer, heads: list[tuple[int, ...]]) -> tuple[tuple[Anchor, ...], bool]:
-    """The first nodes that hold this role's channels and nothing else, and whether all its uses go through them."""
+def _holding(producer: Producer, heads: list[tuple[int, ...]]) -> Callable[[Any], tuple[bool, bool]]:
+    """Tells of the numbers in a node whether some are of this role's channels, and whether they are exactly those."""
     shape = producer.node.meta["value"].shape
-    axis = producer.axis % len(shape)
-    inner = shape[axis + 1 :].numel()
+    inner = shape[producer.axis % len(shape) + 1 :].numel()
     own = torch.zeros(producer.channels, dtype=torch.bool)
     own[[index for head in heads for index in head]] = True
     full = shape.numel() // producer.channels * int(own.sum())
+
+    def holds(numbers: Any) -> tuple[bool, bool]:
+        if not isinstance(numbers, torch.Tensor):
+            return False, False
+        mask = own[(numbers // inner) % producer.channels]
+        return bool(mask.any()), bool(mask.all()) and numbers.numel() == full
+
+    return holds
+
+
+def _anchors(flow: Flow, producer: Producer, heads: list[tuple[int, ...]]) -> tuple[tuple[Anchor, ...], bool]:
+    """The first nodes that hold this role's channels and nothing else, and whether all its uses go through them."""
+    holds = _holding(producer, heads)
     anchors: list[fx.Node] = []
     below: set[fx.Node] = set()
     whole = True
@@ -83,20 +95,28 @@ def _anchors(flow: Flow, producer: Producer, heads: list[tuple[int, ...]]) -> tu
         if any(source in below for source in inputs_of(node)):
             below.add(node)
             continue
-        numbers = flow[node]
-        if not isinstance(numbers, torch.Tensor):
-            continue
-        mask = own[(numbers // inner) % producer.channels]
-        if not bool(mask.any()):
-            continue
-        if bool(mask.all()) and numbers.numel() == full:
+        some, exactly = holds(flow[node])
+        if exactly:
             anchors.append(node)
             below.add(node)
-        elif any(user not in flow.pure for user in node.users):
+        elif some and any(user not in flow.pure for user in node.users):
             # Something reads the packed tensor, or its size, before the roles part.
             whole = False
     found = tuple(Anchor(node, _layout(flow[node], producer, heads)) for node in anchors)
     return found, whole and bool(found)
+
+
+def _ends(flow: Flow, producer: Producer, heads: list[tuple[int, ...]]) -> tuple[Anchor, ...]:
+    """The last nodes that layout alone leads to: what reads them is no layout. None where only a part gets so far."""
+    holds = _holding(producer, heads)
+    found: list[Anchor] = []
+    for node in (n for n in producer.node.graph.nodes if n in flow.pure):
+        some, exactly = holds(flow[node])
+        if some and any(is_tensor(user) and (user not in flow.pure or is_cast(user)) for user in node.users):
+            if not exactly:
+                return ()
+            found.append(Anchor(node, _layout(flow[node], producer, heads)))
+    return tuple(found)
 
 
 def understand(
@@ -143,7 +163,7 @@ def _assign(trace: Trace, core: Core, producers: list[Producer]) -> TracedSite:
         anchors, whole = _anchors(flow, producer, heads)
         value = producer.node.meta["value"]
         tokens = value.numel() // producer.channels // value.shape[0]
-        roles[letter] = Role(producer, tuple(heads), anchors, whole, tokens)
+        roles[letter] = Role(producer, tuple(heads), anchors, whole, tokens, _ends(flow, producer, heads))
     for letter in ("k", "v"):
         same = places[letter].shape == places["q"].shape and torch.equal(places[letter], places["q"])
         if not same and roles[letter].num_heads == roles["q"].num_heads:

@@ -113,11 +113,12 @@ def is_timm_dataset(name: str) -> bool:
     return name.partition("/")[0].lower() in DATASETS and "/" in name
 
 
-def timm_pictures(name: str) -> Callable[[np.random.Generator], Iterator[Callable[[], Image.Image]]]:
+def timm_pictures(name: str) -> Callable[[np.random.Generator], Iterator[tuple[int, int, Callable[[], Image.Image]]]]:
     """Open the training split of `PREFIX/NAME` or `PREFIX/NAME:FOLDER`, with `timm.data.create_dataset`.
 
-    What is returned makes one pass over it: one function per picture, which reads it. A dataset that is indexed comes
-    in an order drawn from the generator, a stream in its own. Nothing is downloaded for `torch/`.
+    What is returned makes one pass over it: per picture its number, how many there are (0: not known), and a function
+    that reads it. A dataset that is indexed comes in an order drawn from the generator, a stream in its own. Nothing is
+    downloaded for `torch/`.
 
     Raises:
         CalibrationError: timm cannot open it; the message says why.
@@ -145,13 +146,13 @@ def timm_pictures(name: str) -> Callable[[np.random.Generator], Iterator[Callabl
     return partial(_one_pass, dataset)
 
 
-def _one_pass(dataset: Any, rng: np.random.Generator) -> Iterator[Callable[[], Image.Image]]:
+def _one_pass(dataset: Any, rng: np.random.Generator) -> Iterator[tuple[int, int, Callable[[], Image.Image]]]:
     if isinstance(dataset, torch.utils.data.IterableDataset):
-        for item in dataset:
-            yield lambda item=item: item[0]  # type: ignore[misc]
+        for number, item in enumerate(dataset):
+            yield number, 0, lambda item=item: item[0]  # type: ignore[misc]
         return
     for index in rng.permutation(len(dataset)):
-        yield partial(_item, dataset, int(index))
+        yield int(index), len(dataset), partial(_item, dataset, int(index))
 
 
 def _item(dataset: Any, index: int) -> Image.Image:

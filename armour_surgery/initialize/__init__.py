@@ -6,21 +6,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from armour_surgery.initialize.calibrate import SiteResult, calibrate
+from armour_surgery.initialize.calibrate import calibrate
 from armour_surgery.initialize.closed_form import loss, make_metric
 from armour_surgery.initialize.problem import (
     Problem,
     candidates,
     has_biases,
     read_head,
+    truncated,
+    with_biases,
     without_biases,
     write_head,
-    zero_biases,
 )
+from armour_surgery.initialize.reconstruct import reconstruct
+from armour_surgery.initialize.site import HELD_OUT, SiteResult
 from armour_surgery.initialize.weights import read_output, write_output
 from armour_surgery.meta import meta_copy
 
-__all__ = ["Problem", "SiteResult", "calibrate", "from_weights"]
+__all__ = ["HELD_OUT", "Problem", "SiteResult", "calibrate", "from_weights", "reconstruct"]
 
 
 def from_weights(
@@ -29,9 +32,10 @@ def from_weights(
     """Closed forms without data, in place: tokens are taken to be what the LayerNorm before a site makes of noise.
 
     `wq-refit` keeps Q and K and fits the output projection to what V is now; `joint-svd` chooses all of them, and is
-    never worse in what it minimizes. The moment is `diag(weight^2) + bias bias^T`, and the identity where no LayerNorm
-    of the tokens' width comes before. `run(model)` runs a model on meta tensors. Residuals are the root of the mean
-    relative squared error of logits and values, in that metric.
+    never worse in what it minimizes. `wq` is for sites whose heads get fewer channels: it keeps the best of Q's. The
+    moment is `diag(weight^2) + bias bias^T`, and the identity where no LayerNorm of the tokens' width comes before.
+    `run(model)` runs a model on meta tensors. Residuals are the root of the mean relative squared error of logits and
+    values, in that metric.
     """
     norms = _norms_before(original, problems, run)
     results = []
@@ -47,15 +51,18 @@ def from_weights(
         size = slice(None) if biases else slice(-1)
         queries, keys = (make_metric(pair[0][size, size], pair[1][size, size]) for pair in (plain, other))
         cut = head if biases else without_biases(head)
-        found = candidates(problem, cut, queries, keys, (1.0,))
-        chosen = {"wq-refit": found["wq-refit"]} if init == "wq-refit" else found
+        if init == "wq":
+            chosen = {"wq": truncated(problem, cut, queries, keys)}
+        else:
+            found = candidates(problem, cut, queries, keys, (1.0,))
+            chosen = {"wq-refit": found["wq-refit"]} if init == "wq-refit" else found
         errors = {name: loss(one, cut, queries, keys) for name, one in chosen.items()}
         name = min(errors, key=lambda one: errors[one])
-        best = chosen[name] if biases else zero_biases(chosen[name])
+        best = chosen[name] if biases else with_biases(problem, chosen[name], head)
         write_head(new, problem, best, (moment, other[0]))
-        if problem.out is not None and best.out.numel():
+        if problem.out is not None and problem.narrow_out is not None and best.out.numel():
             unit = torch.eye(best.out.shape[0] * best.out.shape[1] + 1, dtype=torch.float64)
-            write_output(new, problem.out, best.out, read_output(old, problem.out)[1], unit)
+            write_output(new, problem.narrow_out, best.out, read_output(old, problem.out)[1], unit)
         results.append(SiteResult(problem.fqn, (errors[name] / 2) ** 0.5, (name,)))
     return results
 

@@ -21,6 +21,7 @@ __all__ = [
     "loss",
     "make_metric",
     "pick_columns",
+    "rank_losses",
     "refit_output",
     "symmetric",
 ]
@@ -76,15 +77,11 @@ def joint_svd(head: Head, queries: Metric, keys: Metric, weight: float, rank: in
     Returns `query = value = S [H, D, r]`, `key = P [H, D, r]` about as large, `out = R [H, r, E]`: the same in whatever
     basis a head is given.
     """
+    rank = rank or head.query.shape[-1]
+    basis, both, target, right_key, small_key = _joint_target(head, queries, keys, weight)
     d = head.query.shape[-1]
-    rank = rank or d
-    basis, both = torch.linalg.qr(queries.whiten @ torch.cat([head.query, head.value], dim=-1))
-    right_key, small_key = torch.linalg.qr(keys.spread.sqrt()[:, None] * (keys.whiten @ head.key))
-    _, small_out = torch.linalg.qr(head.out.mT)
     logits = both[..., :d] @ small_key.mT
-    output = both[..., d:] @ small_out.mT
-    scale = weight * _norm(logits) / _norm(output).clamp(min=1e-300)
-    left = torch.linalg.svd(torch.cat([logits, scale * output], dim=-1), full_matrices=False)[0][..., :rank]
+    left = torch.linalg.svd(target, full_matrices=False)[0][..., :rank]
     # Queries as large as keys: neither over- or underflows in half precision. The size is that of a product, so that
     # what is fitted later does not depend on the basis that a head came in.
     size = (_norm(logits) / rank**0.5).sqrt()
@@ -93,6 +90,33 @@ def joint_svd(head: Head, queries: Metric, keys: Metric, weight: float, rank: in
     white_key = right_key @ (small_key @ both[..., :d].mT @ back.mT)
     key = keys.color @ (white_key / keys.spread.sqrt()[:, None])
     return Head(shared, key, shared, back @ both[..., d:] @ head.out)
+
+
+def rank_losses(head: Head, queries: Metric, keys: Metric, weight: float = 0.6) -> Tensor:
+    """What `joint_svd` loses with 1, 2, .. d channels a head, relative to what it loses with all d: `[d]`.
+
+    The squared singular values that are left out, summed over heads.
+    """
+    values = torch.linalg.svdvals(_joint_target(head, queries, keys, weight)[2]).square()
+    values = values / values.sum(-1, keepdim=True).clamp(min=1e-300)
+    tails = 1 - values.cumsum(-1)[..., : head.query.shape[-1]]
+    lost = tails.clamp(min=1e-12).sum(0)
+    found: Tensor = lost / lost[-1]
+    return found
+
+
+def _joint_target(
+    head: Head, queries: Metric, keys: Metric, weight: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The two products that share a factor, beside each other in an orthonormal basis, and what made them."""
+    d = head.query.shape[-1]
+    basis, both = torch.linalg.qr(queries.whiten @ torch.cat([head.query, head.value], dim=-1))
+    right_key, small_key = torch.linalg.qr(keys.spread.sqrt()[:, None] * (keys.whiten @ head.key))
+    _, small_out = torch.linalg.qr(head.out.mT)
+    logits = both[..., :d] @ small_key.mT
+    output = both[..., d:] @ small_out.mT
+    scale = weight * _norm(logits) / _norm(output).clamp(min=1e-300)
+    return basis, both, torch.cat([logits, scale * output], dim=-1), right_key, small_key
 
 
 def refit_output(shared: Tensor, head: Head, tokens: Metric) -> Tensor:

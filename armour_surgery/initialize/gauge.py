@@ -5,6 +5,7 @@ output stays what it was, the basis is free, whatever the host does in between (
 a q-norm, a rotation or an activation shows itself by changing the output.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from armour_surgery.initialize.weights import Stored, locate, read, read_output, write, write_output
-from armour_surgery.meta import meta_copy
+from armour_surgery.meta import full_copy, meta_copy
 from armour_surgery.traced import Call, OutputProjection, Role
 
-__all__ = ["Freedom", "probe"]
+__all__ = ["Freedom", "probe", "works_narrow"]
 
 _TOLERANCE = 1e-8
 
@@ -36,7 +37,7 @@ class Freedom:
 def probe(module: nn.Module, call: Call, q: Role, k: Role, v: Role, out: OutputProjection | None) -> Freedom:
     """Try changes of basis on a copy of `module` with random weights, for one call of it (shapes and types matter)."""
     site = _randomized(module)
-    args, kwargs = pytree.tree_map(_random_input, (call.args, call.kwargs))
+    args, kwargs = _random_inputs(call)
     stored = {letter: locate(site, role, {}) for letter, role in (("q", q), ("k", k), ("v", v))}
     matrices = {letter: read(site, place) for letter, place in stored.items()}
     generator = torch.Generator().manual_seed(0)
@@ -73,6 +74,37 @@ def probe(module: nn.Module, call: Call, q: Role, k: Role, v: Role, out: OutputP
     return Freedom(logits, "fixed")
 
 
+def works_narrow(
+    module: nn.Module,
+    call: Call,
+    roles: tuple[Role, Role, Role],
+    shared: Role,
+    rank: int,
+    narrow: Callable[[nn.Module], None],
+) -> bool:
+    """Whether a site computes what it did after `narrow(site)`, where its heads use `rank` channels only.
+
+    Tried on a copy with random weights in which V is what `shared` is, and all channels from `rank` on are zero.
+    """
+    site = _randomized(module)
+    stored = [locate(site, role, {}) for role in roles]
+    given = read(site, locate(site, shared, {}))
+    for role, place in zip(roles, stored, strict=True):
+        matrix = given.clone() if role is roles[2] else read(site, place)
+        matrix[..., rank:] = 0
+        matrix[:, -1] = 0  # not every role has biases, and equal roles have equal ones
+        _store(site, place, matrix)
+    args, kwargs = _random_inputs(call)
+    narrowed = full_copy(site)
+    narrow(narrowed)
+    with torch.no_grad():
+        wanted, got = (
+            next(leaf for leaf in pytree.tree_leaves(one(*args, **kwargs)) if isinstance(leaf, Tensor))
+            for one in (site, narrowed)
+        )
+    return wanted.shape == got.shape and bool((got - wanted).norm() <= _TOLERANCE * wanted.norm())
+
+
 def _store(site: nn.Module, stored: Stored, matrix: Tensor) -> None:
     write(site, stored, matrix, torch.eye(matrix.shape[-2], dtype=torch.float64))
 
@@ -93,9 +125,24 @@ def _randomized(module: nn.Module) -> nn.Module:
                 size = parameter[0].numel() if parameter.ndim > 1 else 1
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / size**0.5
                 child._parameters[name] = nn.Parameter(noise)
+        for name, buffer in child._buffers.items():
+            if buffer is not None and buffer.is_meta:  # a plan for a model without numbers
+                noise = torch.rand(buffer.shape, generator=generator, dtype=torch.float64)
+                child._buffers[name] = noise if buffer.is_floating_point() else torch.zeros_like(buffer, device="cpu")
     site.cpu().double()
     site.eval()  # timm's LeViT attention returns nothing here
     return site
+
+
+def _random_inputs(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of the same kind; one tensor that was given twice (to self-attention, say) still is."""
+    done: dict[int, Any] = {}
+
+    def random(leaf: Any) -> Any:
+        return done.setdefault(id(leaf), _random_input(leaf))
+
+    args, kwargs = pytree.tree_map(random, (call.args, call.kwargs))
+    return args, kwargs
 
 
 def _random_input(leaf: Any) -> Any:

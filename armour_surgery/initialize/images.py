@@ -30,9 +30,13 @@ SUFFIXES = frozenset(
 # A crop of a photo that was seen before has this share of its area at least.
 SMALLEST_CROP = 0.3
 
-# Reads one picture, and one pass over all that a source has.
+# Of so many pictures one is kept for the batches that nothing is fitted to.
+APART = 8
+
+# Reads one picture; and one pass over all that a source has, each with a number that it keeps from pass to pass, and
+# how many there are (0: not known).
 Reader = Callable[[], Image.Image]
-Pass = Callable[[np.random.Generator], Iterator[Reader]]
+Pass = Callable[[np.random.Generator], Iterator[tuple[int, int, Reader]]]
 
 
 class CalibrationBatches(Iterator[Tensor]):
@@ -82,7 +86,7 @@ class CalibrationBatches(Iterator[Tensor]):
 
 
 def calibration_batches(
-    source: object, prep: Preprocessing, *, images: int, batch_size: int = 16, seed: int = 0
+    source: object, prep: Preprocessing, *, images: int, batch_size: int = 16, seed: int = 0, apart: int = 0
 ) -> CalibrationBatches:
     """At most `images` images from `source`, in float batches `[B, C, H, W]` as the model takes them.
 
@@ -96,7 +100,9 @@ def calibration_batches(
     - An iterable of float batches `[B, C, H, W]` that are preprocessed, alone, in a tuple or list with labels,
       or under "pixel_values" in a mapping. They are used as they come, in their own batch size.
 
-    The same `seed` gives the same images. Of an iterable nothing is drawn beyond what is used.
+    The same `seed` gives the same images. With `apart` every so-many-th batch of a folder or dataset is made of
+    pictures that the other batches do not have, not even as another crop: what is measured there was not fitted. Of an
+    iterable nothing is drawn beyond what is used.
 
     Raises:
         CalibrationError: here, if an argument is wrong, a path does not exist or a folder has no images; while
@@ -108,10 +114,19 @@ def calibration_batches(
             raise CalibrationError(f"{name} of the calibration must be {least} or more, not {value!r}")
     batches = CalibrationBatches(prep, images)
     if isinstance(source, str | os.PathLike):
-        drawn = [
-            _images(part, prep, images, (seed, place), batches) for place, part in enumerate(_parts(os.fspath(source)))
-        ]
-        turns = (next(drawn[turn % len(drawn)]) for turn in range(images))
+        kinds = (False, True) if apart else (None,)
+        drawn = {
+            kind: [
+                _images(part, prep, images, (seed, place), batches, kind)
+                for place, part in enumerate(_parts(os.fspath(source)))
+            ]
+            for kind in kinds
+        }
+
+        def kind_of(turn: int) -> bool | None:
+            return turn // batch_size % apart == apart - 1 if apart else None
+
+        turns = (next(drawn[kind_of(turn)][turn % len(drawn[kind_of(turn)])]) for turn in range(images))
         return batches._begin(_stacked(turns, batch_size))
     if isinstance(source, Tensor):
         return batches._begin(torch.split(source, batch_size) if source.ndim == 4 else [source])
@@ -136,15 +151,16 @@ def _parts(source: str) -> list[str]:
 
 
 def _images(
-    part: str, prep: Preprocessing, images: int, seeds: tuple[int, int], tally: CalibrationBatches
+    part: str, prep: Preprocessing, images: int, seeds: tuple[int, int], tally: CalibrationBatches, apart: bool | None
 ) -> Iterator[Tensor]:
-    """Endless images `[C, H, W]` of one source."""
+    """Endless images `[C, H, W]` of one source: those kept apart, those that are not, or (None) all."""
     if part == SYNTHETIC:
-        # Two parts that are both synthetic must not draw the same.
-        return map(prep.normalize, synthetic_images(images, prep.size, seeds[0], start=seeds[1] << 32))
+        # Two streams that are both synthetic must not draw the same.
+        start = (2 * seeds[1] + bool(apart)) << 32
+        return map(prep.normalize, synthetic_images(images, prep.size, seeds[0], start=start))
     path = Path(part).expanduser()
     if is_timm_dataset(part) and not path.exists():
-        return _photos(timm_pictures(part), part, prep, seeds, tally)
+        return _photos(timm_pictures(part), part, prep, seeds, tally, apart)
     if path.is_file():
         picture = path.suffix.lower() in SUFFIXES
         raise CalibrationError(
@@ -162,7 +178,7 @@ def _images(
             f"no images in {part} or below it (looked for {', '.join(sorted(SUFFIXES))}); pass another folder, or "
             f"{SYNTHETIC}"
         )
-    return _photos(partial(_files, folders), part, prep, seeds, tally)
+    return _photos(partial(_files, folders), part, prep, seeds, tally, apart)
 
 
 def _listing(root: Path) -> list[tuple[Path, list[str]]]:
@@ -183,16 +199,21 @@ def _listing(root: Path) -> list[tuple[Path, list[str]]]:
     return found
 
 
-def _files(folders: list[tuple[Path, list[str]]], rng: np.random.Generator) -> Iterator[Reader]:
+def _files(folders: list[tuple[Path, list[str]]], rng: np.random.Generator) -> Iterator[tuple[int, int, Reader]]:
     """Every file once, in random order: one of each folder, then the next of each, until all are through."""
-    waiting = [(folder, rng.permutation(len(names)), names) for folder, names in folders]
+    numbers = itertools.accumulate((len(names) for _, names in folders), initial=0)
+    total = sum(len(names) for _, names in folders)
+    waiting = [
+        (folder, rng.permutation(len(names)), names, first)
+        for (folder, names), first in zip(folders, numbers, strict=False)
+    ]
     for turn in itertools.count():
         waiting = [entry for entry in waiting if turn < len(entry[1])]
         if not waiting:
             return
         for place in rng.permutation(len(waiting)):
-            folder, order, names = waiting[place]
-            yield partial(_read, folder / names[order[turn]])
+            folder, order, names, first = waiting[place]
+            yield first + int(order[turn]), total, partial(_read, folder / names[order[turn]])
 
 
 def _read(path: Path) -> Image.Image:
@@ -201,14 +222,22 @@ def _read(path: Path) -> Image.Image:
 
 
 def _photos(
-    pictures: Pass, name: str, prep: Preprocessing, seeds: tuple[int, int], tally: CalibrationBatches
+    pictures: Pass,
+    name: str,
+    prep: Preprocessing,
+    seeds: tuple[int, int],
+    tally: CalibrationBatches,
+    apart: bool | None,
 ) -> Iterator[Tensor]:
     """Every picture as the model sees it when it is evaluated, then random crops of them, without end."""
-    rng = np.random.default_rng(seeds)
+    rng = np.random.default_rng(seeds if not apart else (*seeds, 1))
     for again in itertools.count():
         readable = unreadable = 0
         reason = ""
-        for read in pictures(rng):
+        for number, total, read in pictures(rng):
+            period = min(APART, total or APART)
+            if apart is not None and period > 1 and (number % period == period - 1) is not apart:
+                continue
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
@@ -222,7 +251,10 @@ def _photos(
                 continue
             readable += 1
             yield prep.tensor(_random_crop(picture, prep, rng) if again else picture)
-        if not readable:
+        if not readable and not unreadable and apart:
+            # A stream so short that none of it was set aside.
+            apart = None
+        elif not readable:
             problem = f"none of the {unreadable} images can be read (the last: {reason})" if unreadable else "no images"
             raise CalibrationError(f"{name}: {problem}; copy them again, or use {SYNTHETIC}")
 

@@ -20,7 +20,16 @@ from armour_surgery.initialize.gauge import Freedom
 from armour_surgery.initialize.weights import has_bias, locate, normalize, read, read_output, write
 from armour_surgery.traced import OutputProjection, Role
 
-__all__ = ["Problem", "candidates", "has_biases", "read_head", "without_biases", "write_head", "zero_biases"]
+__all__ = [
+    "Problem",
+    "candidates",
+    "has_biases",
+    "read_head",
+    "truncated",
+    "with_biases",
+    "without_biases",
+    "write_head",
+]
 
 Parts = tuple[tuple[str, int, int], ...]
 
@@ -34,7 +43,8 @@ class Problem:
 
     `key` and `value` say what K and V are made of now: (letter, start, stop) of a role's dimensions. `kept` are the
     old rows that narrowed tensors still have, in their new order, by name inside the site. `grouped` names the new
-    grouped projection, if there is one.
+    grouped projection, if there is one. `rank` is the number of channels that a head has now, where it is another than
+    before; then bases are free, and `out` is there.
     """
 
     fqn: str
@@ -48,6 +58,18 @@ class Problem:
     kept: Mapping[str, tuple[int, ...]]
     grouped: str | None
     same_tokens: bool
+    rank: int | None = None
+
+    @property
+    def narrow_out(self) -> OutputProjection | None:
+        """The output projection of the converted site."""
+        return self.out.narrowed(self.rank) if self.out is not None else None
+
+    @property
+    def joint(self) -> bool:
+        """Whether Q and V are one matrix in a basis of our choice, so that it may have fewer columns."""
+        whole = self.share("q") == (self.rank or self.q.head_dim) and self.q.head_dim == self.v.head_dim
+        return self.freedom.logits and self.freedom.values == "linear" and self.key[0][0] == "k" and whole
 
     def share(self, letter: str) -> int:
         """How many of V's channels a head has from another role."""
@@ -73,13 +95,20 @@ def without_biases(head: Head) -> Head:
     return Head(head.query[:, :-1], head.key[:, :-1], head.value[:, :-1], head.out)
 
 
-def zero_biases(head: Head) -> Head:
-    """The weights with last rows of zeros."""
+def with_biases(problem: Problem, head: Head, old: Head) -> Head:
+    """Weights that were found without their last rows, with them: zeros where V is made of it, and K's never matter.
+
+    Queries that V has no part in are the old ones in another basis, and their biases come along.
+    """
 
     def add(matrix: Tensor) -> Tensor:
         return torch.cat([matrix, matrix.new_zeros(matrix.shape[0], 1, matrix.shape[2])], dim=1)
 
-    return Head(add(head.query), add(head.key), add(head.value), head.out)
+    query = add(head.query)
+    if not problem.share("q") and problem.key[0][0] == "k":
+        mix = torch.linalg.lstsq(old.query[:, :-1], head.query, driver="gelsd").solution
+        query[:, -1:] = old.query[:, -1:] @ mix
+    return Head(query, add(head.key), add(head.value), head.out)
 
 
 def write_head(module: nn.Module, problem: Problem, head: Head, moments: tuple[Tensor, Tensor]) -> None:
@@ -95,7 +124,7 @@ def write_head(module: nn.Module, problem: Problem, head: Head, moments: tuple[T
 
 
 def _write(module: nn.Module, problem: Problem, role: Role, matrix: Tensor, moment: Tensor, start: int = 0) -> None:
-    stored = locate(module, role, problem.kept, start)
+    stored = locate(module, role, problem.kept, start, start + matrix.shape[-1])
     write(module, stored, matrix, moment)
 
 
@@ -137,14 +166,9 @@ def candidates(
     d, e = head.query.shape[-1], head.value.shape[-1]
     if problem.key[0][0] == "q":
         found["symmetric"] = replace(head, query=symmetric(head, queries), key=symmetric(head, queries))
-    elif problem.freedom.values == "linear" and shared_q == d == e:
+    elif problem.freedom.values == "linear" and max(shared_q, shared_k) == (problem.rank or d) and d == e:
         for weight in weights:
-            found[f"joint {weight:g}"] = joint_svd(head, *metrics, weight)
-    elif problem.freedom.values == "linear" and shared_k == d == e:
-        swapped = Head(head.key, head.query, head.value, head.out)
-        for weight in weights:
-            best = joint_svd(swapped, keys, queries, weight)
-            found[f"joint {weight:g}"] = Head(best.key, best.query, best.query, best.out)
+            found[f"joint {weight:g}"] = _joint(problem, head, queries, keys, weight)
     elif shared_q or (shared_k and problem.same_tokens):
         for name, ordered in _orders(problem, head, queries, keys, shared_q).items():
             for weight in weights:
@@ -163,8 +187,27 @@ def _orders(problem: Problem, head: Head, queries: Metric, keys: Metric, count: 
     return found
 
 
+def _joint(problem: Problem, head: Head, queries: Metric, keys: Metric, weight: float) -> Head:
+    """`joint_svd` for a site where V is all of Q, or all of K."""
+    if problem.share("q"):
+        return joint_svd(head, queries, keys, weight, problem.rank)
+    best = joint_svd(Head(head.key, head.query, head.value, head.out), keys, queries, weight, problem.rank)
+    return Head(best.key, best.query, best.query, best.out)
+
+
+def truncated(problem: Problem, head: Head, queries: Metric, keys: Metric) -> Head:
+    """`wq` with fewer channels: of Q (or K) those directions that are best for the logits, serving as V as well.
+
+    The output projection reads in them what it read in all of Q.
+    """
+    shared = head.query if problem.share("q") else head.key
+    return _joint(problem, replace(head, value=shared), queries, keys, 0.0)
+
+
 def _plain(problem: Problem, head: Head, queries: Metric, keys: Metric) -> Head:
     """`wq-refit`: the weights that `wq` takes, and the output projection fitted to them where V's basis is free."""
+    if problem.rank is not None:
+        return _joint(problem, head, queries, keys, 0.0)
     own = {"q": head.query, "k": head.key, "v": head.value}
     key = own[problem.key[0][0]]
     value = torch.cat([own.get(letter, head.value)[..., start:stop] for letter, start, stop in problem.value], dim=-1)

@@ -191,12 +191,12 @@ class Walk:
                     self._before = [set() for _ in self.units]
                 return
 
-    def run(self, number: int, batch: Tensor, arguments: Arguments) -> Arguments | Any:
+    def run(self, number: int, batch: Tensor, arguments: Arguments, gradient: bool = False) -> Arguments | Any:
         """Run unit `number` on stored arguments; returns the next unit's arguments (of the last unit, its output).
 
         `batch` only tells the model the size of its input.
         """
-        with self._answering(number, len(batch)), self._given(number, arguments), torch.no_grad():
+        with self._answering(number, len(batch)), self._given(number, arguments), torch.set_grad_enabled(gradient):
             try:
                 self.call(self.model, batch)
             except _Arrived as arrived:

@@ -36,8 +36,10 @@ class Stored:
     norm: str | None
 
 
-def locate(module: nn.Module, role: Role, kept: Mapping[str, tuple[int, ...]], start: int = 0) -> Stored:
-    """Where dimensions `start` and on of a role are stored.
+def locate(
+    module: nn.Module, role: Role, kept: Mapping[str, tuple[int, ...]], start: int = 0, stop: int | None = None
+) -> Stored:
+    """Where dimensions `start` to `stop` (None: all that follow) of a role are stored.
 
     `kept` tells, by tensor name, which old rows a tensor still has, in their new order; others have all.
     """
@@ -60,7 +62,7 @@ def locate(module: nn.Module, role: Role, kept: Mapping[str, tuple[int, ...]], s
                 return (name, now(name, channel - piece.start)) if is_parameter else None
         return (own_bias, now(own_bias, channel)) if own_bias else None
 
-    channels = [head[start:] for head in role.channels]
+    channels = [head[start:stop] for head in role.channels]
     rows = torch.tensor([[now(producer.weight, channel) for channel in head] for head in channels])
     biases = tuple(tuple(bias(channel) for channel in head) for head in channels)
     return Stored(producer.weight, rows, biases, norm)

@@ -9,13 +9,14 @@ from armour_surgery.rewrite.add_grouped_projection_pass import AddGroupedProject
 from armour_surgery.rewrite.edits import AddGrouped, Edit, KeepRows, apply_edits, edited_names, removed_name
 from armour_surgery.rewrite.emit import ArmourAttention, Variant, make_class, render
 from armour_surgery.rewrite.mask_diagonal_pass import MaskDiagonalPass
+from armour_surgery.rewrite.narrow_heads_pass import NarrowHeadsPass
 from armour_surgery.rewrite.narrow_projections_pass import NarrowProjectionsPass
 from armour_surgery.rewrite.remove_dead_nodes_pass import RemoveDeadNodesPass
 from armour_surgery.rewrite.residual import Share, residual
 from armour_surgery.rewrite.restore_channels_pass import RestoreChannelsPass
 from armour_surgery.rewrite.share_roles_pass import ShareRolesPass
 from armour_surgery.rewrite.surgery import Part, Pass, Surgery, parts_of, run_passes
-from armour_surgery.traced import TracedSite
+from armour_surgery.traced import Results, TracedSite
 
 __all__ = [
     "AddGrouped",
@@ -48,26 +49,31 @@ class Rewritten:
     value: tuple[Part, ...]
 
 
-def rewrite(traced: TracedSite, mode: Mode) -> Rewritten:
+def rewrite(traced: TracedSite, mode: Mode, rank: int | None = None, results: Results | None = None) -> Rewritten:
     """Rewrite the graph of a site, in place, and list what its module needs for it.
+
+    With `rank`, every head has that many channels; `results` then says how its result is read.
 
     Raises:
         TraceError: the site does something that this rewrite cannot keep; meant for users.
         PostconditionError: a pass did not keep its promise.
     """
-    sizes = {letter: getattr(traced, letter).head_dim for letter in ("q", "k", "v")}
+    sizes = {letter: rank or getattr(traced, letter).head_dim for letter in ("q", "k", "v")}
     graph = traced.trace.graph
     surgery = Surgery(
         traced=traced,
         mode=mode,
         graph=graph,
+        query=Part("q", 0, sizes["q"]),
         key=parts_of(mode.key, "k", sizes),
         value=parts_of(mode.value, "v", sizes),
+        results=results,
     )
     passes: list[Pass] = [
         AddGroupedProjectionPass(),
         NarrowProjectionsPass(),
         ShareRolesPass(),
+        NarrowHeadsPass(),
         RestoreChannelsPass(),
         MaskDiagonalPass(),
         RemoveDeadNodesPass(graph),

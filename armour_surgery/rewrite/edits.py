@@ -1,4 +1,4 @@
-"""What a rewritten forward asks of its module: fewer rows, projections that are gone, a new grouped one."""
+"""What a rewritten forward asks of its module: fewer rows or columns, projections that are gone, a new grouped one."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from torch import nn
 
 from armour_surgery.rewrite.grouped import GroupedProjection
 
-__all__ = ["AddGrouped", "Edit", "KeepRows", "Remove", "apply_edits", "edited_names", "removed_name"]
+__all__ = ["AddGrouped", "Edit", "KeepColumns", "KeepRows", "Remove", "apply_edits", "edited_names", "removed_name"]
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,15 @@ class KeepRows:
     tensors: tuple[str, ...]
     sizes: tuple[tuple[str, str], ...]
     rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class KeepColumns:
+    """Keep `columns` (old input channels, in their order) of a weight `[E, C, ..]`, and state the new number."""
+
+    weight: str
+    sizes: tuple[tuple[str, str], ...]
+    columns: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -42,13 +51,15 @@ class AddGrouped:
     axis: int
 
 
-Edit = KeepRows | Remove | AddGrouped
+Edit = KeepRows | KeepColumns | Remove | AddGrouped
 
 
 def edited_names(edit: Edit) -> tuple[str, ...]:
     """Tensors, by name inside the site, that an edit changes or removes."""
     if isinstance(edit, KeepRows):
         return edit.tensors
+    if isinstance(edit, KeepColumns):
+        return (edit.weight,)
     return (edit.name,) if isinstance(edit, Remove) else ()
 
 
@@ -62,24 +73,27 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     return module.get_submodule(path), attribute
 
 
-def _take(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().index_select(0, rows.to(tensor.device)).clone(memory_format=torch.contiguous_format)
+def _take(tensor: torch.Tensor, indices: torch.Tensor, axis: int = 0) -> torch.Tensor:
+    kept = tensor.detach().index_select(axis, indices.to(tensor.device))
+    return kept.clone(memory_format=torch.contiguous_format)
 
 
-def _keep_rows(module: nn.Module, edit: KeepRows) -> None:
-    rows = torch.tensor(edit.rows)
-    for name in edit.tensors:
+def _keep(
+    module: nn.Module, names: tuple[str, ...], axis: int, channels: tuple[int, ...], sizes: tuple[tuple[str, str], ...]
+) -> None:
+    indices = torch.tensor(channels)
+    for name in names:
         owner, attribute = _owner(module, name)
         tensor = getattr(owner, attribute)
-        kept = _take(tensor, rows)
+        kept = _take(tensor, indices, axis)
         if isinstance(tensor, nn.Parameter):
             setattr(owner, attribute, nn.Parameter(kept, requires_grad=tensor.requires_grad))
         else:
             setattr(owner, attribute, kept)
-    for path, attribute in edit.sizes:
+    for path, attribute in sizes:
         owner = module.get_submodule(path)
         if hasattr(owner, attribute):
-            setattr(owner, attribute, len(edit.rows))
+            setattr(owner, attribute, len(channels))
 
 
 def apply_edits(module: nn.Module, edits: list[Edit]) -> None:
@@ -90,7 +104,9 @@ def apply_edits(module: nn.Module, edits: list[Edit]) -> None:
     with torch.no_grad():
         for edit in sorted(edits, key=lambda one: not isinstance(one, AddGrouped)):
             if isinstance(edit, KeepRows):
-                _keep_rows(module, edit)
+                _keep(module, edit.tensors, 0, edit.rows, edit.sizes)
+            elif isinstance(edit, KeepColumns):
+                _keep(module, (edit.weight,), 1, edit.columns, edit.sizes)
             elif isinstance(edit, Remove):
                 owner, attribute = _owner(module, edit.name)
                 setattr(owner, attribute, None)

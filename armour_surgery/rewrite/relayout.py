@@ -8,7 +8,7 @@ from typing import Any
 
 from armour_surgery.traced import Atom, Layout
 
-__all__ = ["Step", "block_layout", "relayout", "separate"]
+__all__ = ["Step", "arrange", "block_layout", "relayout", "separate"]
 
 Step = tuple[str, tuple[Any, ...]]  # a tensor method and its arguments
 
@@ -102,4 +102,18 @@ def relayout(source: Layout, target: Layout, sizes: dict[Atom, int]) -> list[Ste
             steps.append(("unsqueeze", (position,)))
         elif pieces > 1:
             steps.append(("flatten", (position, position + pieces - 1)))
+    return steps
+
+
+def arrange(source: Layout, target: Layout, sizes: dict[Atom, int]) -> list[Step] | None:
+    """As `relayout`, and where that is not possible with views, with axes brought together by a copy."""
+    steps = relayout(source, target, sizes)
+    if steps is not None:
+        return steps
+    steps = relayout(source, tuple((atom,) for atoms in target for atom in atoms), sizes)
+    if steps is None:
+        return None
+    for position, atoms in enumerate(target):
+        if len(atoms) != 1:
+            steps.append(("flatten", (position, position + len(atoms) - 1)) if atoms else ("unsqueeze", (position,)))
     return steps

@@ -19,7 +19,7 @@ Run = tuple[Part, ...]  # parts that one view holds
 def wanted_parts(surgery: Surgery, letter: str) -> tuple[Part, ...]:
     """What a role is made of after the rewrite."""
     if letter == "q":
-        return (Part("q", 0, surgery.role("q").head_dim),)
+        return (surgery.query,)
     return surgery.key if letter == "k" else surgery.value
 
 

@@ -1,7 +1,7 @@
 """The state that the passes work on, and the contract they keep."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import fx
@@ -9,7 +9,7 @@ from torch import fx
 from armour_surgery.errors import PostconditionError
 from armour_surgery.modes import Mode
 from armour_surgery.rewrite.edits import Edit, KeepRows
-from armour_surgery.traced import Producer, Role, TracedSite
+from armour_surgery.traced import Producer, Results, Role, TracedSite
 
 __all__ = ["Block", "Part", "Pass", "Surgery", "kept_channels", "parts_of", "run_passes"]
 
@@ -48,25 +48,35 @@ class Block:
 
 @dataclass
 class Surgery:
-    """One site under rewriting. Passes change `graph`, and list in `edits` what has to happen to the module."""
+    """One site under rewriting. Passes change `graph`, and list in `edits` what has to happen to the module.
+
+    `results` is there where heads get fewer channels than they had: the way of what they find.
+    """
 
     traced: TracedSite
     mode: Mode
     graph: fx.Graph
+    query: Part
     key: tuple[Part, ...]
     value: tuple[Part, ...]
+    results: Results | None = None
     edits: list[Edit] = field(default_factory=list)
     blocks: dict[Part, Block] = field(default_factory=dict)
     replaced: set[fx.Node] = field(default_factory=set)
 
     def role(self, letter: str) -> Role:
-        """The role of that letter, as discovered; a grouped part stands in for channels of v."""
+        """The role of that letter, as discovered; a grouped part stands in for channels of v.
+
+        Where heads get fewer channels, its anchors are its ends: views before them may count on the old number.
+        """
         role: Role = getattr(self.traced, letter if letter in ("q", "k") else "v")
-        return role
+        if self.results is None:
+            return role
+        return replace(role, anchors=role.ends, whole=role.whole and bool(role.ends))
 
     def parts(self) -> list[Part]:
         """Everything that is still needed, in the order q, k, v, new."""
-        needed = {Part("q", 0, self.role("q").head_dim), *self.key, *self.value}
+        needed = {self.query, *self.key, *self.value}
         return sorted(needed, key=lambda part: ("qkv".find(part.letter[0]) % 4, part.start))
 
     def producers(self) -> list[Producer]:

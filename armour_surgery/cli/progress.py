@@ -1,0 +1,27 @@
+"""One progress bar for what a long command does, stage after stage."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+__all__ = ["progress_bar"]
+
+
+@contextmanager
+def progress_bar(console: Console, first: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar that starts as `first` and is moved by calling `tell(what, finished, total)`."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(first, total=None)
+        stage = [first]
+
+        def tell(what: str, finished: int, total: int) -> None:
+            if what != stage[0]:
+                stage[0] = what
+                progress.reset(task, description=what, total=total)
+            progress.update(task, completed=finished, total=total)
+
+        yield tell
