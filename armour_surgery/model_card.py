@@ -109,5 +109,4 @@ def _residual_row(group: Sequence[SitePlan]) -> str:
 
 
 def _way(site: SitePlan) -> str:
-    rank = getattr(site, "rank", None)
-    return f"`{site.mode}`" + (f" rank {rank}" if rank is not None else "")
+    return f"`{site.mode}`" + (f" rank {site.rank}" if site.rank is not None else "")

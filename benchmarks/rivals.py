@@ -16,7 +16,7 @@ from armour_surgery import convert
 from armour_surgery.discover import find_sites
 from armour_surgery.initialize.closed_form import Head, Metric, joint_svd, refit_output
 from armour_surgery.initialize.moments import Moments
-from armour_surgery.initialize.problem import Problem, has_biases, read_head, without_biases, write_head, zero_biases
+from armour_surgery.initialize.problem import Problem, has_biases, read_head, with_biases, without_biases, write_head
 from armour_surgery.initialize.taps import Taps, tokens
 from armour_surgery.initialize.weights import read_output, write_output
 from armour_surgery.measure.cost import count_params
@@ -97,7 +97,7 @@ def _converted(original: nn.Module, mode: str, example: Example, choose: Callabl
         old, new = original.get_submodule(problem.fqn), converted.get_submodule(problem.fqn)
         head, biases = read_head(old, problem), has_biases(old, problem)
         best = choose(problem, head if biases else without_biases(head))
-        best = best if biases else zero_biases(best)
+        best = best if biases else with_biases(problem, best, head)
         # Moments only say what statistics a BatchNorm shows in train mode.
         unit = torch.eye(head.query.shape[1], dtype=torch.float64)
         write_head(new, problem, best, (unit, unit))

@@ -149,7 +149,15 @@ def test_the_signature_of_convert() -> None:
         python_inspect.Parameter.KEYWORD_ONLY
     }
     assert {name: parameters[name].default for name in CONTRACT} == CONTRACT
-    assert set(parameters) - set(CONTRACT) <= {"calibration", "calibration_images", "progress", "source"}
+    assert set(parameters) - set(CONTRACT) <= {
+        "calibration",
+        "calibration_images",
+        "max_loss",
+        "progress",
+        "rank",
+        "reconstruct",
+        "source",
+    }
     assert list(python_inspect.signature(save).parameters)[:2] == ["model", "path"]
     assert list(python_inspect.signature(load).parameters) == ["path"]
     with pytest.raises(TypeError):

@@ -36,7 +36,7 @@ ARGUMENTS: dict[str, Any] = {
     "num_heads": 4,
     "num_classes": 5,
 }
-COMMANDS = ("inspect", "convert", "paper", "demo")
+COMMANDS = ("inspect", "convert", "finetune", "eval", "recipes", "paper", "demo")
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +228,9 @@ def test_inspect_of_other_libraries(models: Path, here: Path) -> None:
 
 CONVERT_KEYS = {
     "model", "mode", "init", "out", "params_before", "params_after", "macs_before", "macs_after", "sites", "refused",
+    "fidelity",
+    "frontier",
+    "max_loss",
     "seconds",
 }  # fmt: skip
 
@@ -819,4 +822,5 @@ def test_every_command_has_a_docstring_and_metavars() -> None:
     for command in app.registered_commands:
         assert command.callback is not None
         assert python_inspect.getdoc(command.callback)
-    assert {command.callback.__name__ for command in app.registered_commands if command.callback} == set(COMMANDS)
+    commands = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    assert commands | {group.name for group in app.registered_groups} == set(COMMANDS)

@@ -65,7 +65,9 @@ def test_commands_with_names_of_the_users_own(tmp_path: Path) -> None:
         if "convert" in words:
             words = f"{words.replace('0.02', '1.0')} --calib-images 16"
         if "finetune" in words:
-            words += " --set data.images_per_epoch=8 --set data.batch_size=4 --set data.holdout=4 --set schedule.epochs=1"
+            words += (
+                " --set data.images_per_epoch=8 --set data.batch_size=4 --set data.holdout=4 --set schedule.epochs=1"
+            )
         done = run(words, tmp_path)
         assert done.returncode == 0, f"{words}\n{done.stderr}"
         seen += 1

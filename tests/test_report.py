@@ -14,9 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from armour_surgery.errors import FolderError
-from armour_surgery.measure.figures import chosen_point, inline_svg, short_names
-from armour_surgery.measure.report import check_report, frontier_figure, html_report, sensitivity_figure, write_html
+from armour_surgery.errors import FolderError, UsageError
+from armour_surgery.measure.figures import (
+    check_figure,
+    frontier_figure,
+    inline_svg,
+    save_figure,
+    sensitivity_figure,
+    short_names,
+)
+from armour_surgery.measure.report import check_report, html_report, write_html
 from armour_surgery.sites import (
     Fidelity,
     FrontierPoint,
@@ -107,7 +114,7 @@ def frontier() -> list[FrontierPoint]:
 
 
 def everything() -> str:
-    return html_report(surgery(), "my model", sensitivities(), frontier(), 0.05)
+    return html_report(replace(surgery(), max_loss=0.05), "my model", sensitivities(), frontier(), 'out/my "folder"')
 
 
 # The page
@@ -123,7 +130,7 @@ def test_the_page_says_what_was_done() -> None:
         "blocks.0.attn", "blocks.2.attn", "joint-svd, last layer", "0.0500", "0.1500", "5,300", "3,975", "−25.0 %",
         "relative error of the attention's output on images that nothing was fitted to",
         "down.attn", "downsampling attention: Q & V differ",
-        "What each site costs alone", "Parameters against loss", 'model = load("my model")',
+        "What each site costs alone", "Parameters against loss", r'model = load("out/my \"folder\"")',
     ):  # fmt: skip
         assert part in text, part
 
@@ -165,7 +172,13 @@ def test_equal_arguments_give_an_equal_page_in_every_process_and_matplotlib_is_l
 def test_sections_are_there_when_there_is_something_to_say() -> None:
     plain = replace(surgery(), refused=(), fidelity=None, source=None)
     text = Page(html_report(plain, "x")).text
-    for title in ("Left as they were", "What each site costs alone", "Parameters against loss", "cosine"):
+    for title in (
+        "How to load it",
+        "Left as they were",
+        "What each site costs alone",
+        "Parameters against loss",
+        "cosine",
+    ):
         assert title not in text
     assert "not compared with the original" in text
     assert "A model built in Python" in text
@@ -196,8 +209,7 @@ def test_fidelity_in_words(cosine: float, said: str) -> None:
 
 def test_ranks_are_told_where_there_are_any() -> None:
     assert "rank" not in Page(html_report(surgery(), "x")).text
-    ranked = surgery()
-    object.__setattr__(ranked.sites[1], "rank", 24)
+    ranked = replace(surgery(), sites=(site(0), replace(site(1), rank=24), site(2)))
     text = Page(html_report(ranked, "x")).text
     assert "1 × qv rank 24" in text
     assert "2 × qv" in text
@@ -213,7 +225,9 @@ def test_the_chosen_point_is_the_one_that_was_converted() -> None:
     assert chosen_rows(html_report(surgery(2), "x", (), frontier())) == ["1,150,000"]
     other = replace(surgery(), sites=(site(9),))
     assert chosen_rows(html_report(other, "x", (), frontier())) == []
-    assert chosen_rows(html_report(other, "x", (), frontier(), 0.015)) == ["1,200,000"]
+    budget = Page(html_report(replace(surgery(), max_loss=0.07), "x", (), frontier())).text
+    assert "budget 0.07" in budget
+    assert "chosen: 1.111 M" in budget
 
 
 EVIL = "<script>alert(1)</script>&\"'`${x}"
@@ -231,7 +245,7 @@ def test_everything_is_escaped() -> None:
     )
     costs = [Sensitivity(name, EVIL, rank, 5, 0.1, 0.2) for name in (EVIL, "other") for rank in (None, 8)]
     points = [FrontierPoint(1_200_000, 0.1, None, ((EVIL, EVIL, None),))]
-    html = html_report(evil, EVIL, costs, points, 0.2)
+    html = html_report(evil, EVIL, costs, points, EVIL)
     page = Page(html)
     assert "script" not in {tag for tag, _ in page.tags}
     assert "<script" not in html
@@ -312,7 +326,7 @@ def test_figures_of_nothing_and_of_values_that_have_no_place() -> None:
 
 
 def test_the_frontier_shows_prediction_measurement_budget_and_choice() -> None:
-    figure = frontier_figure(frontier(), 1_234_567, 0.05)
+    figure = frontier_figure(frontier(), 1_234_567, 0.05, frontier()[2])
     lines = {str(line.get_label()): line for line in figure.axes[0].get_lines()}
     predicted = lines["predicted: sum of the sites alone"]
     assert list(predicted.get_xdata()) == [1.234567, 1.2, 1.15, 1.111111]
@@ -323,19 +337,11 @@ def test_the_frontier_shows_prediction_measurement_budget_and_choice() -> None:
     chosen = lines["chosen: 1.150 M"]
     assert (list(chosen.get_xdata()), list(chosen.get_ydata())) == ([1.15], [0.02])
     assert set(lines["the original"].get_xdata()) == {1.234567}
-    given_one = frontier_figure(frontier(), 1_234_567, 0.05, frontier()[1])
-    assert "chosen: 1.200 M" in svg(given_one).text
-    assert "change, %" in svg(given_one).text
+    untried = frontier_figure(frontier(), 1_234_567, 0.05, frontier()[1])
+    [dot] = [line for line in untried.axes[0].get_lines() if line.get_label() == "chosen: 1.200 M"]
+    assert list(dot.get_ydata()) == [0.01]
+    assert "change, %" in svg(untried).text
     assert "chosen" not in svg(frontier_figure(frontier(), 1_234_567, None)).text
-
-
-def test_the_chosen_point_is_the_smallest_model_within_the_budget() -> None:
-    points = frontier()
-    assert chosen_point(points, None) is None
-    assert chosen_point(points, -0.1) is None
-    assert chosen_point(points, 0.0) == points[0]
-    assert chosen_point(points, 0.02) == points[2]  # as measured; the prediction was 0.03
-    assert chosen_point(points, 1.0) == points[3]
 
 
 @pytest.mark.parametrize(
@@ -400,7 +406,7 @@ def test_places_where_no_page_can_be_written(tmp_path: Path, monkeypatch: pytest
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").write_text("x")
     for path, said in (
-        (tmp_path, "is a folder; name a file for the report"),
+        (tmp_path, "is a folder; name a file for the report in it"),
         (tmp_path / "absent" / "x.html", "is not a folder, so the report x.html cannot be written there"),
         (tmp_path / "file" / "x.html", "is not a folder, so the report x.html cannot be written there"),
         (tmp_path / "pipe", "is not a regular file"),
@@ -413,3 +419,24 @@ def test_places_where_no_page_can_be_written(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(FolderError, match="cannot be written to; name another place for the report x.html"):
         write_html(tmp_path / "x.html", "x")
     assert sorted(os.listdir(tmp_path)) == ["file", "pipe"]
+
+
+@pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("a.SVG", b"<?xml"), ("a.pdf", b"%PDF")])
+def test_a_figure_is_saved_in_the_format_of_its_name(name: str, start: bytes, tmp_path: Path) -> None:
+    target = tmp_path / name
+    contents = []
+    for _ in range(2):
+        assert save_figure(target, sensitivity_figure(sensitivities(), "t")) == target
+        contents.append(target.read_bytes())
+    assert contents[0] == contents[1]
+    assert contents[0].startswith(start)
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_figures_that_cannot_be_saved(tmp_path: Path) -> None:
+    for name in ("figure", "figure.docx", "png"):
+        with pytest.raises(UsageError, match=r"name a file that ends in \.png, \.svg, \.pdf"):
+            check_figure(tmp_path / name)
+    with pytest.raises(FolderError, match=r"the figure x\.png cannot be written there"):
+        save_figure(tmp_path / "absent" / "x.png", frontier_figure(frontier(), 1_234_567, None))
+    assert os.listdir(tmp_path) == []

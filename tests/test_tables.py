@@ -123,8 +123,7 @@ def test_the_model_card_lists_residuals() -> None:
         ["`blocks.0.attn`", "`qv`", "0.1250", "joint-svd, last"],
         ["`blocks.2.attn`", "`qv`", "0.5000", "joint-svd, last"],
     ]
-    ranked = surgery(0.125)
-    object.__setattr__(ranked.sites[0], "rank", 24)
+    ranked = replace(surgery(), sites=(replace(site(0, 0.125), rank=24),))
     assert rows(model_card(ranked, "x"))[0][1] == "`qv` rank 24"
 
 

@@ -65,6 +65,10 @@ def inspect(
     console = console_for(as_json)
     if plot is not None and calib is None:
         raise UsageError("--plot draws what --calib measures; add --calib IMAGES, synthetic say")
+    if plot is not None:
+        from armour_surgery.measure.figures import check_figure
+
+        check_figure(plot)
     with console.status("building the model"):
         from armour_surgery import inspect as inspect_model
 
@@ -74,10 +78,9 @@ def inspect(
         sites = inspect_model(host)
     measured = _measure(console, host, calib) if calib is not None else []
     if plot is not None:
-        from armour_surgery.measure.figures import sensitivity_figure
-        from armour_surgery.measure.report import write_figure
+        from armour_surgery.measure.figures import save_figure, sensitivity_figure
 
-        write_figure(plot, sensitivity_figure(measured, model))
+        save_figure(plot, sensitivity_figure(measured, model))
     if as_json:
         document: dict[str, Any] = {"model": model, "sites": [site.to_dict() for site in sites]}
         print_json({**document, "sensitivities": [asdict(one) for one in measured]} if calib is not None else document)

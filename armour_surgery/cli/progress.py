@@ -14,7 +14,8 @@ def progress_bar(console: Console, first: str) -> Iterator[Callable[[str, int, i
     """A bar that starts as `first` and is moved by calling `tell(what, finished, total)`."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as progress:
+    # Where nobody watches, a bar would only leave empty lines.
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(first, total=None)
         stage = [first]
 

@@ -130,7 +130,7 @@ def cost_table(surgery: SurgeryPlan) -> Table:
         table.add_column(column, justify=side)  # type: ignore[arg-type]
     groups: dict[str, list[SitePlan]] = {}
     for site in surgery.sites:
-        groups.setdefault(f"{site.mode}, rank {site.rank}" if site.rank else site.mode, []).append(site)
+        groups.setdefault(_way(site.mode, site.rank), []).append(site)
     for label, chosen in groups.items():
         table.add_row(f"{grouped_names([site.fqn for site in chosen])}  ({label})", "", "", "")
         before, after = sum(s.params_before for s in chosen), sum(s.params_after for s in chosen)

@@ -6,17 +6,19 @@ They are drawn with matplotlib's objects, without pyplot, so no window system an
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from armour_surgery.errors import UsageError
+from armour_surgery.measure.output import check_target, write_whole
 from armour_surgery.sites import FrontierPoint, Sensitivity
 
-__all__ = ["chosen_point", "frontier_figure", "inline_svg", "sensitivity_figure", "short_names"]
+__all__ = ["check_figure", "frontier_figure", "inline_svg", "save_figure", "sensitivity_figure", "short_names"]
 
 # Each color has a name that a page may give another value to, for dark backgrounds; see `inline_svg`.
 INK, MUTED, RULE, PAPER = "#1d2733", "#66727f", "#d8dee4", "#ffffff"
@@ -34,6 +36,8 @@ _VARIABLES = {
 _SERIES = tuple(color for color, name in _VARIABLES.items() if name.startswith("series"))
 # A logarithmic axis is worth its trouble from this ratio of the largest to the smallest value on.
 _LOG_FROM = 30.0
+_FORMATS = (".png", ".svg", ".pdf")
+_UNSIGNED = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 _MARKERS = "osD^vPX*"
 
 
@@ -96,9 +100,8 @@ def frontier_figure(
 ) -> Figure:
     """Parameters against loss: what was predicted as a line, what was measured as dots, the budget as a level.
 
-    The chosen point is highlighted: `chosen`, or the smallest model within the budget (see `chosen_point`).
+    The point that was `chosen` is highlighted.
     """
-    chosen = chosen or chosen_point(points, budget)
     ordered = sorted(points, key=lambda point: -point.params)
     figure = _figure(7.6, 4.4)
     axes = figure.subplots()
@@ -128,14 +131,7 @@ def frontier_figure(
     axes.set_ylabel("loss of the model")
     _tidy(axes)
     axes.grid(axis="x", color=RULE, linewidth=0.6)
-
-    def percent(millions: Any) -> Any:
-        return 100 * (1e6 * millions / params_before - 1)
-
-    def millions(percent: Any) -> Any:
-        return params_before * (1 + percent / 100) / 1e6
-
-    saved = axes.secondary_xaxis("top", functions=(percent, millions))
+    saved = axes.secondary_xaxis("top", functions=_percent_axis(params_before))
     saved.set_xlabel("change, %", color=MUTED, fontsize=9)
     saved.tick_params(colors=MUTED, labelsize=8, length=0)
     saved.spines["top"].set_visible(False)
@@ -143,12 +139,44 @@ def frontier_figure(
     return figure
 
 
-def chosen_point(points: Sequence[FrontierPoint], budget: float | None) -> FrontierPoint | None:
-    """The smallest model whose loss, measured where it was, predicted elsewhere, is within the budget."""
-    if budget is None:
-        return None
-    fitting = [point for point in points if (point.predicted if point.measured is None else point.measured) <= budget]
-    return min(fitting, key=lambda point: point.params, default=None)
+def _percent_axis(params_before: int) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """From millions of parameters to the change in percent, and back; for numbers and arrays."""
+
+    def to_percent(millions: Any) -> Any:
+        return 100 * (1e6 * millions / params_before - 1)
+
+    def to_millions(percent: Any) -> Any:
+        return params_before * (1 + percent / 100) / 1e6
+
+    return to_percent, to_millions
+
+
+def check_figure(path: str | Path) -> None:
+    """Make sure that a figure may be written at `path`, before the work that it is about begins.
+
+    Raises:
+        UsageError: its name does not end in a format that figures have.
+        FolderError: it is a folder or a device, or its folder is missing or cannot be written to.
+    """
+    if Path(path).suffix.lower() not in _FORMATS:
+        raise UsageError(f"a figure cannot be written to {str(path)!r}; name a file that ends in {', '.join(_FORMATS)}")
+    check_target(path, "figure")
+
+
+def save_figure(path: str | Path, figure: Figure) -> Path:
+    """Write a figure in the format that its name ends in (.png, .svg, .pdf), whole or not at all.
+
+    Raises:
+        UsageError, FolderError: see `check_figure`.
+    """
+    check_figure(path)
+    kind = Path(path).suffix.lower()
+    stream = io.BytesIO()
+    # What matplotlib would write of itself and of the time differs between equal figures.
+    nothing = {".png": {}, ".svg": _UNSIGNED, ".pdf": {"CreationDate": None}}[kind]
+    with matplotlib.rc_context({"svg.hashsalt": "armour-surgery"}):
+        figure.savefig(stream, format=kind[1:], dpi=160, facecolor=PAPER, metadata=nothing)
+    return write_whole(path, stream.getvalue(), "figure")
 
 
 def inline_svg(figure: Figure, label: str) -> str:
@@ -157,11 +185,10 @@ def inline_svg(figure: Figure, label: str) -> str:
     Equal figures give equal text. Colors follow the page's `--paper`, `--ink`, `--muted`, `--rule` and `--series-1` to
     `-5` where it sets them. `label` is what a screen reader says; it must be escaped.
     """
-    canvas = FigureCanvasSVG(figure)
     stream = io.StringIO()
     # The salt and the kind of text are read from matplotlib's settings only; they are put back at once.
     with matplotlib.rc_context({"svg.hashsalt": label, "svg.fonttype": "none"}):
-        canvas.print_svg(stream, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        figure.savefig(stream, format="svg", metadata=_UNSIGNED)
     text = stream.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)

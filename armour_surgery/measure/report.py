@@ -1,26 +1,16 @@
 """The report of a conversion: one page of HTML that opens anywhere, offline, and says what was won and what it cost."""
 
-import io
 import json
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
-from armour_surgery.errors import FolderError
-from armour_surgery.measure.figures import (
-    chosen_point,
-    frontier_figure,
-    inline_svg,
-    sensitivity_figure,
-)
+from armour_surgery.measure.figures import frontier_figure, inline_svg, sensitivity_figure
+from armour_surgery.measure.output import check_target, write_whole
 from armour_surgery.sites import Fidelity, FrontierPoint, Sensitivity, SitePlan, SurgeryPlan
 
-__all__ = ["check_report", "frontier_figure", "html_report", "sensitivity_figure", "write_figure", "write_html"]
+__all__ = ["check_report", "html_report", "write_html"]
 
 _STYLE = Path(__file__).with_name("report.css")
 _RESIDUAL = {
@@ -35,12 +25,12 @@ def html_report(
     name: str,
     sensitivities: Sequence[Sensitivity] = (),
     frontier: Sequence[FrontierPoint] = (),
-    budget: float | None = None,
+    folder: str | None = None,
 ) -> str:
     """A whole page about a conversion: style and figures are inside, and it loads nothing.
 
-    Everything in it follows from the arguments, and equal arguments give equal text. `name` is the folder that was
-    written; names may hold anything, they are escaped. `budget` is the loss that was allowed, for the frontier.
+    Everything in it follows from the arguments, and equal arguments give equal text. `name` is the title; `folder` is
+    where the model was saved, None where it was not. Names may hold anything, they are escaped.
     """
     title = f"{name}: Armour surgery"
     sections = [
@@ -49,8 +39,8 @@ def html_report(
         _section("Sites", _sites(surgery.sites)),
         _refused(surgery),
         _sensitivities(sensitivities),
-        _frontier(surgery, frontier, budget),
-        _section("How to load it", _loading(name)),
+        _frontier(surgery, frontier),
+        _section("How to load it", _loading(folder)) if folder is not None else "",
         _section("What it came from", _origin(surgery)),
     ]
     return "\n".join(
@@ -86,59 +76,17 @@ def check_report(path: str | Path) -> None:
     Raises:
         FolderError: `path` is a folder or a device, or its folder is missing or cannot be written to.
     """
-    target = Path(path)
-    if target.is_dir():
-        raise FolderError(f"{target} is a folder; name a file for the report, such as {target / 'report.html'}")
-    if target.exists() and not target.is_file():
-        raise FolderError(f"{target} is not a regular file; name another for the report")
-    folder = target.resolve().parent
-    if not folder.is_dir():
-        raise FolderError(f"{folder} is not a folder, so the report {target.name} cannot be written there; create it")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise FolderError(f"{folder} cannot be written to; name another place for the report {target.name}")
+    check_target(path, "report")
 
 
 def write_html(path: str | Path, text: str) -> Path:
-    """Write a page, whole or not at all: it is written beside its place and renamed.
+    """Write a page, whole or not at all.
 
     Raises:
         FolderError: it cannot be written there, see `check_report`, or the disk refuses.
     """
     # A name that came from a file system may hold what UTF-8 cannot.
-    return _write(path, text.encode("utf-8", "replace"))
-
-
-def write_figure(path: str | Path, figure: Figure) -> Path:
-    """Write a figure in the format that the name ends with, whole or not at all.
-
-    Raises:
-        FolderError: as `write_html`, or there is no such format.
-    """
-    known = figure.canvas.get_supported_filetypes()
-    kind = Path(path).suffix.removeprefix(".").lower()
-    if kind not in known:
-        raise FolderError(f"{path} ends in no known format for a figure; name it .png, .svg or .pdf")
-    content = io.BytesIO()
-    figure.savefig(content, format=kind, dpi=150)
-    return _write(path, content.getvalue())
-
-
-def _write(path: str | Path, content: bytes) -> Path:
-    check_report(path)
-    target = Path(path).resolve()  # what a link points to is replaced, not the link
-    temporary = None
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=".armour-", suffix=target.suffix, dir=target.parent)
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise FolderError(f"{target} could not be written: {error.strerror}; name another place") from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-    return Path(path)
+    return write_whole(path, text.encode("utf-8", "replace"), "report")
 
 
 def _section(title: str, *content: str) -> str:
@@ -179,7 +127,7 @@ def _way(mode: str, rank: int | None) -> str:
 
 def _header(surgery: SurgeryPlan, name: str) -> str:
     total = len(surgery.sites) + len(surgery.refused)
-    ways = Counter((site.mode, getattr(site, "rank", None)) for site in surgery.sites)
+    ways = Counter((site.mode, site.rank) for site in surgery.sites)
     shared = ", ".join(f"{count} \u00d7 {_way(*way)}" for way, count in ways.items())
     origin = _code(surgery.source.name) if surgery.source and surgery.source.name else "A model built in Python"
     return (
@@ -241,7 +189,7 @@ def _verdict(near: Fidelity) -> str:
         said = "Its features resemble the original\u2019s; expect some accuracy to be lost until it is fine-tuned."
     else:
         return "Its features are far from the original\u2019s: it needs training."
-    return f"{said} No labels were used and no training took place: evaluate it on your own task before you rely on it."
+    return f"{said} No labels were used: evaluate it on your own task before you rely on it."
 
 
 def _unmeasured(init: str) -> str:
@@ -277,7 +225,7 @@ def _costs(surgery: SurgeryPlan) -> str:
 
 
 def _sites(sites: Sequence[SitePlan]) -> str:
-    ranks = any(getattr(site, "rank", None) is not None for site in sites)
+    ranks = any(site.rank is not None for site in sites)
     steps = any(site.steps for site in sites)
     residuals = [site.residual for site in sites if site.residual is not None]
     largest = max(residuals, default=0.0)
@@ -288,9 +236,8 @@ def _sites(sites: Sequence[SitePlan]) -> str:
     columns += [("parameters", "number"), ("after", "number"), ("change", "number")]
     rows = []
     for site in sites:
-        rank = getattr(site, "rank", None)
         cells = [_code(site.fqn), _code(site.mode)]
-        cells += [str(rank) if rank is not None else "all"] if ranks else []
+        cells += [str(site.rank) if site.rank is not None else "all"] if ranks else []
         cells += [_code(site.init)] + ([escape(", ".join(site.steps)) or "\u2013"] if steps else [])
         cells += [_bar(site.residual, largest)] if residuals else []
         cells += [f"{site.params_before:,}", f"{site.params_after:,}", _change(site.params_before, site.params_after)]
@@ -302,7 +249,7 @@ def _sites(sites: Sequence[SitePlan]) -> str:
 
 def _meaning(site: SitePlan) -> str:
     """What the residual of a site is; see `SitePlan`."""
-    narrowed = site.init == "wq" and getattr(site, "rank", None) is not None
+    narrowed = site.init == "wq" and site.rank is not None
     return _RESIDUAL_OF_WEIGHTS if narrowed else _RESIDUAL.get(site.init, _RESIDUAL_OF_WEIGHTS)
 
 
@@ -354,11 +301,11 @@ def _sensitivities(sensitivities: Sequence[Sensitivity]) -> str:
     )
 
 
-def _frontier(surgery: SurgeryPlan, points: Sequence[FrontierPoint], budget: float | None) -> str:
+def _frontier(surgery: SurgeryPlan, points: Sequence[FrontierPoint]) -> str:
     if not points:
         return ""
-    converted = sorted((site.fqn, site.mode, getattr(site, "rank", None)) for site in surgery.sites)
-    chosen = next((one for one in points if sorted(one.sites) == converted), None) or chosen_point(points, budget)
+    converted = {(site.fqn, site.mode, site.rank) for site in surgery.sites}
+    chosen = next((one for one in points if set(one.sites) == converted), None)
     columns = [("parameters", "number"), ("change", "number"), ("predicted loss", "number"),
                ("measured loss", "number"), ("sites converted", "number")]  # fmt: skip
     ordered = sorted(points, key=lambda point: -point.params)
@@ -367,7 +314,7 @@ def _frontier(surgery: SurgeryPlan, points: Sequence[FrontierPoint], budget: flo
         measured = f"{point.measured:.4f}" if point.measured is not None else "\u2013"
         rows.append(((f"{point.params:,}", _change(surgery.params_before, point.params), f"{point.predicted:.4f}",
                       measured, str(len(point.sites))), "chosen" if point is chosen else ""))  # fmt: skip
-    figure = frontier_figure(points, surgery.params_before, budget, chosen)
+    figure = frontier_figure(points, surgery.params_before, surgery.max_loss, chosen)
     return _section(
         "Parameters against loss",
         "<p>Each point is a choice of attentions to convert. Its predicted loss is the sum of what they cost alone; "
@@ -377,8 +324,8 @@ def _frontier(surgery: SurgeryPlan, points: Sequence[FrontierPoint], budget: flo
     )
 
 
-def _loading(name: str) -> str:
-    text = f"from armour_surgery import load\n\nmodel = load({json.dumps(name, ensure_ascii=False)})"
+def _loading(folder: str) -> str:
+    text = f"from armour_surgery import load\n\nmodel = load({json.dumps(folder, ensure_ascii=False)})"
     return (
         f"<pre><code>{escape(text)}</code></pre>\n<p>A model of the class that it was before, in eval mode. It trains, "
         "exports and compiles like the original.</p>"
