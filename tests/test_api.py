@@ -73,7 +73,8 @@ def refused(kind: type[ArmourError], action: Callable[[], Any]) -> str:
 
 
 def test_the_public_names() -> None:
-    documented = ["ArmourError", "AttentionSite", "SurgeryPlan", "convert", "inspect", "load", "plan", "save"]
+    functions = ["convert", "inspect", "load", "plan", "save", "sensitivities"]
+    documented = ["ArmourError", "AttentionSite", "SurgeryPlan", *functions]
     assert armour_surgery.__all__ == documented
     assert armour_surgery.__all__ == sorted(armour_surgery.__all__)
     assert all(getattr(armour_surgery, name).__doc__ for name in documented)

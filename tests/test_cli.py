@@ -253,7 +253,7 @@ def test_convert_json(tiny: str, here: Path) -> None:
     found = document("convert", tiny, "--mode", "kv", "--exclude", "blocks.1*", "--out", "x/y")
     assert set(found) == CONVERT_KEYS
     assert (found["model"], found["mode"], found["init"], found["out"]) == (tiny, "kv", "wq", "x/y")
-    assert [set(site) for site in found["sites"]] == [{"fqn", "mode", "residual"}]
+    assert [set(site) for site in found["sites"]] == [{"fqn", "mode", "rank", "residual"}]
     assert (found["sites"][0]["fqn"], found["sites"][0]["mode"]) == ("blocks.0.attn", "kv")
     assert found["sites"][0]["residual"] > 0
     assert found["seconds"] > 0
@@ -822,5 +822,5 @@ def test_every_command_has_a_docstring_and_metavars() -> None:
     for command in app.registered_commands:
         assert command.callback is not None
         assert python_inspect.getdoc(command.callback)
-    commands = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
     assert commands | {group.name for group in app.registered_groups} == set(COMMANDS)

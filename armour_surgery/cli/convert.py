@@ -139,7 +139,7 @@ def convert(
             save(converted, target)
     if report is not None:
         folder = str(target) if target is not None else None
-        write_html(report, html_report(surgery, str(target), surgery.sensitivities, surgery.frontier, surgery.max_loss))
+        write_html(report, html_report(surgery, model, surgery.sensitivities, surgery.frontier, folder))
     if as_json:
         print_json(_document(model, surgery, target, time.perf_counter() - started))
         return
