@@ -63,7 +63,7 @@ def test_commands_with_names_of_the_users_own(tmp_path: Path) -> None:
         words = command.replace("MODEL", "local-dir:mine").replace("deit_tiny_patch16_224", "local-dir:mine")
         words = words.replace("deit-armour", "mine-armour-qv")
         if "convert" in words:
-            words = f"{words.replace('0.02', '1.0')} --calib-images 16"
+            words = f"{words.replace('0.02', '1.0')} --calib-images 64"
         if "finetune" in words:
             words += (
                 " --set data.images_per_epoch=8 --set data.batch_size=4 --set data.holdout=4 --set schedule.epochs=1"
