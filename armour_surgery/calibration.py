@@ -1,6 +1,7 @@
 """Between the spine and the initializers: which images, in which precision, and what came of it."""
 
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from armour_surgery.meta import alias, full_copy
 from armour_surgery.operation import Operation, problems_of
 from armour_surgery.sites import Fidelity
 
-__all__ = ["Effect", "Images", "Progress", "choose_weights", "copy_weights", "measure_alone"]
+__all__ = ["Effect", "Images", "Progress", "choose_weights", "copy_weights", "measure_alone", "to_read_again"]
 
 Progress = Callable[[str, int, int], None]
 _BATCH = 16
@@ -117,6 +118,15 @@ def measure_alone(
         return effects
 
 
+def to_read_again(model: nn.Module, example: dict[str, Tensor], images: Images) -> Images:
+    """Images that can be read as often as wanted: those of a caller are read once, checked and kept.
+
+    Raises:
+        CalibrationError: see `calibration_batches`.
+    """
+    return images if isinstance(images.source, str | os.PathLike) else _Data(model, example, images, None).once()
+
+
 def _per_channel(model: nn.Module, problem: Problem) -> int:
     site = model.get_submodule(problem.fqn)
     parameters = dict(site.named_parameters())
@@ -203,6 +213,12 @@ class _Data:
             if self._progress is not None:
                 self._progress("reading images", min(number * self._size, count), count)
             yield batch.to(self._like)
+
+    def once(self) -> Images:
+        """The images, read once and kept, so that they may be asked for again."""
+        count = self._images.count
+        read = calibration_batches(self._images.source, self._prep, images=count, batch_size=self._size)
+        return Images(list(read), count)
 
     def fresh(self) -> Iterator[Tensor]:
         """Batches without end that were not seen before: other crops and drawings, or what can be drawn at least."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from armour_surgery import hosts
-from armour_surgery.calibration import Effect, Images, Progress, copy_weights, measure_alone
+from armour_surgery.calibration import Effect, Progress, copy_weights, measure_alone, to_read_again
 from armour_surgery.discover import FoundSite
 from armour_surgery.errors import NothingToConvertError
 from armour_surgery.measure.cost import count_params
@@ -72,7 +72,7 @@ def convert_within(
         NothingToConvertError: the budget leaves nothing.
     """
     assert order.images is not None
-    order = replace(order, images=_again(order.images))
+    order = replace(order, images=to_read_again(model, order.example, order.images))
     sites = {operation.fqn for operation in operations}
     found = [one for one in found if one.site.fqn in sites]
 
@@ -118,22 +118,6 @@ def convert_within(
     model.surgery = surgery  # type: ignore[assignment]
     hosts.mark_converted(model)
     return model
-
-
-def _again(images: Images) -> Images:
-    """The same images, to be read more than once."""
-    if isinstance(images.source, str | Sequence):
-        return images
-    batches, count = [], 0
-    for item in images.source:
-        batches.append(item)
-        first = (
-            item[0] if isinstance(item, tuple | list) else next(iter(item.values())) if isinstance(item, dict) else item
-        )
-        count += len(first)
-        if count >= images.count:
-            break
-    return Images(batches, images.count)
 
 
 def _beyond(options: Sequence[Sensitivity], full: Choice, params: int) -> list[FrontierPoint]:
@@ -250,8 +234,7 @@ def search(
     """The smallest model within the budget: convert, measure, and correct the prediction, a few times.
 
     `attempt(sites)` converts and returns the model and its loss; `first` is the model of the first point, if it is
-    one. Returns the model, the frontier with what was
-    measured, and the point that was taken.
+    one. Returns the model, the frontier with what was measured, and the point that was taken.
 
     Raises:
         NothingToConvertError: even the cheapest site alone costs more than the budget.

@@ -133,6 +133,20 @@ def test_ranks_by_themselves_stay_within_the_budget_and_are_counted_right() -> N
     assert 1 - surgery_of(plain).fidelity.cosine <= surgery_of(plain).max_loss
 
 
+@pytest.mark.parametrize("kind", ["generator", "tensor", "mapping"])
+def test_images_of_any_kind_are_read_once_and_serve_the_whole_search(kind: str) -> None:
+    host = case("vit")
+    model, images, example = host.build(), _images(nn.Identity(), "vit", 8), host.batches()[0]
+    given = {
+        "generator": (batch for batch in images),
+        "tensor": torch.cat(images),
+        "mapping": ({"labels": torch.zeros(4), "pixel_values": batch} for batch in images),
+    }[kind]
+    armour = convert(model, init="calibrated", calibration=given, max_loss=1.9, example_input=example)
+    assert len(surgery_of(armour).sites) == 2
+    assert surgery_of(armour).fidelity is not None
+
+
 def test_wide_values_are_tried_in_both_concat_modes() -> None:
     host = case("levit")
     model, example = host.build().eval(), host.batches()[0]
