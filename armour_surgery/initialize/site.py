@@ -49,7 +49,7 @@ class SiteResult:
     """What became of one site: the relative error of its output on held-out images, and what was done.
 
     `ranks[r - 1]` is the closed form's loss with r shared channels a head, relative to that with all of them; empty
-    where their number is not free.
+    where their number is not free, and where the site was not taken alone.
     """
 
     fqn: str
@@ -105,7 +105,7 @@ class Site:
             found = {name: with_biases(self.problem, one, old) for name, one in found.items()}
         name, residual = self._best(found, (queries.moment, keys.moment))
         self.steps.append(name)
-        ranks = tuple(rank_losses(head, *metrics).tolist()) if self.problem.joint else ()
+        ranks = tuple(rank_losses(head, *metrics).tolist()) if alone and self.problem.joint else ()
         write_head(self.new, self.problem, found[name], (queries.moment, keys.moment))
         if self.problem.out is not None:
             residual = self._fit_output(found[name])
