@@ -4,6 +4,7 @@ Shapes and words: B batch, N tokens, D embed_dim, H num_heads, d key_dim (per he
 A *site* is one module whose forward holds an attention core; its *projections* are the modules that make q, k and v.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -206,6 +207,11 @@ class SurgeryPlan:
     sensitivities: tuple[Sensitivity, ...] = ()
     frontier: tuple[FrontierPoint, ...] = ()
     trained: str | None = None
+
+    def chosen(self, points: Iterable[FrontierPoint]) -> FrontierPoint | None:
+        """The point of a frontier whose sites are those that were converted."""
+        converted = {(site.fqn, site.mode, site.rank) for site in self.sites}
+        return next((point for point in points if set(point.sites) == converted), None)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `from_dict` is its inverse."""

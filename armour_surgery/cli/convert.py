@@ -104,13 +104,15 @@ def convert(
         from armour_surgery import save
         from armour_surgery.conversion import check_options, surgery_of
         from armour_surgery.folder import check_output
-        from armour_surgery.measure.report import check_report, html_report, write_html
 
         channels = _rank(rank)
         check_options(mode, init, calib, channels, reconstruct, max_loss)
         if out is not None and not dry_run:
             check_output(out)
         if report is not None:
+            # Only who draws waits for matplotlib.
+            from armour_surgery.measure.report import check_report, html_report, write_html
+
             check_report(report)
         host, source = read_model(model, pretrained and not dry_run, checkpoint, img_size, num_classes, in_chans)
     kind = type(host).__name__
@@ -209,10 +211,7 @@ def _tell(console: Any, model: str, kind: str, surgery: "SurgeryPlan", target: P
     for line in refused_lines(surgery.refused):
         console.print(f"  left alone: {line}", style="dim", markup=False)
     if surgery.frontier:
-        chosen = next(
-            one for one in surgery.frontier if set(one.sites) == {(s.fqn, s.mode, s.rank) for s in surgery.sites}
-        )
-        console.print(frontier_table(surgery.frontier, surgery.params_before, chosen))
+        console.print(frontier_table(surgery.frontier, surgery.params_before, surgery.chosen(surgery.frontier)))
     if target is None:
         console.print("Nothing was written (--dry-run).")
         return

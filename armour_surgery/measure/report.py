@@ -304,8 +304,7 @@ def _sensitivities(sensitivities: Sequence[Sensitivity]) -> str:
 def _frontier(surgery: SurgeryPlan, points: Sequence[FrontierPoint]) -> str:
     if not points:
         return ""
-    converted = {(site.fqn, site.mode, site.rank) for site in surgery.sites}
-    chosen = next((one for one in points if set(one.sites) == converted), None)
+    chosen = surgery.chosen(points)
     columns = [("parameters", "number"), ("change", "number"), ("predicted loss", "number"),
                ("measured loss", "number"), ("sites converted", "number")]  # fmt: skip
     ordered = sorted(points, key=lambda point: -point.params)
