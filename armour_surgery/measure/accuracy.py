@@ -1,6 +1,6 @@
 """First and fifth choices on labelled images: accuracy, agreement of two models, ReaL accuracy, a confusion plot."""
 
-import os
+import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +8,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from armour_surgery.measure.output import write_whole
 
 __all__ = ["Batch", "Choices", "agreement", "choices", "confusion", "draw_confusion", "real_hits", "top_hits"]
 
@@ -121,6 +123,6 @@ def draw_confusion(counts: Tensor, names: Sequence[str], path: Path) -> None:
                 value = float(share[row, column])
                 color = "white" if value > 50 else "black"
                 axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=color, fontsize=7)
-    aside = path.with_name(f".{path.stem}.partial.png")
-    figure.savefig(aside, dpi=120)
-    os.replace(aside, path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_whole(path, picture.getvalue(), "confusion plot")

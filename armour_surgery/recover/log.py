@@ -17,8 +17,12 @@ __all__ = ["RunLog", "draw_curves", "write_text"]
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that at any time it has the old content or the new."""
+    _write(path, text.encode())
+
+
+def _write(path: Path, content: bytes) -> None:
     aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text, encoding="utf-8")
+    aside.write_bytes(content)
     os.replace(aside, path)
 
 
@@ -90,9 +94,9 @@ def draw_curves(folder: Path, epochs: Sequence[Mapping[str, Any]]) -> Path | Non
         axes[1].legend()
     axes[-1].set_xlabel("step")
     path = folder / "curves.png"
-    aside = folder / ".curves.partial.png"
-    figure.savefig(aside, dpi=120)
-    os.replace(aside, path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    _write(path, picture.getvalue())
     return path
 
 
