@@ -69,7 +69,7 @@ def _advice(surgery: SurgeryPlan) -> list[str]:
         same = f", same first choice on {near.agreement:.1f} %" if near.agreement is not None else ""
         return [
             f"On {near.images} held-out images ({near.source}): cosine to the original's features {near.cosine:.4f}, "
-            f"SQNR {near.sqnr_db:.1f} dB{same}. No training took place.",
+            f"SQNR {near.sqnr_db:.1f} dB{same}. Labels played no part.",
             "",
         ]
     if surgery.init != "wq":
