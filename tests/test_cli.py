@@ -807,6 +807,16 @@ def test_demo_for_a_person(demo: tuple[dict[str, Any], str, Path]) -> None:
     assert sorted(os.listdir(out)) == sorted(folders)
 
 
+def test_what_the_demo_leaves_can_be_trained_as_the_recipe_says(
+    demo: tuple[dict[str, Any], str, Path], tmp_path: Path
+) -> None:
+    student = str(demo[2] / "digits_vit-armour-qv")
+    few = ["--set", "data.images_per_epoch=64", "--set", "schedule.epochs=1"]
+    result = run("finetune", student, "--recipe", "digits_recover", "--out", str(tmp_path / "out"), *few)
+    assert result.exit_code == 0, result.stderr
+    assert load(tmp_path / "out").surgery.source.name == "digits_vit"
+
+
 def test_demo_numbers_are_measured_again(demo: tuple[dict[str, Any], str, Path]) -> None:
     from armour_surgery.demo import accuracy, digits_split, load_digits_vit
 

@@ -64,7 +64,7 @@ def _story(console: Any, folder: Path) -> dict[str, Any]:
         from armour_surgery import convert, inspect, save
         from armour_surgery.cli.tables import site_table
         from armour_surgery.conversion import surgery_of
-        from armour_surgery.demo import accuracy, digits_split, load_digits_vit
+        from armour_surgery.demo import accuracy, digits_source, digits_split, load_digits_vit
         from armour_surgery.measure import speed
 
         torch.manual_seed(0)
@@ -80,7 +80,8 @@ def _story(console: Any, folder: Path) -> dict[str, Any]:
     given = torch.split(train_images, 64)  # without their labels; the test images stay unseen
     for mode, init in _TRIALS:
         with console.status(f"converting to {mode} with {init}"):
-            one = convert(model, mode, init=init, calibration=given if init == "calibrated" else None)
+            images_given = given if init == "calibrated" else None
+            one = convert(model, mode, init=init, calibration=images_given, source=digits_source())
             converted[mode, init], found[mode, init] = one, accuracy(one, images, labels)
         console.print(
             f"  {mode:8} {init:11} {len(surgery_of(one).sites)} sites converted, {found[mode, init]:.1f} % right"

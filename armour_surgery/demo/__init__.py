@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from armour_surgery.errors import ArmourError
 from armour_surgery.sites import Source
 
-__all__ = ["accuracy", "digits_split", "load_digits_vit"]
+__all__ = ["accuracy", "digits_source", "digits_split", "load_digits_vit"]
 
 WEIGHTS = Path(__file__).with_name("digits_vit.safetensors")
 RECORD = WEIGHTS.with_suffix(".json")
@@ -23,12 +23,17 @@ TEST_IMAGES = 500
 SPLIT_SEED = 0
 
 
+def digits_source() -> Source:
+    """How the demo's model is built, under the name by which its converted forms find it again."""
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    return Source("timm", record["architecture"], record["arguments"], name="digits_vit")
+
+
 def load_digits_vit() -> nn.Module:
     """The demo's model: a trained timm VisionTransformer for `[B, 1, 8, 8]` digits, float32, in eval mode."""
     from armour_surgery.hosts import build
 
-    record = json.loads(RECORD.read_text(encoding="utf-8"))
-    model = build(Source("timm", record["architecture"], record["arguments"], name="digits_vit"))
+    model = build(digits_source())
     weights = {name: tensor.float() for name, tensor in load_file(WEIGHTS).items()}
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval()
