@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 import transformers
-from click.testing import Result
+from command_line import document, failed, good, run
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 from typer.testing import CliRunner  # noqa: TID251
@@ -82,37 +82,13 @@ def tiny(models: Path, here: Path) -> str:
     return "local-dir:tiny"
 
 
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments))
-
-
-def good(*arguments: str) -> Result:
-    result = run(*arguments)
-    assert result.exit_code == 0, result.stderr + repr(result.exception)
-    assert "Traceback" not in result.stderr
-    return result
-
-
-def document(*arguments: str) -> dict[str, Any]:
-    """The one JSON document on stdout."""
-    result = good(*arguments, "--json")
-    found: dict[str, Any] = json.loads(result.stdout)
-    assert result.stdout.endswith("}\n")
-    return found
-
-
 def bad(*arguments: str, code: int = 1) -> str:
     """The message of a command that fails: one line on stderr, nothing on stdout, and nothing written."""
     before = sorted(os.listdir())
-    result = run(*arguments)
-    assert result.exit_code == code, (result.exit_code, result.stdout, result.stderr)
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("error: ")
-    assert "this is a bug" not in lines[0]
+    result = failed(*arguments, code=code)
     assert result.stdout == ""
     assert sorted(os.listdir()) == before
-    return lines[0]
+    return result.stderr.rstrip("\n")
 
 
 # Help

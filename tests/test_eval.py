@@ -1,22 +1,21 @@
 """`eval`: counts that are right, images that cannot be read, ReaL labels, and another model beside it."""
 
-import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import command_line
 import numpy as np
 import pytest
 import timm
 import torch
-from click.testing import Result
+from command_line import failed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from timm.models import save_for_hf
-from typer.testing import CliRunner  # noqa: TID251
 
 from armour_surgery import convert, save
-from armour_surgery.cli import app
 from armour_surgery.demo import accuracy, digits_split, load_digits_vit
 from armour_surgery.finetuning import load_any
 from armour_surgery.measure.accuracy import Choices, agreement, choices, confusion, real_hits, top_hits
@@ -53,22 +52,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["eval", *arguments])
-
-
-def document(*arguments: str) -> dict[str, Any]:
-    result = run(*arguments, "--json")
-    assert result.exit_code == 0, result.stderr
-    found: dict[str, Any] = json.loads(result.stdout)
-    return found
+run = partial(command_line.run, "eval")
+document = partial(command_line.document, "eval")
 
 
 def bad(*arguments: str, code: int = 1) -> str:
-    result = run(*arguments)
-    assert result.exit_code == code, (result.stdout, result.stderr)
-    assert len(result.stderr.splitlines()) == 1
-    return result.stderr
+    return failed("eval", *arguments, code=code).stderr
 
 
 def test_the_contracts_keys_and_another_model_beside(here: Path) -> None:

@@ -13,14 +13,12 @@ import numpy as np
 import pytest
 import timm
 import torch
-from click.testing import Result
+from command_line import document, failed, run
 from PIL import Image
 from safetensors.torch import load_file
 from timm.models import save_for_hf
-from typer.testing import CliRunner  # noqa: TID251
 
 from armour_surgery import convert, load, save
-from armour_surgery.cli import app
 from armour_surgery.errors import DataError, TeacherError, UsageError
 from armour_surgery.finetuning import finetune, load_any
 from armour_surgery.folder import read_plan
@@ -73,23 +71,8 @@ def here(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments))
-
-
-def document(*arguments: str) -> dict[str, Any]:
-    result = run(*arguments, "--json")
-    assert result.exit_code == 0, result.stderr
-    found: dict[str, Any] = json.loads(result.stdout)
-    return found
-
-
 def bad(*arguments: str, code: int = 1) -> str:
-    result = run(*arguments)
-    assert result.exit_code == code, (result.stdout, result.stderr)
-    assert len(result.stderr.splitlines()) == 1
-    assert result.stderr.startswith("error: ")
-    return result.stderr
+    return failed(*arguments, code=code).stderr
 
 
 def test_label_free_recovery_from_drawn_images(here: Path) -> None:
