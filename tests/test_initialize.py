@@ -13,7 +13,10 @@ from armour_surgery.discover import find_output, find_sites
 from armour_surgery.errors import CalibrationError, UsageError
 from armour_surgery.initialize.closed_form import Head, joint_svd, loss, make_metric, refit_output
 from armour_surgery.initialize.gauge import Freedom, probe
-from armour_surgery.initialize.walk import Store
+from armour_surgery.initialize.moments import Regression
+from armour_surgery.initialize.site import Batches
+from armour_surgery.initialize.stream import learned_tokens
+from armour_surgery.initialize.walk import Store, Walk, units_of
 from armour_surgery.meta import meta_copy
 
 EXACT = [
@@ -132,6 +135,44 @@ def test_what_does_not_fit_into_memory_is_kept_in_files() -> None:
     assert torch.equal(part, base[:, 2:5].mT)
     assert (nothing, options) == (None, {"flag": True})
     store.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "learned"),
+    [("vit", [0]), ("hf-dinov2", [0]), ("deit-distilled", [0, 1]), ("levit", None), ("swin", None)],
+)
+def test_learned_tokens_are_those_that_no_image_changes(name: str, learned: list[int] | None) -> None:
+    host = case(name)
+    model = host.build(torch.float64)
+    inputs = {key: value.double() for key, value in host.batches()[0].items()}
+    key = next(iter(inputs))
+    units = units_of(model, [one.site.fqn for one in find_sites(model, inputs)])
+    walk = Walk(model, units, lambda model, batch: model(**{key: batch}))
+    found = learned_tokens(walk, inputs[key], walk.begin(inputs[key]))
+    assert (None if found is None else found.nonzero().flatten().tolist()) == learned
+    if found is not None:
+        batches = Batches([3, 3], {})
+        batches.learned = torch.arange(40) < len(learned or ())
+        weights = batches.weights(40)
+        assert weights is not None
+        # All learned tokens together count like three tenths of the others.
+        assert float(weights[batches.learned].sum()) == pytest.approx(0.3 * int((~batches.learned).sum()))
+        assert batches.weights(39) is None
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(6, 12), st.booleans(), st.integers(0, 2**16))
+def test_a_row_of_weight_n_counts_like_n_rows(inputs: int, outputs: int, rows: int, biases: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    x, y = torch.randn(rows, inputs, dtype=torch.float64), torch.randn(rows, outputs, dtype=torch.float64)
+    times = torch.randint(1, 4, (rows,))
+    present = torch.randn(inputs + biases, outputs, dtype=torch.float64)
+    weighted, repeated = Regression(present, biases), Regression(present, biases)
+    for held_out in (False, True):
+        weighted.add(x, y, held_out, weights=times[:, None])
+        repeated.add(x.repeat_interleave(times, 0), y.repeat_interleave(times, 0), held_out)
+    for found, wanted in zip(weighted.solve(), repeated.solve(), strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 def test_one_batch_is_too_few() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from armour_surgery.errors import CalibrationError
 from armour_surgery.initialize.problem import Problem
 from armour_surgery.initialize.site import HELD_OUT, Batches, Site, SiteResult
+from armour_surgery.initialize.stream import learned_tokens
 from armour_surgery.initialize.walk import Store, Walk, units_of
 
 __all__ = ["calibrate"]
@@ -73,4 +74,5 @@ def _first_pass(before: Walk, after: Walk, batches: Iterable[Tensor], store: Sto
         )
     data = Batches(sizes, images)
     data.kept = kept or [last]
+    data.learned = learned_tokens(before, images[sizes[0]], store["original", 0])
     return data

@@ -63,27 +63,42 @@ class Regression:
         self.present = present
         self.biases = biases
         self.moments = [Tensor(), Tensor()]  # of fitting and of held-out inputs
-        self.counts = [0, 0]
+        self.counts = [0.0, 0.0]
         self._cross = [Tensor(), Tensor()]
         self._missing = [0.0, 0.0]
         self._energy = [0.0, 0.0]
         self._sums = [Tensor(), Tensor()]
 
-    def add(self, inputs: Tensor, targets: Tensor, held_out: bool, missing: Tensor | None = None) -> None:
-        """Take in `inputs [T, n]` and `targets [T, E]`, of which the present solution lacks `missing [T, E]`."""
+    def add(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        held_out: bool,
+        missing: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> None:
+        """Take in `inputs [T, n]` and `targets [T, E]`, of which the present solution lacks `missing [T, E]`.
+
+        `weights [T, 1]` say how much each row counts.
+        """
         inputs = with_one(inputs) if self.biases else inputs
         if missing is None:
             missing = targets - inputs @ self.present.to(inputs)
         wide = targets.double()
+        sums = wide
+        if weights is not None:
+            weights = weights.to(wide)
+            root, sums = weights.sqrt(), wide * weights
+            inputs, missing, wide = inputs * root.to(inputs), missing * root.to(missing), wide * root
         for kind, value in (
             (self.moments, inputs.mT @ inputs),
             (self._cross, inputs.mT @ missing),
-            (self._sums, wide.sum(0)),
+            (self._sums, sums.sum(0)),
         ):
             kind[held_out] = kind[held_out] + value.double().cpu() if kind[held_out].numel() else value.double().cpu()
         self._missing[held_out] += float(missing.double().square().sum())
         self._energy[held_out] += float(wide.square().sum())
-        self.counts[held_out] += len(inputs)
+        self.counts[held_out] += len(inputs) if weights is None else float(weights.sum())
 
     def error(self, change: Tensor, held_out: bool = True) -> float:
         """`|X W - T|^2 / |T - mean T|^2` on held-out (or fitting) data, for `W = W_present + change`."""

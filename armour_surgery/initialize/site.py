@@ -38,6 +38,9 @@ __all__ = ["HELD_OUT", "Batches", "Site", "SiteResult"]
 HELD_OUT = 8
 # Of the difference between the two streams, the part that one site's output projection is asked to make up for.
 _SHARE = 0.5
+# What a class token holds is what a model's head looks at, and it is one among hundreds: learned tokens together count
+# like this share of the others.
+_LEARNED = 0.3
 # Tokens per unknown of a fit beyond which more are not looked at.
 _ENOUGH = 16
 # Batches on which alternatives are compared.
@@ -67,6 +70,14 @@ class Batches:
         self.images = images  # one batch of each size: only its shape matters from the second unit on
         every = min(HELD_OUT, len(sizes))
         self.held_out = [index % every == every - 1 for index in range(len(sizes))]
+        self.learned: Tensor | None = None  # which tokens the first site gets whatever the image shows
+
+    def weights(self, count: int) -> Tensor | None:
+        """How much each of an image's `count` tokens counts, `[count, 1]`; None if all count alike."""
+        if self.learned is None or len(self.learned) != count:
+            return None
+        each = _LEARNED * int((~self.learned).sum()) / int(self.learned.sum())
+        return torch.where(self.learned, max(each, 1.0), 1.0)[:, None]
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, bool]]:
         for index, size in enumerate(self.sizes):
@@ -251,7 +262,9 @@ class Site:
 
             def tap(source: Tensor, _: Any, target: Tensor = target, held: bool = held) -> Tensor:
                 inputs = tokens(source, weight)[..., order]
-                regression.add(inputs.flatten(0, 1), target.flatten(0, 1).to(inputs.dtype), held)
+                each = self.data.weights(inputs.shape[1])
+                rows = None if each is None else each.repeat(len(inputs), 1)
+                regression.add(inputs.flatten(0, 1), target.flatten(0, 1).to(inputs.dtype), held, weights=rows)
                 raise Stop
 
             self._until_stop({weight: tap}, index, image)
@@ -332,11 +345,10 @@ class Site:
             if goal is None or present is None:
                 return
             missing = (goal - present).double() * inverse
-            offset = index % stride
-            chosen, wanted, lacking = (
-                one.flatten(0, 1)[offset::stride] for one in (inputs, output.double() + missing, missing)
-            )
-            regression.add(chosen, wanted, held, lacking.to(chosen))
+            chosen, rows = self._thinned(inputs.shape[:2], index % stride, stride)
+            wanted, lacking = ((one.flatten(0, 1)[chosen]) for one in (output.double() + missing, missing))
+            picked = inputs.flatten(0, 1)[chosen]
+            regression.add(picked, wanted, held, lacking.to(picked), rows)
         solution, _ = regression.solve()
         if solution is current:
             return
@@ -345,6 +357,17 @@ class Site:
             weight.copy_((solution[:-1] if bias is not None else solution).mT.reshape(weight.shape))
             if bias is not None:
                 bias.copy_(solution[-1])
+
+    def _thinned(self, shape: torch.Size, offset: int, stride: int) -> tuple[Tensor, Tensor | None]:
+        """Every so-many-th of the tokens `[B, N]` and all learned ones: places among `B * N`, and weights."""
+        each = self.data.weights(shape[1])
+        if each is None or self.data.learned is None:
+            return torch.arange(offset, shape[0] * shape[1], stride), None
+        places = torch.arange(shape[0] * shape[1]).reshape(shape)
+        others = places[:, ~self.data.learned].flatten()[offset::stride]
+        learned = places[:, self.data.learned].flatten()
+        weights = torch.cat([torch.ones(len(others), 1), each[self.data.learned].repeat(shape[0], 1) / stride])
+        return torch.cat([others, learned]), weights
 
     def _advance(self, alone: bool) -> None:
         for index, image, _ in self.data:

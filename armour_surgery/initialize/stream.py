@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from armour_surgery.initialize.walk import Arguments, Walk
+from armour_surgery.initialize.walk import Arguments, Walk, first_tensor
 
-__all__ = ["Branch", "Seen", "find_branch", "look", "match_width"]
+__all__ = ["Branch", "Seen", "find_branch", "learned_tokens", "look", "match_width"]
 
 _TOLERANCE = 1e-3
 # Tokens that are looked at before all are.
@@ -100,3 +100,13 @@ def _gain(target: Tensor, base: Tensor, branch: Tensor) -> Tensor | None:
     gain = (x * y).sum(0) / x.square().sum(0).clamp(min=1e-300)
     left = (y - gain * x).norm()
     return gain.cpu() if left <= _TOLERANCE * y.norm() and y.norm() > 0 else None
+
+
+def learned_tokens(before: Walk, batch: Tensor, arguments: Arguments) -> Tensor | None:
+    """Which tokens `[N]` enter the first unit as they were learned, whatever the image: class tokens, registers."""
+    noise = torch.randn(batch.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(batch)
+    on_image, on_noise = first_tensor(arguments), first_tensor(before.begin(noise))
+    if on_image.ndim != 3 or on_image.shape != on_noise.shape:
+        return None
+    alike = torch.isclose(on_image, on_noise, rtol=1e-4, atol=1e-6).all(-1).all(0).cpu()
+    return alike if 0 < int(alike.sum()) < len(alike) else None
