@@ -44,10 +44,12 @@ from rivals import (
 from torch import Tensor, nn
 
 from armour_surgery import convert
+from armour_surgery.conversion import sensitivities
 from armour_surgery.hosts.preprocessing import preprocessing
 from armour_surgery.initialize.images import calibration_batches
 from armour_surgery.measure.cost import count_params
 from armour_surgery.measure.speed import environment
+from armour_surgery.selection import frontier
 
 WEIGHTS = Path(__file__).parent / "weights"
 KNN_IMAGE = 112
@@ -107,6 +109,27 @@ class Method:
 
 def ours(init: str, source: str = "", own: bool = False) -> Method:
     return Method(init, lambda task: task.convert(init, source or None), source, own)
+
+
+def spread(task: Task, source: str) -> nn.Module:
+    """Sites and ranks chosen by what they cost, as many parameters gone as by converting every site in full.
+
+    What `--max-loss X --rank auto` does, with the size for a budget instead of the loss.
+    """
+    images = task.images[source]
+    options = sensitivities(
+        task.model,
+        task.mode,
+        calibration=images,
+        calibration_images=sum(map(len, images)),
+        rank="auto",
+        example_input=task.example,
+    )
+    points = frontier(options, count_params(task.model))
+    sites = next(point.sites for point in points if point.params <= task.size)
+    say(", ".join(f"{fqn} {rank or 'in full'}" for fqn, _, rank in sites))
+    ranks = {fqn: rank for fqn, _, rank in sites if rank is not None}
+    return task.convert("calibrated", source, include=[fqn for fqn, _, _ in sites], rank=ranks or None)
 
 
 def low_rank(chosen: Callable[[str], bool], source: str, by_variance: bool) -> Method:
@@ -201,6 +224,7 @@ def dinov2(options: argparse.Namespace) -> dict[str, Any]:
         *rivals("photos"),
         ours("calibrated", "synthetic", own=True),
         ours("calibrated", "photos", own=True),
+        Method("calibrated, sites and ranks chosen", lambda task: spread(task, "photos"), "photos", own=True),
         Method(
             f"calibrated, reconstruct {STEPS}",
             lambda task: task.convert("calibrated", "photos", reconstruct=STEPS),
