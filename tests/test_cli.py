@@ -763,12 +763,23 @@ def test_demo_tells_the_truth(demo: tuple[dict[str, Any], str, Path]) -> None:
     # Without any training.
     for mode in ("qv", "kv"):
         assert found["modes"][mode]["inits"]["calibrated"]["accuracy"] > found["original"]["accuracy"] - 1
+    recovered = found["recovered"]
+    assert recovered["steps"] > 0
+    assert recovered["accuracy"] > found["original"]["accuracy"] - 1.5
+    assert recovered["accuracy"] > found["modes"]["qv"]["accuracy"] + 50
 
 
 def test_demo_for_a_person(demo: tuple[dict[str, Any], str, Path]) -> None:
     found, told, out = demo
-    for chapter in ("1. inspect", "2. convert and evaluate", "3. save, and load in a new process", "4. time"):
+    for chapter in (
+        "1. inspect",
+        "2. convert and evaluate",
+        "3. save, and load in a new process",
+        "4. time",
+        "5. recover without labels",
+    ):
         assert chapter in told
+    assert "…" not in told, "a table does not fit into 80 columns"
     assert "the same accuracy, every one" in told
     assert f"{found['original']['accuracy']:.1f} %" in told
     told = " ".join(told.split())
@@ -780,7 +791,7 @@ def test_demo_for_a_person(demo: tuple[dict[str, Any], str, Path]) -> None:
         f"digits_vit-armour-{mode}{endings[init]}" for mode in found["modes"] for init in found["modes"][mode]["inits"]
     ]
     assert len(folders) == 10
-    assert sorted(os.listdir(out)) == sorted(folders)
+    assert sorted(os.listdir(out)) == sorted([*folders, "digits_vit-armour-qv-recovered"])
 
 
 def test_what_the_demo_leaves_can_be_trained_as_the_recipe_says(
@@ -800,6 +811,8 @@ def test_demo_numbers_are_measured_again(demo: tuple[dict[str, Any], str, Path])
     _, _, images, labels = digits_split()
     assert accuracy(load_digits_vit(), images, labels) == found["original"]["accuracy"]
     assert accuracy(load(out / "digits_vit-armour-qv"), images, labels) == found["modes"]["qv"]["accuracy"]
+    recovered = load(out / "digits_vit-armour-qv-recovered")
+    assert accuracy(recovered, images, labels) == found["recovered"]["accuracy"]
     calibrated = load(out / "digits_vit-armour-kv-calibrated")
     assert accuracy(calibrated, images, labels) == found["modes"]["kv"]["inits"]["calibrated"]["accuracy"]
 
