@@ -70,10 +70,10 @@ def choose_weights(
             given = {name: value.to(dtype) if value.is_floating_point() else value for name, value in example.items()}
             return from_weights(before, after, problems, init, lambda model: model(**given)), None
         data = _Data(before, example, images, progress)
-        results, held_out = calibrate(
+        results, batches = calibrate(
             before, after, problems, data.batches(), data.call, data.counter("calibrating", len(problems)), steps
         )
-        judged, reported = _halves(held_out) if steps else ([], held_out)
+        judged, reported = _halves(batches.kept) if steps else ([], batches.kept)
         if steps:
             sites = [after.get_submodule(problem.fqn) for problem in problems]
             weights = [one for site in sites for one in site.parameters() if one.is_floating_point()]
@@ -86,6 +86,7 @@ def choose_weights(
                 lambda model, batch: data.features(model, batch)[0],
                 steps,
                 data.counter("reconstructing", steps),
+                batches.weights,
             )
             if least < first:
                 results = [replace(one, steps=(*one.steps, "end to end")) for one in results]
@@ -105,14 +106,14 @@ def measure_alone(
         problems = problems_of(before, operations)
         data = _Data(before, example, images, progress)
         done = data.counter("measuring sites", 2 * len(problems))
-        results, held_out = calibrate(before, after, problems, data.batches(), data.call, done, alone=True)
+        results, batches = calibrate(before, after, problems, data.batches(), data.call, done, alone=True)
         effects = []
         for problem, unit, result in zip(
             problems, units_of(before, [problem.fqn for problem in problems]), results, strict=True
         ):
             hybrid = alias(before)
             hybrid.set_submodule(unit, after.get_submodule(unit))
-            found = compare_outputs(before, hybrid, held_out, data.features, data.source)
+            found = compare_outputs(before, hybrid, batches.kept, data.features, data.source)
             effects.append(Effect(result, 1 - found.cosine, _per_channel(before, problem) if result.ranks else 0))
             done(problem.fqn)
         return effects

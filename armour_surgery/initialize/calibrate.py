@@ -26,7 +26,7 @@ def calibrate(
     done: Callable[[str], None] = lambda fqn: None,
     steps: int = 0,
     alone: bool = False,
-) -> tuple[list[SiteResult], list[Tensor]]:
+) -> tuple[list[SiteResult], Batches]:
     """Give every site of `converted` the weights that do best on the images of `batches`; in place.
 
     Both models must be in eval mode and in float32 or float64. `problems` are the sites in the order they run,
@@ -34,7 +34,7 @@ def calibrate(
     each site goes on by gradient for so many, towards the original's stream. With `alone` every site gets what it gets
     in the original, as if no other were converted.
 
-    Returns the sites' results and some of the held-out images, at most 64, for a report.
+    Returns the sites' results and the batches; these have kept some of the held-out images, at most 64, for a report.
 
     Raises:
         CalibrationError: fewer than two batches, or fewer tokens than channels.
@@ -48,7 +48,7 @@ def calibrate(
         for number, problem in enumerate(problems):
             results.append(Site(before, after, number, problem, data, store).solve(steps, alone))
             done(problem.fqn)
-        return results, data.kept
+        return results, data
     finally:
         store.close()
 

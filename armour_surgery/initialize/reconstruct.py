@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["descend", "reconstruct", "relative_error"]
+__all__ = ["Weights", "descend", "reconstruct", "relative_error"]
 
 # How often held-out images are looked at.
 _JUDGMENTS = 4
@@ -20,10 +20,16 @@ END_RATE = 0.002
 _WARM_UP = 0.1
 
 
-def relative_error(got: Tensor, wanted: Tensor) -> Tensor:
+# How much each of so many tokens counts, `[count, 1]`, or None if all count alike.
+Weights = Callable[[int], Tensor | None]
+
+
+def relative_error(got: Tensor, wanted: Tensor, weights: Weights = lambda _: None) -> Tensor:
     """The mean of `|g - w|^2 / |w|^2` over tokens `[..., C]`: a norm follows, so tokens of every size count alike."""
     energy = wanted.square().sum(-1)
-    return ((got - wanted).square().sum(-1) / energy.clamp(min=1e-6 * float(energy.mean()) + 1e-30)).mean()
+    errors = (got - wanted).square().sum(-1) / energy.clamp(min=1e-6 * float(energy.mean()) + 1e-30)
+    each = weights(errors.shape[1]) if errors.ndim == 2 else None
+    return errors.mean() if each is None else (errors @ each.to(errors)).mean() / each.sum().to(errors)
 
 
 def descend(
@@ -86,6 +92,7 @@ def reconstruct(
     features: Callable[[nn.Module, Tensor], Tensor],
     steps: int,
     done: Callable[[], None] = lambda: None,
+    weights: Weights = lambda _: None,
 ) -> tuple[float, float]:
     """All sites at once, with the original as teacher: final features on `steps` batches of `fresh` images.
 
@@ -99,12 +106,12 @@ def reconstruct(
         batch = next(fresh)
         with torch.no_grad():
             goal = features(original, batch)
-        return relative_error(features(converted, batch), goal)
+        return relative_error(features(converted, batch), goal, weights)
 
     def judge() -> float:
         with torch.no_grad():
             errors = [
-                len(batch) * float(relative_error(features(converted, batch), goal))
+                len(batch) * float(relative_error(features(converted, batch), goal, weights))
                 for batch, goal in zip(held, goals, strict=True)
             ]
         return sum(errors) / sum(map(len, held))

@@ -303,7 +303,8 @@ class Site:
 
         def error(index: int, image: Tensor, gradient: bool) -> Tensor:
             following = self.after.run(self.number, image, self.store["converted", index], gradient)
-            return relative_error(first_tensor(following), first_tensor(self.store["original", index]))
+            goal = first_tensor(self.store["original", index])
+            return relative_error(first_tensor(following), goal, self.data.weights)
 
         def judge() -> float:
             errors = [float(error(index, image, False)) for index, image, held in self.data if held]
