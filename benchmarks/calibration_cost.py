@@ -1,6 +1,6 @@
 """What calibrated conversion costs in time and memory, and how fast its result is beside low rank of equal size.
 
-Called by `calibrated_conversion.py --timing`; as a program it does one conversion and prints its peak memory in MiB:
+Called by `calibrated_conversion.py cost`; as a program it does one conversion and prints its peak memory in MiB:
 
     python benchmarks/calibration_cost.py vit_base_patch16_224 64
 """

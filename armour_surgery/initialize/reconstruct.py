@@ -15,8 +15,8 @@ __all__ = ["Weights", "descend", "reconstruct", "relative_error"]
 # How often held-out images are looked at.
 _JUDGMENTS = 4
 # The largest step, relative to the root mean square of a tensor: of one site's weights, and of all sites' at once.
-SITE_RATE = 0.01
-END_RATE = 0.002
+SITE_RATE = 0.007
+END_RATE = 0.0001
 _WARM_UP = 0.1
 
 
