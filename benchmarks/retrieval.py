@@ -23,11 +23,10 @@ from feature_quality import at_size, cosines, final_tokens, gallery_of, gray_bat
 from torch import Tensor, nn
 
 from armour_surgery.hosts.preprocessing import preprocessing
+from armour_surgery.initialize import HELD_OUT
 from armour_surgery.measure.speed import environment
 
 PIXELS = 112
-# Of eight batches the last is held out, as `convert` does.
-EVERY = 8
 BATCH = 16
 
 
@@ -76,10 +75,8 @@ def main() -> None:
     for method, small, seconds in made(task, methods, options.only):
         near = cosines(wanted, final_tokens(small, pictures, "x"))
         queries = tokens(small, test, options.queries)
-        against, within = (
-            knn_accuracy(queries, gallery),
-            knn_accuracy(queries, tokens(small, training, options.gallery)),
-        )
+        against = knn_accuracy(queries, gallery)
+        within = knn_accuracy(queries, tokens(small, training, options.gallery))
         say(f"class {near[0]:.4f}, patch {near[1]:.4f}, kNN {against:.4f}, own gallery {within:.4f}")
         measured = {"class_cosine": near[0], "patch_cosine": near[1], "knn": against, "knn_own": within}
         rows.append(row(method, small, seconds=seconds, **measured))
@@ -96,14 +93,14 @@ def main() -> None:
 
 def mixed(photos: list[Tensor], others: list[Tensor]) -> list[Tensor]:
     """Batches of both kinds in turns, held-out photos and held-out others at the places of held-out batches."""
-    held = photos[EVERY - 1 :: EVERY]
-    fitted = [batch for place, batch in enumerate(photos) if place % EVERY != EVERY - 1]
-    apart = max(1, len(others) // EVERY)
+    held = photos[HELD_OUT - 1 :: HELD_OUT]
+    fitted = [batch for place, batch in enumerate(photos) if place % HELD_OUT != HELD_OUT - 1]
+    apart = max(1, len(others) // HELD_OUT)
     held, fitted = held + others[:apart], fitted + others[apart:]
     order = iter([fitted[place] for place in torch.randperm(len(fitted), generator=torch.Generator().manual_seed(0))])
     waiting = iter(held)
     return [
-        next(itertools.chain(waiting, order) if place % EVERY == EVERY - 1 else itertools.chain(order, waiting))
+        next(itertools.chain(waiting, order) if place % HELD_OUT == HELD_OUT - 1 else itertools.chain(order, waiting))
         for place in range(len(held) + len(fitted))
     ]
 

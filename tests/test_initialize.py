@@ -14,6 +14,7 @@ from armour_surgery.errors import CalibrationError, UsageError
 from armour_surgery.initialize.closed_form import Head, joint_svd, loss, make_metric, refit_output
 from armour_surgery.initialize.gauge import Freedom, probe
 from armour_surgery.initialize.moments import Regression
+from armour_surgery.initialize.reconstruct import relative_error
 from armour_surgery.initialize.site import Batches
 from armour_surgery.initialize.stream import learned_tokens
 from armour_surgery.initialize.walk import Store, Walk, units_of
@@ -158,6 +159,30 @@ def test_learned_tokens_are_those_that_no_image_changes(name: str, learned: list
         # All learned tokens together count like three tenths of the others.
         assert float(weights[batches.learned].sum()) == pytest.approx(0.3 * int((~batches.learned).sum()))
         assert batches.weights(39) is None
+
+
+def test_a_fit_of_fewer_tokens_keeps_every_learned_one_and_its_share() -> None:
+    batches = Batches([3, 3], {})
+    batches.learned = torch.arange(41) < 1
+    places, weights = batches.thinned(torch.Size([3, 41]), 2, 5)
+    image, token = places // 41, places % 41
+    assert weights is not None
+    assert image[token == 0].tolist() == [0, 1, 2]
+    assert len(places) == 3 + 120 // 5 == len(places.unique())
+    assert float(weights[token == 0].sum()) == pytest.approx(0.3 * float(weights[token != 0].sum()))
+    batches.learned = None
+    places, weights = batches.thinned(torch.Size([3, 41]), 2, 5)
+    assert weights is None
+    assert places.tolist() == list(range(2, 123, 5))
+
+
+def test_a_token_of_weight_n_errs_like_n_tokens() -> None:
+    torch.manual_seed(0)
+    wanted, got = torch.randn(2, 3, 5, 7, dtype=torch.float64)
+    times = torch.tensor([3, 1, 2, 1, 4])
+    repeated = relative_error(got.repeat_interleave(times, 1), wanted.repeat_interleave(times, 1))
+    torch.testing.assert_close(relative_error(got, wanted, lambda count: times[:count, None]), repeated)
+    assert not torch.isclose(relative_error(got, wanted), repeated)
 
 
 @settings(max_examples=25, deadline=None)

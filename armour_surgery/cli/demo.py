@@ -25,10 +25,10 @@ _INITS = {
     "qk": ("wq", "calibrated"),
     "qk-diag": ("wq", "calibrated"),
 }
+_TRIALS = tuple((mode, init) for mode, inits in _INITS.items() for init in inits)
 # What is trained at the end, from the start that needs it most, and by which recipe.
 _RECOVERED = ("qv", "wq")
 _RECIPE = "digits_recover"
-_TRIALS = tuple((mode, init) for mode, inits in _INITS.items() for init in inits)
 _FRESH = """
 import json, sys
 from armour_surgery import load

@@ -79,6 +79,17 @@ class Batches:
         each = _LEARNED * int((~self.learned).sum()) / int(self.learned.sum())
         return torch.where(self.learned, max(each, 1.0), 1.0)[:, None]
 
+    def thinned(self, shape: torch.Size, offset: int, stride: int) -> tuple[Tensor, Tensor | None]:
+        """Every so-many-th of the tokens `[B, N]` and all learned ones: places among `B * N`, and weights."""
+        each = self.weights(shape[1])
+        if each is None or self.learned is None:
+            return torch.arange(offset, shape[0] * shape[1], stride), None
+        places = torch.arange(shape[0] * shape[1]).reshape(shape)
+        others = places[:, ~self.learned].flatten()[offset::stride]
+        learned = places[:, self.learned].flatten()
+        weights = torch.cat([torch.ones(len(others), 1), each[self.learned].repeat(shape[0], 1) / stride])
+        return torch.cat([others, learned]), weights
+
     def __iter__(self) -> Iterator[tuple[int, Tensor, bool]]:
         for index, size in enumerate(self.sizes):
             yield index, self.images[size], self.held_out[index]
@@ -346,8 +357,8 @@ class Site:
             if goal is None or present is None:
                 return
             missing = (goal - present).double() * inverse
-            chosen, rows = self._thinned(inputs.shape[:2], index % stride, stride)
-            wanted, lacking = ((one.flatten(0, 1)[chosen]) for one in (output.double() + missing, missing))
+            chosen, rows = self.data.thinned(inputs.shape[:2], index % stride, stride)
+            wanted, lacking = (one.flatten(0, 1)[chosen] for one in (output.double() + missing, missing))
             picked = inputs.flatten(0, 1)[chosen]
             regression.add(picked, wanted, held, lacking.to(picked), rows)
         solution, _ = regression.solve()
@@ -358,17 +369,6 @@ class Site:
             weight.copy_((solution[:-1] if bias is not None else solution).mT.reshape(weight.shape))
             if bias is not None:
                 bias.copy_(solution[-1])
-
-    def _thinned(self, shape: torch.Size, offset: int, stride: int) -> tuple[Tensor, Tensor | None]:
-        """Every so-many-th of the tokens `[B, N]` and all learned ones: places among `B * N`, and weights."""
-        each = self.data.weights(shape[1])
-        if each is None or self.data.learned is None:
-            return torch.arange(offset, shape[0] * shape[1], stride), None
-        places = torch.arange(shape[0] * shape[1]).reshape(shape)
-        others = places[:, ~self.data.learned].flatten()[offset::stride]
-        learned = places[:, self.data.learned].flatten()
-        weights = torch.cat([torch.ones(len(others), 1), each[self.data.learned].repeat(shape[0], 1) / stride])
-        return torch.cat([others, learned]), weights
 
     def _advance(self, alone: bool) -> None:
         for index, image, _ in self.data:
