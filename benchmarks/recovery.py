@@ -4,7 +4,8 @@
     python benchmarks/recovery.py vit qv --init calibrated --label-free --epochs 1 --data FOLDER
 
 5,000 of the 60,000 training images are kept out to choose the weights that are kept; the 10,000 test images choose
-nothing. Test accuracy is told after every fifth of an epoch (11,000 images). FOLDER holds the four .gz files.
+nothing. Both are looked at `--looks` times an epoch. FOLDER holds the four .gz files. `--out` adds the runs to a file
+that may hold others, and writes a Markdown table of all beside it.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from torch import nn
 from armour_surgery import convert
 from armour_surgery.hosts.preprocessing import Preprocessing
 from armour_surgery.measure.accuracy import choices, top_hits
+from armour_surgery.measure.speed import environment
 from armour_surgery.recover.data import Pictures, held_out, open_pictures
 from armour_surgery.recover.distillation import Teacher
 from armour_surgery.recover.distributed import Process
@@ -36,7 +38,7 @@ from armour_surgery.recover.trainer import Task, train
 PREP = Preprocessing((1, 28, 28), (fashion_mnist.MEAN,), (fashion_mnist.STD,), crop_pct=1.0)
 WEIGHTS = Path(__file__).with_name("weights")
 ALONE = Process(0, 1, torch.device("cpu"))
-FIFTH = 11_000
+TRAINING = 55_000
 LABEL_FREE = ["loss.labels=0", "loss.smoothing=0", "loss.logits=1", "loss.features=1", "loss.blocks=0.5"]
 
 
@@ -51,17 +53,67 @@ def main() -> None:
     parser.add_argument("mode")
     parser.add_argument("--init", default="calibrated")
     parser.add_argument("--label-free", action="store_true")
-    parser.add_argument("--epochs", type=float, default=2.0, help="of 55,000 images; a multiple of 0.2")
+    parser.add_argument("--epochs", type=int, default=2, help="of 55,000 images (%(default)s)")
+    parser.add_argument("--looks", type=int, default=2, help="at held-out and test images, an epoch (%(default)s)")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
     parser.add_argument("--data", default=str(fashion_mnist.DATA))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/recovery.json"))
     options = parser.parse_args()
-    results = []
     for init in options.init.split(","):
         for seed in map(int, options.seeds.split(",")):
-            results.append(recover(options, init, seed))
-            print(json.dumps(results[-1]), file=sys.stderr, flush=True)
-    print(json.dumps({"model": options.model, "mode": options.mode, "runs": results}, indent=1))
+            found = recover(options, init, seed)
+            print(json.dumps(found), file=sys.stderr, flush=True)
+            add(options.out, found)
+
+
+def add(out: Path, found: dict[str, Any]) -> None:
+    """Put a run among those that the file holds, in place of an earlier one of the same kind."""
+    record = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"environment": {}, "runs": []}
+    runs = [run for run in record["runs"] if kind(run) != kind(found) or run["seed"] != found["seed"]]
+    runs = sorted([*runs, found], key=lambda run: (*map(str, kind(run)), run["seed"]))
+    record = {"environment": environment().to_dict(), "runs": runs}
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    out.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
+
+
+def kind(run: dict[str, Any]) -> tuple[Any, ...]:
+    return run["model"], run["mode"], run["label_free"], run["init"], run["epochs"], run["settings"]
+
+
+def markdown(record: dict[str, Any]) -> str:
+    here = record["environment"]
+    lines = [
+        f"{here['processor']}, {here['threads']} thread, torch {here['torch']}, timm {here['timm']}. Written by "
+        "`benchmarks/recovery.py`. Top-1 on 10,000 test images in percent; the mean over seeds, and the lowest and the "
+        'highest; "back after" is the first look at which the weights or their average are within 0.1 points.',
+        "",
+        "| model | mode | labels | init | baseline | at the start | kept | back after, epochs | epochs, seeds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for group in dict.fromkeys(map(kind, record["runs"])):
+        runs = [run for run in record["runs"] if kind(run) == group]
+        model, mode, free, init, epochs, settings = group
+        told = f"{init} ({', '.join(settings)})" if settings else init
+        seeds = ", ".join(str(run["seed"]) for run in runs)
+        back = ", ".join(first_back(run) for run in runs)
+        start, end = (over_seeds([run[key] for run in runs]) for key in ("start", "end"))
+        cells = [model, mode, "none" if free else "yes", told, f"{runs[0]['baseline']:.2f}", start, end, back]
+        lines.append("| " + " | ".join([*cells, f"{epochs}; {seeds}"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def over_seeds(values: list[float]) -> str:
+    middle = f"{sum(values) / len(values):.2f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.2f} to {max(values):.2f})"
+
+
+def first_back(run: dict[str, Any]) -> str:
+    enough = run["baseline"] - 0.1
+    if run["start"] >= enough:
+        return "0"
+    curve = run["test_by_epoch_and_of_the_average"].items()
+    return next((epoch for epoch, scores in curve if max(scores) >= enough), "no")
 
 
 def recover(options: argparse.Namespace, init: str, seed: int) -> dict[str, Any]:
@@ -77,8 +129,9 @@ def recover(options: argparse.Namespace, init: str, seed: int) -> dict[str, Any]
         converted = convert(original, options.mode, init=init, calibration=batches, example_input=example)
     else:
         converted = convert(original, options.mode, init=init, example_input=example)
-    settings = [f"seed={seed}", f"data.images_per_epoch={FIFTH}", f"schedule.epochs={round(options.epochs * 5)}"]
-    settings += ["schedule.warmup_epochs=0.5", *(LABEL_FREE if options.label_free else []), *options.settings]
+    settings = [f"seed={seed}", f"data.images_per_epoch={TRAINING // options.looks}"]
+    settings += [f"schedule.epochs={options.epochs * options.looks}"]
+    settings += ["schedule.warmup_epochs=0.1", *(LABEL_FREE if options.label_free else []), *options.settings]
     settings += ["judge.metric=agreement"] if options.label_free else []
     recipe = load_recipe("fashion_mnist_recover", settings)
     for module in [*converted.modules(), *original.modules()]:
@@ -115,10 +168,14 @@ def recover(options: argparse.Namespace, init: str, seed: int) -> dict[str, Any]
         outcome = train(task, ALONE)
         with (Path(out) / "summary.csv").open(encoding="utf-8") as stream:
             rows = list(csv.DictReader(stream))
-    curve = {str(round(int(row["epoch"]) / 5, 1)): [float(row["test"]), float(row["ema_test"])] for row in rows}
+    curve = {f"{int(row['epoch']) / options.looks:g}": [float(row["test"]), float(row["ema_test"])] for row in rows}
     return {
+        "model": options.model,
+        "mode": options.mode,
         "init": init,
         "seed": seed,
+        "epochs": options.epochs,
+        "settings": options.settings,
         "label_free": options.label_free,
         "baseline": baseline,
         "start": outcome.start["test"],
