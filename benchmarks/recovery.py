@@ -78,7 +78,7 @@ def add(out: Path, found: dict[str, Any]) -> None:
 
 
 def kind(run: dict[str, Any]) -> tuple[Any, ...]:
-    return run["model"], run["mode"], run["label_free"], run["init"], run["epochs"], run["settings"]
+    return run["model"], run["mode"], run["label_free"], run["init"], run["epochs"], tuple(run["settings"])
 
 
 def markdown(record: dict[str, Any]) -> str:

@@ -4,18 +4,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import merge
+from oracle import merge, outputs
 from tiny_hosts import case
+from torch import nn
 
 from armour_surgery import convert
 from armour_surgery.conversion import surgery_of
 from armour_surgery.discover import find_output, find_sites
 from armour_surgery.errors import CalibrationError, UsageError
+from armour_surgery.initialize.batches import Batches
 from armour_surgery.initialize.closed_form import Head, joint_svd, loss, make_metric, refit_output
 from armour_surgery.initialize.gauge import Freedom, probe
 from armour_surgery.initialize.moments import Regression
 from armour_surgery.initialize.reconstruct import relative_error
-from armour_surgery.initialize.site import Batches
 from armour_surgery.initialize.stream import learned_tokens
 from armour_surgery.initialize.walk import Store, Walk, units_of
 from armour_surgery.meta import meta_copy
@@ -136,6 +137,26 @@ def test_what_does_not_fit_into_memory_is_kept_in_files() -> None:
     assert torch.equal(part, base[:, 2:5].mT)
     assert (nothing, options) == (None, {"flag": True})
     store.close()
+
+
+@pytest.mark.parametrize("name", ["vit", "levit", "swin", "hf-dinov2"])
+def test_without_memory_for_them_activations_are_computed_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = case(name)
+    model = host.build(torch.float64)
+    example = {name: value.double() for name, value in host.batches()[0].items()}
+    key = next(iter(example))
+    images = [torch.randn(3, *example[key].shape[1:], dtype=torch.float64) for _ in range(6)]
+
+    def converted() -> nn.Module:
+        return convert(model, init="calibrated", calibration=images, example_input=example)
+
+    remembered = converted()
+    monkeypatch.setattr(Store, "has_room", lambda self, size: False)
+    recomputed = converted()
+    assert any("last layer" in site.steps for site in surgery_of(remembered).sites)
+    # Weights may differ by what changes no function, such as the signs of a basis.
+    for first, second in zip(*(outputs(one.eval(), example) for one in (remembered, recomputed)), strict=True):
+        assert torch.allclose(first, second, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from armour_surgery.initialize.batches import HELD_OUT
 from armour_surgery.initialize.calibrate import calibrate
 from armour_surgery.initialize.closed_form import loss, make_metric
 from armour_surgery.initialize.problem import (
@@ -19,7 +20,7 @@ from armour_surgery.initialize.problem import (
     write_head,
 )
 from armour_surgery.initialize.reconstruct import reconstruct
-from armour_surgery.initialize.site import HELD_OUT, SiteResult
+from armour_surgery.initialize.site import SiteResult
 from armour_surgery.initialize.weights import read_output, write_output
 from armour_surgery.meta import meta_copy
 

@@ -6,8 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from armour_surgery.errors import CalibrationError
+from armour_surgery.initialize.batches import HELD_OUT, Batches
 from armour_surgery.initialize.problem import Problem
-from armour_surgery.initialize.site import HELD_OUT, Batches, Site, SiteResult
+from armour_surgery.initialize.site import Site, SiteResult
 from armour_surgery.initialize.stream import learned_tokens
 from armour_surgery.initialize.walk import Store, Walk, units_of
 

@@ -16,6 +16,11 @@ def with_one(inputs: Tensor) -> Tensor:
     return torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], dim=-1)
 
 
+def _energy(values: Tensor) -> float:
+    """The sum of squares, summed in float64."""
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+
+
 class Moments:
     """The second moment of tokens with a last entry 1, and that of tokens centered over each sequence."""
 
@@ -29,7 +34,7 @@ class Moments:
         inputs = with_one(inputs)
         flat = inputs.flatten(0, 1)
         moment = (flat.mT @ flat).double().cpu()
-        means = inputs.double().mean(dim=1)
+        means = inputs.mean(dim=1, dtype=torch.float64)
         outer = (inputs.shape[1] * means.mT @ means).cpu()
         self._moment = moment if self._moment is None else self._moment + moment
         self._means = outer if self._means is None else self._means + outer
@@ -84,20 +89,19 @@ class Regression:
         inputs = with_one(inputs) if self.biases else inputs
         if missing is None:
             missing = targets - inputs @ self.present.to(inputs)
-        wide = targets.double()
-        sums = wide
+        sums = targets
         if weights is not None:
-            weights = weights.to(wide)
-            root, sums = weights.sqrt(), wide * weights
-            inputs, missing, wide = inputs * root.to(inputs), missing * root.to(missing), wide * root
+            weights = weights.to(targets)
+            root, sums = weights.sqrt(), targets * weights
+            inputs, missing, targets = inputs * root, missing * root, targets * root
         for kind, value in (
             (self.moments, inputs.mT @ inputs),
             (self._cross, inputs.mT @ missing),
-            (self._sums, sums.sum(0)),
+            (self._sums, sums.sum(0, dtype=torch.float64)),
         ):
             kind[held_out] = kind[held_out] + value.double().cpu() if kind[held_out].numel() else value.double().cpu()
-        self._missing[held_out] += float(missing.double().square().sum())
-        self._energy[held_out] += float(wide.square().sum())
+        self._missing[held_out] += _energy(missing)
+        self._energy[held_out] += _energy(targets)
         self.counts[held_out] += len(inputs) if weights is None else float(weights.sum())
 
     def error(self, change: Tensor, held_out: bool = True) -> float:

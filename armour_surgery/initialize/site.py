@@ -7,7 +7,7 @@ they do not.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from armour_surgery.errors import CalibrationError
+from armour_surgery.initialize.batches import Batches
 from armour_surgery.initialize.closed_form import Head, rank_losses
 from armour_surgery.initialize.moments import Moments, Regression
 from armour_surgery.initialize.problem import (
@@ -27,24 +28,17 @@ from armour_surgery.initialize.problem import (
     write_head,
 )
 from armour_surgery.initialize.reconstruct import SITE_RATE, descend, relative_error
-from armour_surgery.initialize.stream import Branch, find_branch, look, match_width
+from armour_surgery.initialize.stream import Branch, as_stream, find_branch, look, match_width
 from armour_surgery.initialize.taps import Stop, Taps, tokens
-from armour_surgery.initialize.walk import Store, Walk, first_tensor
+from armour_surgery.initialize.walk import Store, Walk, first_tensor, with_first_tensor
 from armour_surgery.initialize.weights import batch_norm_affine, read_output, write_output
 
-__all__ = ["HELD_OUT", "Batches", "Site", "SiteResult"]
+__all__ = ["Site", "SiteResult"]
 
-# Of every so many batches the last is held out; of fewer, the last of all.
-HELD_OUT = 8
 # Of the difference between the two streams, the part that one site's output projection is asked to make up for.
 _SHARE = 0.5
-# What a class token holds is what a model's head looks at, and it is one among hundreds: learned tokens together count
-# like this share of the others.
-_LEARNED = 0.3
 # Tokens per unknown of a fit beyond which more are not looked at.
 _ENOUGH = 16
-# Batches on which alternatives are compared.
-_TRIAL = 4
 
 
 @dataclass(frozen=True)
@@ -59,48 +53,6 @@ class SiteResult:
     residual: float
     steps: tuple[str, ...]
     ranks: tuple[float, ...] = ()
-
-
-class Batches:
-    """Stored batches of both models, and which of them are held out."""
-
-    def __init__(self, sizes: list[int], images: dict[int, Tensor]) -> None:
-        self.sizes = sizes
-        self.kept: list[Tensor] = []
-        self.images = images  # one batch of each size: only its shape matters from the second unit on
-        every = min(HELD_OUT, len(sizes))
-        self.held_out = [index % every == every - 1 for index in range(len(sizes))]
-        self.learned: Tensor | None = None  # which tokens the first site gets whatever the image shows
-
-    def weights(self, count: int) -> Tensor | None:
-        """How much each of an image's `count` tokens counts, `[count, 1]`; None if all count alike."""
-        if self.learned is None or len(self.learned) != count:
-            return None
-        each = _LEARNED * int((~self.learned).sum()) / int(self.learned.sum())
-        return torch.where(self.learned, max(each, 1.0), 1.0)[:, None]
-
-    def thinned(self, shape: torch.Size, offset: int, stride: int) -> tuple[Tensor, Tensor | None]:
-        """Every so-many-th of the tokens `[B, N]` and all learned ones: places among `B * N`, and weights."""
-        each = self.weights(shape[1])
-        if each is None or self.learned is None:
-            return torch.arange(offset, shape[0] * shape[1], stride), None
-        places = torch.arange(shape[0] * shape[1]).reshape(shape)
-        others = places[:, ~self.learned].flatten()[offset::stride]
-        learned = places[:, self.learned].flatten()
-        weights = torch.cat([torch.ones(len(others), 1), each[self.learned].repeat(shape[0], 1) / stride])
-        return torch.cat([others, learned]), weights
-
-    def __iter__(self) -> Iterator[tuple[int, Tensor, bool]]:
-        for index, size in enumerate(self.sizes):
-            yield index, self.images[size], self.held_out[index]
-
-    def trial(self) -> Iterator[tuple[int, Tensor, bool]]:
-        """A few batches of each kind."""
-        counts = {True: 0, False: 0}
-        for index, image, held in self:
-            counts[held] += 1
-            if counts[held] <= (_TRIAL // 2 if held else _TRIAL):
-                yield index, image, held
 
 
 class Site:
@@ -131,11 +83,13 @@ class Site:
         write_head(self.new, self.problem, found[name], (queries.moment, keys.moment))
         if self.problem.out is not None:
             residual = self._fit_output(found[name])
+        for index, _, _ in self.data:
+            self.store.drop(("result", index))
+            self.store.drop(("start", index))
         if steps:
             self._reconstruct(steps)
-        if self.last is not None:
-            self._fit_last(self.last)
-        self._advance(alone)
+        if self.last is None or not self._fit_last(self.last, keep=not alone):
+            self._advance(alone)
         return SiteResult(self.problem.fqn, residual**0.5, tuple(self.steps), ranks)
 
     def _head(self) -> tuple[Head, bool]:
@@ -262,11 +216,11 @@ class Site:
         assert out is not None
         weight = self.new.get_parameter(out.weight)
         order = torch.tensor(out.channels).flatten()
-        scale, shift = self._affine(self.old)
+        scale, shift = (one.to(weight) for one in self._affine(self.old))
         biases = out.bias is not None or out.norm is not None
         regression = Regression(self._present(head, biases), biases)
         for index, image, held in batches:
-            target = tokens(self.store["result", index], weight).double() * scale + shift
+            target = tokens(self.store["result", index], weight) * scale + shift
             wanted = self._correction(index, target.shape)
             if wanted is not None:
                 target = target + wanted
@@ -292,7 +246,7 @@ class Site:
         if start is None or present is None or start.shape != shape:
             return None
         usable = gain.abs() > 1e-3 * gain.abs().max()
-        return _SHARE * (start - present).double() * torch.where(usable, 1 / gain, torch.zeros_like(gain))
+        return (start - present) * (_SHARE * torch.where(usable, 1 / gain, torch.zeros_like(gain))).to(start)
 
     def _fit_output(self, head: Head) -> float:
         out = self.problem.narrow_out
@@ -325,21 +279,26 @@ class Site:
         if least < first:
             self.steps.append("reconstruction")
 
-    def _fit_last(self, branch: Branch) -> None:
-        """Fit the block's last layer, so that what leaves the block is the original's stream."""
+    def _fit_last(self, branch: Branch, keep: bool) -> bool:
+        """Fit the block's last layer, so that what leaves the block is the original's stream.
+
+        With `keep`, what the next unit gets is worked out from what was seen, if there is memory for it; the result
+        says whether it was.
+        """
         layer = self.after.model.get_submodule(branch.fqn)
         weight, bias = layer.get_parameter("weight"), getattr(layer, "bias", None)
         if weight[0].numel() != weight.shape[1]:
-            return
+            return False
         current = weight.detach().double().flatten(1).mT.cpu()
         if bias is not None:
             current = torch.cat([current, bias.detach().double().cpu()[None]])
         regression = Regression(current, bias is not None)
         unknowns = weight.shape[1]
-        total = sum(self.data.sizes) * _token_count(self.store["start", 0])
-        stride = max(1, total // (_ENOUGH * unknowns))
+        count = sum(self.data.sizes) * _token_count(first_tensor(self.store["converted", 0]))
+        stride = max(1, count // (_ENOUGH * unknowns))
         usable = branch.gain.abs() > 1e-3 * branch.gain.abs().max()
-        inverse = torch.where(usable, 1 / branch.gain, torch.zeros_like(branch.gain))
+        inverse = torch.where(usable, 1 / branch.gain, torch.zeros_like(branch.gain)).to(weight)
+        keep = keep and self.store.has_room(weight.element_size() * count * (unknowns + len(weight)))
         for index, image, held in self.data:
             seen: list[tuple[Tensor, Tensor]] = []
 
@@ -355,20 +314,34 @@ class Site:
             goal = match_width(first_tensor(self.store["original", index]), width)
             present = match_width(first_tensor(following), width)
             if goal is None or present is None:
-                return
-            missing = (goal - present).double() * inverse
+                return False
             chosen, rows = self.data.thinned(inputs.shape[:2], index % stride, stride)
-            wanted, lacking = (one.flatten(0, 1)[chosen] for one in (output.double() + missing, missing))
-            picked = inputs.flatten(0, 1)[chosen]
-            regression.add(picked, wanted, held, lacking.to(picked), rows)
+            lacking = (goal.flatten(0, 1)[chosen] - present.flatten(0, 1)[chosen]) * inverse
+            regression.add(inputs.flatten(0, 1)[chosen], output.flatten(0, 1)[chosen] + lacking, held, lacking, rows)
+            if keep:
+                self.store["hidden", index], self.store["following", index] = inputs, following
         solution, _ = regression.solve()
-        if solution is current:
-            return
-        self.steps.append("last layer")
-        with torch.no_grad():
-            weight.copy_((solution[:-1] if bias is not None else solution).mT.reshape(weight.shape))
-            if bias is not None:
-                bias.copy_(solution[-1])
+        change = solution - current  # before it is written: in float64 these may be the weights themselves
+        if solution is not current:
+            self.steps.append("last layer")
+            with torch.no_grad():
+                weight.copy_((solution[:-1] if bias is not None else solution).mT.reshape(weight.shape))
+                if bias is not None:
+                    bias.copy_(solution[-1])
+        if keep:
+            self._follow(change * branch.gain, bias is not None)
+        return keep
+
+    def _follow(self, change: Tensor, biases: bool) -> None:
+        """What the next unit gets, now that the last layer's weights differ by `change [n (+ 1), E]`."""
+        for index, _, _ in self.data:
+            inputs, following = self.store["hidden", index], self.store["following", index]
+            self.store.drop(("hidden", index))
+            self.store.drop(("following", index))
+            stream, difference = first_tensor(following), change.to(inputs)
+            moved = inputs @ difference[: inputs.shape[-1]]
+            moved = moved + difference[-1] if biases else moved
+            self.store["converted", index] = with_first_tensor(following, stream + as_stream(moved, stream))
 
     def _advance(self, alone: bool) -> None:
         for index, image, _ in self.data:
@@ -377,7 +350,6 @@ class Site:
                 if alone
                 else self.after.run(self.number, image, self.store["converted", index])
             )
-            self.store.drop(("result", index))
 
 
 def _token_count(tensor: Tensor) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from armour_surgery.initialize.walk import Arguments, Walk, first_tensor
 
-__all__ = ["Branch", "Seen", "find_branch", "learned_tokens", "look", "match_width"]
+__all__ = ["Branch", "Seen", "as_stream", "find_branch", "learned_tokens", "look", "match_width"]
 
 _TOLERANCE = 1e-3
 # Tokens that are looked at before all are.
@@ -43,6 +43,13 @@ def match_width(tensor: Tensor, width: int) -> Tensor | None:
     if tensor.ndim == 4 and tensor.shape[1] == width:
         return tensor.flatten(2).mT
     return None
+
+
+def as_stream(change: Tensor, stream: Tensor) -> Tensor:
+    """`change [B, N, width]` in the shape of a stream that `match_width` gave this form."""
+    if stream.shape[-1] == change.shape[-1] and stream.ndim >= 3:
+        return change.reshape(stream.shape)
+    return change.mT.reshape(stream.shape)
 
 
 def look(walk: Walk, number: int, batch: Tensor, arguments: Arguments) -> tuple[Seen, Arguments]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from armour_surgery.errors import CalibrationError
 
-__all__ = ["Arguments", "Store", "Walk", "first_tensor", "units_of"]
+__all__ = ["Arguments", "Store", "Walk", "first_tensor", "units_of", "with_first_tensor"]
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -37,7 +37,7 @@ class _Arrived(Exception):
 class Store:
     """Values by key; in memory up to `budget` bytes, in files of a temporary folder beyond that."""
 
-    def __init__(self, budget: int = 512 * 2**20) -> None:
+    def __init__(self, budget: int = 2**30) -> None:
         self._budget = budget
         self._memory: dict[Any, Any] = {}
         self._sizes: dict[Any, int] = {}
@@ -50,7 +50,7 @@ class Store:
         leaves, form = pytree.tree_flatten(value)
         tensors = {str(index): leaf for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        if sum(self._sizes.values()) + size <= self._budget:
+        if self.has_room(size):
             self._memory[key], self._sizes[key] = value, size
             return
         if self._folder is None:
@@ -82,6 +82,10 @@ class Store:
         written = self._files.pop(key, None)
         if written is not None:
             written[0].unlink(missing_ok=True)
+
+    def has_room(self, size: int) -> bool:
+        """Whether so many more bytes would stay in memory."""
+        return sum(self._sizes.values()) + size <= self._budget
 
     def close(self) -> None:
         """Forget everything and remove the files."""
@@ -251,6 +255,13 @@ def first_tensor(arguments: Any) -> Tensor:
     """The activations among a unit's arguments or outputs: its first tensor."""
     leaf: Tensor = next(leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor))
     return leaf
+
+
+def with_first_tensor(arguments: Any, tensor: Tensor) -> Any:
+    """The same arguments or outputs with another tensor in the place of their first."""
+    leaves, form = pytree.tree_flatten(arguments)
+    place = next(index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+    return pytree.tree_unflatten([*leaves[:place], tensor, *leaves[place + 1 :]], form)
 
 
 @contextmanager

@@ -1,0 +1,58 @@
+"""Stored batches: which of them are held out, and how much each of their tokens counts."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+__all__ = ["HELD_OUT", "Batches"]
+
+# Of every so many batches the last is held out; of fewer, the last of all.
+HELD_OUT = 8
+# What a class token holds is what a model's head looks at, and it is one among hundreds: learned tokens together count
+# like this share of the others.
+_LEARNED = 0.3
+# Batches on which alternatives are compared.
+_TRIAL = 4
+
+
+class Batches:
+    """Stored batches of both models, and which of them are held out."""
+
+    def __init__(self, sizes: list[int], images: dict[int, Tensor]) -> None:
+        self.sizes = sizes
+        self.kept: list[Tensor] = []
+        self.images = images  # one batch of each size: only its shape matters from the second unit on
+        every = min(HELD_OUT, len(sizes))
+        self.held_out = [index % every == every - 1 for index in range(len(sizes))]
+        self.learned: Tensor | None = None  # which tokens the first site gets whatever the image shows
+
+    def weights(self, count: int) -> Tensor | None:
+        """How much each of an image's `count` tokens counts, `[count, 1]`; None if all count alike."""
+        if self.learned is None or len(self.learned) != count:
+            return None
+        each = _LEARNED * int((~self.learned).sum()) / int(self.learned.sum())
+        return torch.where(self.learned, max(each, 1.0), 1.0)[:, None]
+
+    def thinned(self, shape: torch.Size, offset: int, stride: int) -> tuple[Tensor, Tensor | None]:
+        """Every so-many-th of the tokens `[B, N]` and all learned ones: places among `B * N`, and weights."""
+        each = self.weights(shape[1])
+        if each is None or self.learned is None:
+            return torch.arange(offset, shape[0] * shape[1], stride), None
+        places = torch.arange(shape[0] * shape[1]).reshape(shape)
+        others = places[:, ~self.learned].flatten()[offset::stride]
+        learned = places[:, self.learned].flatten()
+        weights = torch.cat([torch.ones(len(others), 1), each[self.learned].repeat(shape[0], 1) / stride])
+        return torch.cat([others, learned]), weights
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor, bool]]:
+        for index, size in enumerate(self.sizes):
+            yield index, self.images[size], self.held_out[index]
+
+    def trial(self) -> Iterator[tuple[int, Tensor, bool]]:
+        """A few batches of each kind."""
+        counts = {True: 0, False: 0}
+        for index, image, held in self:
+            counts[held] += 1
+            if counts[held] <= (_TRIAL // 2 if held else _TRIAL):
+                yield index, image, held
