@@ -1,8 +1,11 @@
 """Images for training: where they come from, what is wrong with some, and that a place in them can be found again."""
 
+import gc
 import gzip
+import io
 import random
 import struct
+import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -333,6 +336,51 @@ def test_a_stream_goes_round_and_is_taken_up_where_it_was() -> None:
     assert sorted(b.images[i, 0].item() for part in judged for b in part for i in range(len(b.labels))) == list(
         range(10)
     )
+
+
+def write_shards(root: Path, shards: int, images: int) -> None:
+    """A dataset for webdataset: pictures whose gray value is their number."""
+    number = 0
+    for shard in range(shards):
+        with tarfile.open(root / f"some-{shard}.tar", "w") as archive:
+            for _ in range(images):
+                picture = io.BytesIO()
+                Image.new("RGB", (5, 4), (number, number, number)).save(picture, "PNG")
+                for name, content_ in ((f"{number:04d}.png", picture.getvalue()), (f"{number:04d}.cls", b"1")):
+                    entry = tarfile.TarInfo(name)
+                    entry.size = len(content_)
+                    archive.addfile(entry, io.BytesIO(content_))
+                number += 1
+
+
+# webdataset leaves closing its files to the garbage collector.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_processes_share_a_stream_to_train_and_each_reads_all_of_it_to_judge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("webdataset")
+    write_shards(tmp_path, 4, 3)
+    split = "some-{0..3}.tar|12"
+
+    def numbers(kind: str, rank: int) -> list[int]:
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+        found = open_stream(f"wds/:{tmp_path}", kind, named_split=split, batch_size=2, seed=0)
+        assert found is not None
+        assert found.count == 12
+        assert [p.getpixel((0, 0)) for p, _ in found.epoch(1)] == [p.getpixel((0, 0)) for p, _ in found.epoch(1)]
+        if kind == "train":
+            return [picture.getpixel((0, 0))[0] for picture, _ in found.epoch(0)]
+        batches = evaluation_batches(found, lambda p: torch.tensor(p.getpixel((0, 0))), 2, rank=rank, world=2)
+        return [int(image[0]) for batch in batches for image in batch.images]
+
+    shares = [numbers("train", rank) for rank in (0, 1)]
+    assert sorted(shares[0] + shares[1]) == list(range(12))
+    judged = [numbers("val", rank) for rank in (0, 1)]
+    gc.collect()  # while its warnings are let through
+    assert len(judged[0]) == len(judged[1]) == 6
+    assert sorted(judged[0] + judged[1]) == list(range(12))
 
 
 def test_seeded_leaves_other_random_numbers_alone() -> None:

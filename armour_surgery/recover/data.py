@@ -148,25 +148,29 @@ def open_pictures(
 
 
 def open_stream(source: str, split: str, *, named_split: str | None, batch_size: int, seed: int) -> Stream | None:
-    """A dataset that can only be read in order (`wds/`, `hfids/`, `tfds/`); None if the source is none."""
+    """A dataset that can only be read in order (`wds/`, `hfids/`, `tfds/`); None if the source is none.
+
+    To train, each process reads its own share; to judge, each reads all.
+    """
     if source.partition("/")[0].lower() not in STREAMS or not is_timm_dataset(source):
         return None
-    from armour_surgery.recover.timm_parts import open_timm_dataset
+    from armour_surgery.recover.timm_parts import open_timm_stream
 
     name, _, root = source.partition(":")
-    dataset = open_timm_dataset(
-        name, root or None, named_split or NAMED[split], training=split == "train", batch_size=batch_size, seed=seed
-    )
+
+    def opened() -> Any:
+        return open_timm_stream(
+            name, root or None, named_split or NAMED[split], training=split == "train", batch_size=batch_size, seed=seed
+        )
 
     def epoch(number: int) -> Iterator[tuple[Image.Image, int]]:
-        if hasattr(dataset, "set_epoch"):
-            dataset.set_epoch(number)
+        # Opened anew: what readers remember of earlier passes would be missing after a resume.
+        dataset = opened()
+        dataset.set_epoch(number)
         return iter(dataset)
 
-    try:
-        count: int | None = len(dataset)
-    except TypeError:
-        count = None
+    # Their length is what one process gets.
+    count: int | None = getattr(opened().reader, "num_samples", None) or None
     return Stream(source, count, epoch)
 
 

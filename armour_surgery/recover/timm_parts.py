@@ -219,6 +219,18 @@ def open_timm_dataset(name: str, root: str | None, split: str, *, training: bool
         ) from error
 
 
+def open_timm_stream(name: str, root: str | None, split: str, *, training: bool, batch_size: int, seed: int) -> Any:
+    """`open_timm_dataset` for a dataset that is read in order; one to judge by gives every process all of its images.
+
+    timm's readers note when they are made which process they are in, give it its share, and repeat or leave out images
+    so that shares are equal. That is right for training; judging counts every image once.
+    """
+    dataset = open_timm_dataset(name, root, split, training=training, batch_size=batch_size, seed=seed)
+    if not training:
+        dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
+    return dataset
+
+
 def imagenet_real_labels(path: str | None) -> dict[str, list[int]]:
     """ReaL labels (arXiv 2006.07159) by file name of ImageNet's validation images, from a file or as timm ships them.
 
