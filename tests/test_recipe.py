@@ -103,7 +103,8 @@ def test_a_wrong_type_is_named_with_the_value() -> None:
 @pytest.mark.parametrize(
     ("settings", "advice"),
     [
-        (["loss.features=0", "loss.blocks=0"], "loss.features=1 for images without labels"),
+        (["loss.features=1", "loss.blocks=0"], "loss.blocks=1, or loss.local=false"),
+        (["loss.local=false", "loss.features=0", "loss.blocks=0"], "loss.features=1 for images without labels"),
         (["data.batch_size=6", "data.micro_batch=4"], "not a multiple of data.micro_batch=4"),
         (["schedule.warmup_epochs=9"], "shorten the warm-up"),
         (["loss.logits_head=token"], "loss.logits=0.5"),
@@ -114,8 +115,21 @@ def test_a_wrong_type_is_named_with_the_value() -> None:
         (["model.args={depth: 2}"], "model.start=scratch"),
         (["augment.scale=[0.5, 0.2]"], "must rise"),
         (["run.grad_checkpointing=true"], "loss.blocks=0"),
-        (["loss.labels=1", "loss.features=0", "loss.blocks=0", "judge.metric=cosine"], "judge.metric=top1"),
-        (["loss.labels=1", "loss.features=0", "loss.blocks=0", "judge.metric=auto", "teacher=vit"], "remove teacher"),
+        (
+            ["loss.local=false", "loss.labels=1", "loss.features=0", "loss.blocks=0", "judge.metric=cosine"],
+            "judge.metric=top1",
+        ),
+        (
+            [
+                "loss.local=false",
+                "loss.labels=1",
+                "loss.features=0",
+                "loss.blocks=0",
+                "judge.metric=auto",
+                "teacher=vit",
+            ],
+            "remove teacher",
+        ),
     ],
 )
 def test_an_impossible_combination_says_what_to_change(settings: list[str], advice: str) -> None:

@@ -34,7 +34,14 @@ from armour_surgery.errors import (
 )
 from armour_surgery.recover import checkpoint
 from armour_surgery.recover.data import Pictures
-from armour_surgery.recover.distillation import Objective, Teacher, relative_error, soft_distillation
+from armour_surgery.recover.distillation import (
+    Objective,
+    Teacher,
+    learned_weights,
+    relative_error,
+    soft_distillation,
+    token_error,
+)
 from armour_surgery.recover.distributed import Process
 from armour_surgery.recover.recipe import LossPart, OptimizerPart, Recipe, SchedulePart
 from armour_surgery.recover.recipe_files import load_recipe
@@ -67,6 +74,7 @@ def recipe(*settings: str) -> Recipe:
         "model.trainable=all",
         "loss.labels=1",
         "loss.features=0",
+        "loss.local=false",
         "loss.blocks=0",
         "optimizer.lr=1e-3",
         "schedule.epochs=2",
@@ -159,7 +167,43 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn(name: str) -> No
     terms = Objective(runner, Teacher(one.build()), loss, sites)(images, torch.zeros(len(images)))
     assert set(terms) == {"loss", "features", "attention", "blocks"}
     assert terms["loss"].item() == 0.0
+    alone = LossPart(labels=0, blocks=1.0, local=True)
+    assert Objective(Runner(model).eval(), Teacher(one.build()), alone, sites)(images, images)["loss"].item() == 0.0
     assert Objective(converted, Teacher(model), loss, sites)(images, torch.zeros(len(images)))["loss"].item() > 0.01
+
+
+def test_blocks_that_learn_alone_send_no_gradient_to_each_other() -> None:
+    student, teacher = armour(), case("vit").build()
+    sites = tuple(site.fqn for site in student.surgery.sites)  # type: ignore[union-attr]
+    assert len(sites) == 2
+    images = torch.randn(3, 3, 32, 32)
+    first = student.get_parameter(f"{sites[0]}.qkv.weight")
+
+    def gradient(local: bool, chosen: tuple[str, ...]) -> torch.Tensor:
+        loss = LossPart(labels=0, blocks=1.0, local=local)
+        objective = Objective(Runner(student).eval(), Teacher(teacher), loss, chosen)
+        value = objective(images, images)["loss"]
+        found: torch.Tensor = torch.autograd.grad(value, first)[0]
+        objective.release()
+        return found
+
+    assert torch.allclose(2 * gradient(True, sites), gradient(True, sites[:1]), rtol=1e-4, atol=1e-9)
+    assert not torch.allclose(2 * gradient(False, sites), gradient(False, sites[:1]), rtol=1e-2)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in student.modules())
+
+
+def test_learned_tokens_of_the_first_block_weigh_three_tenths_of_the_others() -> None:
+    stream = torch.randn(3, 11, 4)
+    assert learned_weights(stream) is None
+    assert learned_weights(stream[:1]) is None
+    stream[:, :1] = 2.0
+    weights = learned_weights(stream)
+    assert weights is not None
+    assert weights.tolist() == [3.0] + [1.0] * 10
+    wrong = stream.clone()
+    wrong[:, 0] *= 1.5
+    assert token_error(wrong, stream, weights).item() == pytest.approx(3.0 * 0.25 / 13)
+    assert token_error(wrong, stream, None).item() == pytest.approx(0.25 / 11)
 
 
 def test_the_teacher_is_no_part_of_the_student() -> None:

@@ -11,14 +11,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from armour_surgery.errors import TeacherError
 from armour_surgery.recover.recipe import LossPart
 from armour_surgery.recover.student import Outputs, Runner, block_of
 
-__all__ = ["Objective", "Teacher", "relative_error", "soft_distillation"]
+__all__ = ["Objective", "Teacher", "learned_weights", "relative_error", "soft_distillation", "token_error"]
 
 _TINY = 1e-12
+# As in calibration: what a class token holds is what a head looks at, and it is one among hundreds.
+_LEARNED = 0.3
 
 
 def soft_distillation(student: Tensor, teacher: Tensor, temperature: float, reduction: str) -> Tensor:
@@ -41,6 +44,32 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     wanted = teacher.float().flatten(1)
     error = (student.float().flatten(1) - wanted).square().sum(1)
     return (error / wanted.square().sum(1).clamp(min=_TINY)).mean()
+
+
+def token_error(student: Tensor, teacher: Tensor, weights: Tensor | None) -> Tensor:
+    """`|student - teacher|^2 / |teacher|^2` of each token `[B, N, C]`, averaged with `weights [N]`: 0 when equal.
+
+    A norm follows the stream of most models, so tokens of every size count alike.
+    """
+    wanted = teacher.float()
+    energy = wanted.square().sum(-1)
+    floor = 1e-6 * energy.mean() + _TINY
+    errors = (student.float() - wanted).square().sum(-1) / torch.maximum(energy, floor)
+    return errors.mean() if weights is None else (errors @ weights).mean() / weights.sum()
+
+
+def learned_weights(stream: Tensor) -> Tensor | None:
+    """How much each token of the stream `[B, N, C]` that enters the first block counts, `[N]`; None if all alike.
+
+    Class tokens and registers are those that are the same in all images; together they count like 0.3 of the others.
+    """
+    if stream.ndim != 3 or len(stream) < 2:
+        return None
+    learned = (stream == stream[:1]).all(-1).all(0)
+    count = int(learned.sum())
+    if not 0 < count < len(learned):
+        return None
+    return torch.where(learned, max(1.0, _LEARNED * (len(learned) - count) / count), 1.0)
 
 
 class Teacher:
@@ -94,10 +123,24 @@ class Objective(nn.Module):
             raise TeacherError(
                 "loss.attention and loss.blocks compare converted attention, and this model has none; set them to 0"
             )
+        self._weights: Tensor | None = None
+        self._handles: list[RemovableHandle] = []
         watched = list(dict.fromkeys([*self._attention, *self._blocks]))
         if watched and teacher is not None:
-            runner.watch(watched, self._mine)
-            teacher.runner.watch(watched, self._theirs)
+            self._handles += runner.watch(watched, self._mine)
+            self._handles += teacher.runner.watch(watched, self._theirs)
+        if loss.local and teacher is not None:
+            self._handles += runner.cut(self._blocks)
+            self._handles.append(teacher.runner.watch_input(self._blocks[0], self._note))
+
+    def release(self) -> None:
+        """Take the hooks off both models."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _note(self, stream: Tensor) -> None:
+        self._weights = learned_weights(stream)
 
     def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """`{"loss": the sum, and each term by name}`; targets are labels `[B]` or soft targets `[B, classes]`."""
@@ -145,9 +188,14 @@ class Objective(nn.Module):
             ("blocks", loss.blocks, self._blocks),
         ):
             if weight:
-                errors = [_compared(self._mine[fqn], self._theirs[fqn], fqn) for fqn in fqns]
+                errors = [self._error(name, self._mine[fqn], self._theirs[fqn], fqn) for fqn in fqns]
                 terms[name] = weight * torch.stack(errors).mean()
         return terms
+
+    def _error(self, term: str, mine: Tensor, theirs: Tensor, fqn: str) -> Tensor:
+        if term == "blocks" and self._loss.local and mine.ndim == 3:
+            return token_error(*_alike(mine, theirs, fqn), self._weights)
+        return _compared(mine, theirs, fqn)
 
 
 def _there(tensor: Any, whose: str) -> Tensor:
@@ -160,9 +208,13 @@ def _there(tensor: Any, whose: str) -> Tensor:
 
 
 def _compared(mine: Tensor, theirs: Tensor, what: str) -> Tensor:
+    return relative_error(*_alike(mine, theirs, what))
+
+
+def _alike(mine: Tensor, theirs: Tensor, what: str) -> tuple[Tensor, Tensor]:
     if mine.shape != theirs.shape:
         raise TeacherError(
             f"the teacher's {what} are {list(theirs.shape)} and the student's {list(mine.shape)}; only the original of "
             "a converted model can teach it features"
         )
-    return relative_error(mine, theirs)
+    return mine, theirs

@@ -1,10 +1,11 @@
 """One way to run the models of all libraries: images in; logits, final features and what sites compute out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
@@ -71,6 +72,22 @@ class Runner(nn.Module):
 
             handles.append(modules[fqn].register_forward_hook(keep))
         return handles
+
+    def cut(self, fqns: Sequence[str]) -> list[RemovableHandle]:
+        """Let no gradient leave those modules by their inputs, until the handles are removed."""
+
+        def detached(_: nn.Module, args: Any, kwargs: Any) -> Any:
+            return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+
+        return [self.model.get_submodule(fqn).register_forward_pre_hook(detached, with_kwargs=True) for fqn in fqns]
+
+    def watch_input(self, fqn: str, tell: Callable[[Tensor], None]) -> RemovableHandle:
+        """Tell what goes into a module each time that it is called, until the handle is removed."""
+
+        def note(_: nn.Module, args: Any, kwargs: Any) -> None:
+            tell(next(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)))
+
+        return self.model.get_submodule(fqn).register_forward_pre_hook(note, with_kwargs=True)
 
 
 def _heads(raw: Any, both: bool) -> tuple[Tensor | None, Tensor | None]:

@@ -95,7 +95,11 @@ def train(task: Task, process: Process, *, resume: bool = False, watch: Watch | 
         InterruptedRunError: SIGTERM or Ctrl-C came; there is a checkpoint of the step before.
         TrainingError: a checkpoint could not be written.
     """
-    return _Run(task, process, resume, watch).run()
+    run = _Run(task, process, resume, watch)
+    try:
+        return run.run()
+    finally:
+        run.release()
 
 
 class _Run:
@@ -141,6 +145,7 @@ class _Run:
         if resume:
             self._resume()
         objective = Objective(self.runner, task.teacher, recipe.loss, task.sites)
+        self.release = objective.release
         if recipe.run.compile:
             self.runner.compile()
         self.objective = objective if self.sharded else wrapped(objective, process, unused=not recipe.loss.labels)
