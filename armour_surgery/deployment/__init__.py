@@ -12,6 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from armour_surgery.deployment.attention import AttentionPass, deploy_attention
+from armour_surgery.deployment.drop_dead_tokens_pass import drop_dead_tokens
 from armour_surgery.deployment.drop_key_bias_pass import drop_key_bias
 from armour_surgery.deployment.findings import Findings
 from armour_surgery.deployment.fold_batch_norm_pass import fold_batch_norm
@@ -42,7 +43,8 @@ _ATTENTION_PASSES: dict[str, AttentionPass] = {
     "precompute": precompute,
     "drop-key-bias": drop_key_bias,
 }
-PASSES = (*_MODEL_PASSES, *_ATTENTION_PASSES)
+_LAST_PASSES: dict[str, ModelPass] = {"drop-dead-tokens": drop_dead_tokens}
+PASSES = (*_MODEL_PASSES, *_ATTENTION_PASSES, *_LAST_PASSES)
 
 # The largest relative difference of outputs that is rounding, by type.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -91,6 +93,9 @@ def deploy(
         attention = [(_ATTENTION_PASSES[name], findings[name]) for name in names if name in _ATTENTION_PASSES]
         if attention:
             deploy_attention(result, example, attention, compiled=compiled, forced=passes is not None)
+        for name in names:
+            if name in _LAST_PASSES:
+                _LAST_PASSES[name](result, example, findings[name])
         error = _compare(type(model).__name__, expected, _run(result, noise))
     report = Deployment(
         names,

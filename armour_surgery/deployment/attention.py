@@ -85,6 +85,7 @@ def _deploy_alike(
     )
     for one_pass, findings in passes:
         outcome = one_pass(state)
+        _drop_unused(graph, unused)
         for one in alike:
             if outcome is True:
                 findings.did(one.site.fqn)

@@ -28,7 +28,7 @@ _SHAPE_OF_SECOND = {"view_as", "reshape_as", "expand_as", "type_as"}
 _LINEAR = {"linear", "conv1d", "conv2d", "conv3d"}
 
 
-@dataclass
+@dataclass(eq=False)
 class FunctionCall:
     """One call of a torch function, and the fqn of the innermost module that was running."""
 
@@ -172,7 +172,8 @@ class _Notes(TorchFunctionMode):
 
 
 def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    address: int = tensor.untyped_storage()._cdata
+    return address
 
 
 def follow_model(model: nn.Module, example: dict[str, Tensor]) -> Dataflow:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from armour_surgery.deployment.dataflow import Dataflow, FunctionCall, follow_model
+from armour_surgery.deployment.findings import Findings
 from armour_surgery.deployment.folding import (
     fold_into_maker,
     fold_into_readers,
@@ -13,7 +14,6 @@ from armour_surgery.deployment.folding import (
     tensor_named,
     weights_of,
 )
-from armour_surgery.deployment.findings import Findings
 
 __all__ = ["fold_batch_norm"]
 

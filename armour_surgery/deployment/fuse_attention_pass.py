@@ -76,6 +76,8 @@ def _replace(graph: fx.Graph, found: WrittenOut, state: AttentionGraph, extra: i
         mask = call("unsqueeze", mask, 0)
     fused = call(F.scaled_dot_product_attention, query, key, value, attn_mask=mask, scale=found.scale)
     result = call("transpose", fused, -2, -1) if found.transposed else fused
+    if any(user.target == "view" for user in found.result.users):
+        result = call("contiguous", result)  # the kernel lays out its result in another order than a product does
     found.result.replace_all_uses_with(result)
 
 
@@ -88,7 +90,7 @@ def _widened(graph: fx.Graph, query: fx.Node, axis: int, extra: int) -> fx.Node 
     node = query
     while node.op == "call_method" and node.target in ("permute", "transpose"):
         moves.insert(0, node)
-        axes = [value for value in value_of(tuple(node.args[1:]))]
+        axes = list(value_of(tuple(node.args[1:])))
         if node.target == "permute":
             order = axes[0] if isinstance(axes[0], tuple | list) else axes
             axis = order[axis] % rank

@@ -102,6 +102,6 @@ def _evaluate(node: fx.Node, module: nn.Module, known: dict[fx.Node, Any]) -> An
         elif node.op == "call_method":
             value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:
-            value = node.target(*args, **kwargs)
+            value = node.target(*args, **kwargs)  # type: ignore[operator]
     known[node] = value
     return value
