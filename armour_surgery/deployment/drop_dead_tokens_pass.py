@@ -171,7 +171,8 @@ def _apply(graph: fx.Graph, core: fx.Node, ours: list[fx.Node], kept: int, token
             node.update_arg(2, kept)
         elif node.target in _SUMS:
             for place, argument in enumerate(node.args):
-                value = value_of(argument)
-                outside = isinstance(argument, fx.Node) and argument not in ours and isinstance(value, Tensor)
-                if outside and value.ndim == 3 and value.shape[1] == tokens:
+                if not isinstance(argument, fx.Node) or argument in ours:
+                    continue
+                value = argument.meta["value"]
+                if isinstance(value, Tensor) and value.ndim == 3 and value.shape[1] == tokens:
                     node.update_arg(place, few(argument, 1, node))
