@@ -124,8 +124,8 @@ def write(results: Sequence[dict[str, Any]], out: Path, kept: bool) -> None:
 def markdown(results: Sequence[dict[str, Any]], kept: bool) -> str:
     here = results[0]["environment"]
     lines = [
-        f"{here['processor']}, {here['threads']} threads, torch {here['torch']}, timm {here['timm']}, {here['system']}, "
-        f"batch {results[0]['batch_size']}, inference mode, random weights, freed memory "
+        f"{here['processor']}, {here['threads']} threads, torch {here['torch']}, timm {here['timm']}, "
+        f"{here['system']}, batch {results[0]['batch_size']}, inference mode, random weights, freed memory "
         f"{'kept' if kept else 'given back'}. Speed-ups over the stock model in eval mode.",
         "",
         "| model | run as | what | MACs saved | median speed-up | middle half of the rounds | rounds | error |",

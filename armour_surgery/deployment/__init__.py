@@ -12,6 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from armour_surgery.deployment.attention import AttentionPass, deploy_attention
+from armour_surgery.deployment.dataflow import follow_model
 from armour_surgery.deployment.drop_dead_tokens_pass import drop_dead_tokens
 from armour_surgery.deployment.drop_key_bias_pass import drop_key_bias
 from armour_surgery.deployment.findings import Findings
@@ -84,6 +85,7 @@ def deploy(
     with torch.inference_mode(False), torch.no_grad():
         result = model if inplace else full_copy(model)
         result.eval()
+        follow_model(result, example)  # tells a user in their words when the example does not fit
         noise = _noise(result, example)
         expected = _run(result, noise)
         findings = {name: Findings(name) for name in names}
