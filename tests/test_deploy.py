@@ -23,8 +23,8 @@ from armour_surgery.meta import meta_copy
 from armour_surgery.rewrite import ArmourAttention
 from armour_surgery.sites import DeployedPlace
 
-PLAIN = ["deit-distilled", "dinov2", "beit", "swin", "levit", "hf-levit", "hf-vit", "hf-dinov2", "hf-clip"]
-CONVERTED = ["vit", "deit3", "swin", "levit-conv", "hf-levit", "hf-beit"]
+PLAIN = ["deit-distilled", "dinov2", "beit", "swin", "levit", "hf-dinov2"]
+CONVERTED = ["vit", "levit-conv", "hf-levit", "hf-beit"]
 
 
 @cache
@@ -56,7 +56,7 @@ def test_a_deployed_model_computes_the_same(name: str, converted: bool) -> None:
     assert isinstance(deployed, type(model))
     assert worst(name, model, deployed) < 1e-12
     assert deployed.deployment.error < 1e-12
-    assert deployed.deployment.passes == PASSES
+    assert set(PASSES) - set(deployed.deployment.passes) == {"fold-layer-norm"}
     assert not deployed.training
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     assert not hasattr(model, "deployment")
@@ -100,7 +100,7 @@ def test_without_weights_it_does_the_same_and_compares_nothing() -> None:
     assert deployed.deployment.done == deploy(model, example_input=example).deployment.done
 
 
-@pytest.mark.parametrize(("name", "converted"), [("levit", True), ("vit", True)])
+@pytest.mark.parametrize(("name", "converted"), [("levit", True), ("vit", False)])
 def test_it_compiles_and_exports(name: str, converted: bool, tmp_path) -> None:
     torch._dynamo.reset()
     case = CASES[name]
@@ -127,7 +127,7 @@ def test_compiled_models_keep_their_products_as_they_are_written() -> None:
 
 def test_what_was_done_is_on_the_model() -> None:
     model, example = double("dinov2", False)
-    report = deploy(model, example_input=example).deployment
+    report = deploy(model, example_input=example, passes=PASSES).deployment
     assert DeployedPlace("fold-layer-scale", "blocks.0.ls1.gamma") in report.done
     assert report.count("fold-layer-norm") == 4
     kept = {(place.name, place.fqn): place.reason for place in report.kept}
@@ -172,7 +172,7 @@ def test_nothing_to_do_is_an_error_that_says_why() -> None:
     message = refused(NothingToDeployError, lambda: deploy(model, example_input=example, passes=["drop-key-bias"]))
     assert "added in one go" in message
     assert "VisionTransformer" in message
-    plain = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU())
+    plain = nn.Sequential(nn.Linear(8, 5), nn.ReLU())
     assert "Sequential" in refused(NothingToDeployError, lambda: deploy(plain, example_input=(2, 3, 8, 8)))
 
 
@@ -197,5 +197,3 @@ def test_a_model_that_answers_differently_each_time_is_not_handed_out() -> None:
     message = refused(PostconditionError, lambda: deploy(Restless(), example_input={"x": torch.empty(2, 6)}))
     assert "Restless" in message
     assert "passes=" in message
-
-

@@ -54,6 +54,8 @@ def free_keys(traced: TracedSite) -> str | None:
     producer = key.producer
     if not producer.plain or producer.bias:
         return f"{producer.fqn} is not one plain Linear or 1x1 convolution"
+    if {row.rpartition(".")[0] for row in producer.rows} != {producer.weight.rpartition(".")[0]}:
+        return f"a norm acts on what {producer.fqn} makes; fold it first"
     own = {channel for head in key.channels for channel in head}
     for role, name in ((traced.q, "Q"), (traced.v, "V")):
         if role.producer.node is producer.node and own & {channel for head in role.channels for channel in head}:
