@@ -197,3 +197,15 @@ def test_a_model_that_answers_differently_each_time_is_not_handed_out() -> None:
     message = refused(PostconditionError, lambda: deploy(Restless(), example_input={"x": torch.empty(2, 6)}))
     assert "Restless" in message
     assert "passes=" in message
+
+
+def test_trained_weights_answer_the_same() -> None:
+    pytest.importorskip("sklearn")
+    from armour_surgery.demo import digits_split, load_digits_vit
+
+    _, _, images, _ = digits_split()
+    for model in (load_digits_vit(), convert(load_digits_vit(), "qv")):
+        model.eval()
+        deployed = deploy(model, passes=PASSES)
+        with torch.no_grad():
+            assert relative_error([model(images)], [deployed(images)]) < 1e-5
