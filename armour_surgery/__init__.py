@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from armour_surgery.conversion import inspect as inspect
     from armour_surgery.conversion import plan as plan
     from armour_surgery.conversion import sensitivities as sensitivities
+    from armour_surgery.deployment import deploy as deploy
     from armour_surgery.errors import ArmourError as ArmourError
     from armour_surgery.folder import load as load
     from armour_surgery.folder import save as save
@@ -23,6 +24,7 @@ _HOME = {
     "AttentionSite": "sites",
     "SurgeryPlan": "sites",
     "convert": "conversion",
+    "deploy": "deployment",
     "inspect": "conversion",
     "load": "folder",
     "plan": "conversion",
@@ -30,7 +32,18 @@ _HOME = {
     "sensitivities": "conversion",
 }
 
-__all__ = ["ArmourError", "AttentionSite", "SurgeryPlan", "convert", "inspect", "load", "plan", "save", "sensitivities"]
+__all__ = [
+    "ArmourError",
+    "AttentionSite",
+    "SurgeryPlan",
+    "convert",
+    "deploy",
+    "inspect",
+    "load",
+    "plan",
+    "save",
+    "sensitivities",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,8 @@ ArmourError                    exit code 1
 │   ├── NothingToConvertError  no site fits the mode
 │   ├── PatternError           an include/exclude pattern matches no site
 │   ├── AlreadyConvertedError  the model went through surgery before
+│   ├── AlreadyDeployedError   the model went through `deploy` before, which comes last
+│   ├── NothingToDeployError   no pass of `deploy` found anything to do
 │   ├── CalibrationError       the images to calibrate with are missing, unreadable or of another kind
 │   └── PostconditionError     a pass did not keep its promise (a bug: please report it)
 ├── TrainingError              training or evaluating cannot start, go on, or end well
@@ -36,6 +38,7 @@ A message says what was wrong (with the value), where (fqn or file) and what to 
 
 __all__ = [
     "AlreadyConvertedError",
+    "AlreadyDeployedError",
     "ArmourError",
     "CalibrationError",
     "CheckpointError",
@@ -53,6 +56,7 @@ __all__ = [
     "NoAttentionError",
     "NotOursError",
     "NothingToConvertError",
+    "NothingToDeployError",
     "PatternError",
     "PostconditionError",
     "ResumeError",
@@ -132,6 +136,14 @@ class PatternError(ConversionError):
 
 class AlreadyConvertedError(ConversionError):
     """The model went through surgery before."""
+
+
+class AlreadyDeployedError(ConversionError):
+    """The model went through `deploy` before: it is for inference, and nothing comes after that."""
+
+
+class NothingToDeployError(ConversionError):
+    """No pass of `deploy` found anything to do."""
 
 
 class CalibrationError(ConversionError):

@@ -33,6 +33,7 @@ from armour_surgery.hosts.skeleton import changed_attributes, first_difference
 from armour_surgery.model_card import model_card
 from armour_surgery.sites import Source, SurgeryPlan
 from armour_surgery.staging import CARD, PLAN, STAGE, WEIGHTS, digest_of, names_weights, written_aside
+from armour_surgery.targets import refuse_deployed
 
 __all__ = ["SCHEMA_VERSION", "TRAINING", "check_output", "is_saved_folder", "load", "read_plan", "save"]
 
@@ -102,10 +103,12 @@ def save(model: nn.Module, path: str | Path, *, model_args: Mapping[str, Any] | 
 
     Raises:
         UsageError: the model is not converted.
+        AlreadyDeployedError: it is deployed; save it first, and deploy it after loading.
         FolderError: it cannot be rebuilt from its library (the message says what differs),
             or could not be written.
         NotOursError: `path` exists and is not ours.
     """
+    refuse_deployed(model)
     surgery = surgery_of(model)
     target = Path(path)
     check_output(target)

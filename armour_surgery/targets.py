@@ -10,10 +10,10 @@ from torch import nn
 
 from armour_surgery import hosts
 from armour_surgery.discover import FoundSite
-from armour_surgery.errors import AlreadyConvertedError, ExampleInputError, PatternError
+from armour_surgery.errors import AlreadyConvertedError, AlreadyDeployedError, ExampleInputError, PatternError
 from armour_surgery.rewrite import ArmourAttention
 
-__all__ = ["Example", "Rank", "check_names", "example_of", "refuse_converted", "select_sites"]
+__all__ = ["Example", "Rank", "check_names", "example_of", "refuse_converted", "refuse_deployed", "select_sites"]
 
 Rank = int | Mapping[str, int]
 Example = dict[str, torch.Tensor] | torch.Tensor | tuple[int, ...]
@@ -24,12 +24,27 @@ def refuse_converted(model: nn.Module) -> None:
 
     Raises:
         AlreadyConvertedError: see above.
+        AlreadyDeployedError: it is deployed, too late for surgery.
     """
+    refuse_deployed(model)
     done = next((name for name, module in model.named_modules() if isinstance(module, ArmourAttention)), None)
     if done is not None or hasattr(model, "surgery"):
         raise AlreadyConvertedError(
             f"{type(model).__name__} is converted already ({done or 'it carries a surgery plan'}). Convert the "
             "original model, with everything that you want in one call"
+        )
+
+
+def refuse_deployed(model: nn.Module) -> None:
+    """Refuse a model that was readied for inference.
+
+    Raises:
+        AlreadyDeployedError: see above.
+    """
+    if hasattr(model, "deployment"):
+        raise AlreadyDeployedError(
+            f"this {type(model).__name__} is deployed, which comes last: its weights are folded, for inference only. "
+            "Convert, train, save and deploy the model that deploy() was given"
         )
 
 

@@ -10,17 +10,28 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
+from armour_surgery.discover.match import result_of
 from armour_surgery.discover.output import find_output
 from armour_surgery.discover.provenance import understand
 from armour_surgery.discover.record import Recording, record
 from armour_surgery.discover.results import find_results
-from armour_surgery.discover.trace import trace, value_of
+from armour_surgery.discover.trace import SELF, guard, trace, value_of
 from armour_surgery.errors import NoAttentionError, TraceError
 from armour_surgery.modes import MODES, judge
 from armour_surgery.sites import AttentionSite, Projection
 from armour_surgery.traced import Call, Role, Trace, TracedSite
 
-__all__ = ["FoundSite", "find_output", "find_results", "find_sites", "trace_call"]
+__all__ = [
+    "SELF",
+    "FoundSite",
+    "find_output",
+    "find_results",
+    "find_sites",
+    "guard",
+    "result_of",
+    "trace_call",
+    "value_of",
+]
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from armour_surgery.traced import Call, Signature
 
 __all__ = ["bind"]
 
+# A converted attention may be traced once more, and is then called with proxies.
+_TENSOR = (torch.Tensor, fx.Proxy)
 Rebuild = Callable[[tuple[Any, ...]], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
@@ -43,7 +45,7 @@ class _Reader:
             if name != expression:
                 self.preamble.append(f"{name} = {expression}")
             if not required:
-                self.conditions.append(f"isinstance({expression}, {self.name_object(torch.Tensor)})")
+                self.conditions.append(f"isinstance({expression}, {self.name_object(_TENSOR)})")
             self.data[name] = value
             return lambda leaves: leaves[index]
         if isinstance(value, tuple | list) and _holds_tensors(value):

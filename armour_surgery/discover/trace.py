@@ -12,6 +12,7 @@ import functools
 import inspect
 import itertools
 import operator
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -193,7 +194,7 @@ class _ValueTracer(fx.Tracer):
         if path is None:
             return value
         if isinstance(value, bool):
-            self.switches[f"self.{path}.{name}" if path else f"self.{name}"] = value
+            self.switches[_expression(path, name)] = value
             return value
         owner = self.self_node if not path else self.create_node("get_attr", path, (), {})
         owner.meta["value"] = self.shadow.get_submodule(path)
@@ -215,6 +216,11 @@ class _ValueTracer(fx.Tracer):
             return self.create_proxy("call_method", name, (fx.Proxy(owner, self), *args), kwargs)
 
         return functools.wraps(call)(wrapper)
+
+
+def _expression(path: str, name: str) -> str:
+    """How generated code reads an attribute of a submodule: `self.blocks[1].attn.training`."""
+    return re.sub(r"\.(\d+)(?=\.)", r"[\1]", f"self.{path}.{name}" if path else f"self.{name}")
 
 
 def _own_methods(module: nn.Module) -> Iterator[str]:

@@ -7,7 +7,7 @@ from torch import fx
 from armour_surgery.modes import Mode
 from armour_surgery.rewrite.add_grouped_projection_pass import AddGroupedProjectionPass
 from armour_surgery.rewrite.edits import AddGrouped, Edit, KeepRows, apply_edits, edited_names, removed_name
-from armour_surgery.rewrite.emit import ArmourAttention, Variant, make_class, render
+from armour_surgery.rewrite.emit import ArmourAttention, Variant, make_class, render, write_forward
 from armour_surgery.rewrite.mask_diagonal_pass import MaskDiagonalPass
 from armour_surgery.rewrite.narrow_heads_pass import NarrowHeadsPass
 from armour_surgery.rewrite.narrow_projections_pass import NarrowProjectionsPass
@@ -32,6 +32,7 @@ __all__ = [
     "render",
     "residual",
     "rewrite",
+    "write_forward",
 ]
 
 

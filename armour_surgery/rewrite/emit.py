@@ -17,7 +17,7 @@ from torch import fx, nn
 from armour_surgery.errors import SpecializationError
 from armour_surgery.traced import Call, FunctionReference, Signature
 
-__all__ = ["ArmourAttention", "Variant", "make_class", "render"]
+__all__ = ["ArmourAttention", "Variant", "make_class", "render", "write_forward"]
 
 _SELF = "_self"
 _FREED = re.compile(r";\s+((?:\w+ = )+)None\b.*$")
@@ -58,7 +58,9 @@ class ArmourAttention:
             SpecializationError: this kind of call cannot be followed; the message says what about it.
         """
         assert isinstance(self, nn.Module)
-        cls = type(self)
+        # A deployed attention is a subclass; what it does not know is traced for the class that was converted.
+        cls = next(owner for owner in type(self).__mro__ if "armour_variants" in vars(owner))
+        assert issubclass(cls, ArmourAttention)
         variant = cls.armour_trace(self, Call(args, kwargs))
         if any((variant.conditions, variant.body) == (known.conditions, known.body) for known in cls.armour_variants):
             raise SpecializationError(
@@ -67,7 +69,7 @@ class ArmourAttention:
             )
         cls.armour_variants = [*cls.armour_variants, variant]
         _install(cls)
-        return cls.forward(self, *args, **kwargs)
+        return cls.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
 
 
 def _is_large(node: fx.Node) -> bool:
@@ -153,10 +155,22 @@ def _negated(condition: str) -> str:
 
 def _install(cls: type[ArmourAttention]) -> None:
     """Write the class's forward from its branches, newest first, and compile it."""
-    scope: dict[str, Any] = {}
+    name = f"<armour {cls.__name__} {id(cls):x}.{len(cls.armour_variants)}>"
+    source, forward = write_forward(cls.armour_variants, name, "self.armour_specialize({})", {})
+    cls.armour_source = source
+    cls.forward = forward  # type: ignore[attr-defined]
+
+
+def write_forward(
+    variants: list[Variant], filename: str, otherwise: str, scope: dict[str, Any]
+) -> tuple[str, Callable[..., Any]]:
+    """The source of a forward with one branch for each variant, newest first, and the compiled function.
+
+    `otherwise` is what it returns where no branch holds, with a place for its arguments; `scope` are globals for it.
+    """
     lines: list[str] = []
-    arguments = _call_arguments(cls.armour_variants[0].header)
-    for index, variant in enumerate(reversed(cls.armour_variants)):
+    arguments = _call_arguments(variants[0].header)
+    for index, variant in enumerate(reversed(variants)):
         renamed: dict[str, str] = {}
         for name, value in variant.objects:
             if scope.setdefault(name, value) is not value and scope[name] != value:
@@ -173,13 +187,11 @@ def _install(cls: type[ArmourAttention]) -> None:
         # A branch that holds for one size only is left with `break`, on to the next.
         keyword = "while" if any(line.lstrip().startswith("break") for line in body) else "if"
         lines += [f"    {keyword} {condition}:", *(f"        {line}" for line in body)]
-    lines.append(f"    return self.armour_specialize({arguments})")
-    source = "\n".join([f"def forward({cls.armour_variants[0].header}):", *lines, ""])
-    filename = f"<armour {cls.__name__} {id(cls):x}.{len(cls.armour_variants)}>"
+    lines.append(f"    return {otherwise.format(arguments)}")
+    source = "\n".join([f"def forward({variants[0].header}):", *lines, ""])
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     exec(compile(source, filename, "exec"), scope)
-    cls.armour_source = source
-    cls.forward = scope["forward"]  # type: ignore[attr-defined]
+    return source, scope["forward"]
 
 
 def make_class(host: type[nn.Module], mode: str, variants: list[Variant], specialize: Specialize) -> type[nn.Module]:

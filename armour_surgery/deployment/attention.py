@@ -1,0 +1,121 @@
+"""Passes on the traced attention of every site; sites that are alike are rewritten once."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from torch import Tensor, fx, nn
+
+from armour_surgery.deployment.emit import make_deployed_class
+from armour_surgery.deployment.findings import Findings
+from armour_surgery.discover import FoundSite, find_sites
+from armour_surgery.errors import NoAttentionError
+from armour_surgery.rewrite import render
+from armour_surgery.traced import TracedSite
+
+__all__ = ["AttentionGraph", "AttentionPass", "deploy_attention"]
+
+
+@dataclass
+class AttentionGraph:
+    """The attention of some modules that are alike, being rewritten.
+
+    Passes change `graph`, fill `buffers` (for each module, new tensors by name), and list in `edits` what has to be
+    done to each module. `fused` says that the core is one call. `bound` says that the modules' weights no longer serve
+    another forward than this graph.
+    """
+
+    traced: TracedSite
+    graph: fx.Graph
+    modules: list[nn.Module]
+    compiled: bool
+    forced: bool
+    fused: bool
+    changed: bool = False
+    bound: bool = False
+    buffers: list[dict[str, Tensor]] = field(default_factory=list)
+    edits: list[Callable[[nn.Module], None]] = field(default_factory=list)
+
+    def submodules(self) -> dict[str, nn.Module]:
+        """The submodules of the first of them, by name."""
+        return dict(self.modules[0].named_modules())
+
+
+# True where it did something, False where there is nothing for it to do, a reason where it left something alone.
+AttentionPass = Callable[[AttentionGraph], bool | str]
+
+
+def deploy_attention(
+    model: nn.Module,
+    example: dict[str, Tensor],
+    passes: Iterable[tuple[AttentionPass, Findings]],
+    *,
+    compiled: bool,
+    forced: bool,
+) -> None:
+    """Run the passes, in order, on every attention of a model, and put in the modules that come out.
+
+    `compiled` says that the model will be compiled, `forced` that passes act also where they do not pay.
+    """
+    try:
+        sites = find_sites(model, example)
+    except NoAttentionError:
+        return
+    groups: dict[str, list[FoundSite]] = {}
+    for one in sites:
+        groups.setdefault(one.fingerprint, []).append(one)
+    for alike in groups.values():
+        _deploy_alike(model, alike, list(passes), compiled, forced)
+
+
+def _deploy_alike(
+    model: nn.Module, alike: list[FoundSite], passes: list[tuple[AttentionPass, Findings]], compiled: bool, forced: bool
+) -> None:
+    traced = alike[0].traced
+    if traced is None:
+        reason = next(iter(alike[0].site.refused.values()), "it could not be followed")
+        for _, findings in passes:
+            for one in alike:
+                findings.left(one.site.fqn, reason)
+        return
+    modules = [model.get_submodule(one.site.fqn) for one in alike]
+    graph = traced.trace.graph
+    unused = {node for node in graph.nodes if not node.users}
+    state = AttentionGraph(
+        traced, graph, modules, compiled, forced, traced.core.kind != "softmax", buffers=[{} for _ in modules]
+    )
+    for one_pass, findings in passes:
+        outcome = one_pass(state)
+        _drop_unused(graph, unused)
+        for one in alike:
+            if outcome is True:
+                findings.did(one.site.fqn)
+            elif isinstance(outcome, str):
+                findings.left(one.site.fqn, outcome)
+    for module in modules:
+        for edit in state.edits:
+            edit(module)
+    if not state.changed:
+        return
+    _drop_idle(state)
+    _drop_unused(graph, unused)
+    graph.lint()
+    cls = make_deployed_class(type(modules[0]), render(graph, traced.trace.signature), bound=state.bound)
+    for module, buffers in zip(modules, state.buffers, strict=True):
+        for name, tensor in buffers.items():
+            module.register_buffer(name, tensor, persistent=False)
+        object.__setattr__(module, "__class__", cls)
+
+
+def _drop_idle(state: AttentionGraph) -> None:
+    """Leave out calls of modules that do nothing at rest."""
+    modules = state.submodules()
+    for node in list(state.graph.nodes):
+        if node.op == "call_module" and isinstance(modules[str(node.target)], nn.Identity | nn.Dropout):
+            node.replace_all_uses_with(node.args[0])
+
+
+def _drop_unused(graph: fx.Graph, unused: set[fx.Node]) -> None:
+    """Remove nodes that lost their last user (what never had one may act by side effect: it stays)."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node not in unused and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)

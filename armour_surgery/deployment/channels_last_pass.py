@@ -1,0 +1,61 @@
+"""Convolutions with the channels of a pixel side by side in memory, which is how tokens have them."""
+
+import torch
+from torch import Tensor, nn
+
+from armour_surgery.deployment.dataflow import FunctionCall, follow_model
+from armour_surgery.deployment.findings import Findings
+from armour_surgery.deployment.folding import tensor_named
+
+__all__ = ["channels_last"]
+
+
+def channels_last(model: nn.Module, example: dict[str, Tensor], findings: Findings) -> None:
+    """Keep the weights of a stem's convolutions in torch's channels_last format; their results then come in it too.
+
+    On CPUs the kernel need not reorder images, and what turns a feature map into tokens is a view. A host that looks at
+    a feature map through `view` counts on the other format; so the model is run, and left as it is where that fails.
+    Patch embeddings, whose kernels do not overlap, are left alone: DeiT-Ti ran 0.96 times as fast with it.
+    LeViT-128S, batch 16, eager, one thread of an EPYC with AVX2: stem 1.15 times, whole model 1.04 times as fast.
+    """
+    flow = follow_model(model, example)
+    calls = [call for call in flow.calls if call.name == "conv2d" and flow.own_name(call.argument(1, "weight"))]
+    overlapping = [call for call in calls if _overlaps(call)]
+    for call in calls:
+        if call not in overlapping:
+            findings.left(call.module, "its kernel does not overlap, and the other format is as fast or faster")
+    names = {call.module: str(flow.own_name(call.argument(1, "weight"))) for call in overlapping}
+    weights = {owner: tensor_named(model, name) for owner, name in names.items()}
+    if not weights:
+        return
+    device = next(iter(weights.values())).device
+    if device.type not in ("cpu", "meta"):
+        for owner in weights:
+            findings.left(owner, f"it pays on a CPU, and the model is on {device}")
+        return
+    old = {owner: weight.data for owner, weight in weights.items()}
+    for weight in weights.values():
+        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    try:
+        dtype = next(iter(weights.values())).dtype
+        model(
+            **{
+                name: torch.zeros_like(value, device=device, dtype=dtype if value.is_floating_point() else value.dtype)
+                for name, value in example.items()
+            }
+        )
+    except RuntimeError as error:
+        for owner, weight in weights.items():
+            weight.data = old[owner]
+            findings.left(owner, f"the model does not run with it ({error})")
+        return
+    for owner in weights:
+        findings.did(owner)
+
+
+def _overlaps(call: FunctionCall) -> bool:
+    """Whether pixels are read by more than one place of the kernel."""
+    stride = call.argument(3, "stride") or 1
+    strides = (stride, stride) if isinstance(stride, int) else tuple(stride)
+    kernel = call.argument(1, "weight").shape[2:]
+    return any(size > step for size, step in zip(kernel, strides * (2 // len(strides)), strict=True))

@@ -1,0 +1,218 @@
+"""Which function of torch makes what every other one reads, in one run of a whole model without weights.
+
+The record is made at the level of function calls, not of modules: it sees the `F.linear`, `F.batch_norm` or product
+with a parameter whichever class it is written in, and says which module was running then.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from armour_surgery.errors import ExampleInputError
+from armour_surgery.meta import meta_copy
+
+__all__ = ["Dataflow", "FunctionCall", "follow_model"]
+
+# They move numbers and change none: what goes in as channel c comes out as channel c.
+_LAYOUT = {
+    "view", "reshape", "permute", "transpose", "contiguous", "flatten", "unflatten", "squeeze", "unsqueeze", "select",
+    "movedim", "moveaxis", "swapaxes", "swapdims", "clone", "view_as", "reshape_as", "__getitem__", "roll", "narrow",
+    "detach", "expand", "expand_as",
+}  # fmt: skip
+_SHAPE_OF_SECOND = {"view_as", "reshape_as", "expand_as", "type_as"}
+_LINEAR = {"linear", "conv1d", "conv2d", "conv3d"}
+
+
+@dataclass(eq=False)
+class FunctionCall:
+    """One call of a torch function, and the fqn of the innermost module that was running."""
+
+    name: str
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[Tensor, ...]
+    module: str
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is a Linear or a convolution."""
+        return self.name in _LINEAR
+
+    @property
+    def is_layout(self) -> bool:
+        """Whether it only moves numbers."""
+        return self.name in _LAYOUT and len(self.outputs) == 1
+
+    @property
+    def source(self) -> Any:
+        """Its first argument, as a rule what it acts on."""
+        return self.args[0] if self.args else self.kwargs.get("input")
+
+    def argument(self, index: int, name: str) -> Any:
+        """An argument, however it was passed; None where it was not."""
+        return self.args[index] if len(self.args) > index else self.kwargs.get(name)
+
+    def reads(self) -> list[Tensor]:
+        """The tensors whose numbers it takes, in order; not those that only lend their shape."""
+        leaves = pytree.tree_leaves((self.args[:1] if self.name in _SHAPE_OF_SECOND else self.args, self.kwargs))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+@dataclass
+class Dataflow:
+    """What one run of `model` (a copy without weights, in eval mode) showed.
+
+    `inputs` and `outputs` are what every module took and gave, call by call. `results` are the model's own outputs.
+    """
+
+    model: nn.Module
+    calls: list[FunctionCall] = field(default_factory=list)
+    inputs: dict[str, list[Any]] = field(default_factory=dict)
+    outputs: dict[str, list[Any]] = field(default_factory=dict)
+    results: list[Tensor] = field(default_factory=list)
+    makers: dict[int, FunctionCall] = field(default_factory=dict)
+    readers: dict[int, list[FunctionCall]] = field(default_factory=dict)
+    names: dict[int, list[str]] = field(default_factory=dict)
+    written: set[int] = field(default_factory=set)
+    kept: list[Any] = field(default_factory=list)
+
+    def maker(self, tensor: Any) -> FunctionCall | None:
+        """The call that made a tensor; None for inputs and parameters."""
+        return self.makers.get(id(tensor))
+
+    def readers_of(self, tensor: Tensor) -> list[FunctionCall]:
+        """The calls that read a tensor's numbers."""
+        return self.readers.get(id(tensor), [])
+
+    def is_result(self, tensor: Tensor) -> bool:
+        """Whether the model returns it."""
+        return any(tensor is result for result in self.results)
+
+    def is_written(self, tensor: Tensor) -> bool:
+        """Whether something in the run wrote into its memory."""
+        return _memory(tensor) in self.written
+
+    def own_name(self, tensor: Any) -> str | None:
+        """The one name of a parameter or buffer that is read exactly once in the run; None of any other tensor."""
+        names = self.names.get(id(tensor), [])
+        return names[0] if len(names) == 1 and len(self.readers_of(tensor)) == 1 else None
+
+    def alone(self, call: FunctionCall) -> str | None:
+        """The module that does this call and nothing else: it takes what the call takes and returns what it returns."""
+        inside = [other for other in self.calls if other.module == call.module]
+        taken, given = self.inputs.get(call.module, []), self.outputs.get(call.module, [])
+        whole = len(inside) == len(taken) == len(given) == 1 and call.module
+        return call.module if whole and taken[0] is call.source and given[0] is call.outputs[0] else None
+
+    def back(self, tensor: Any) -> tuple[FunctionCall, list[FunctionCall]] | None:
+        """The call that made a tensor, and the layout operations since, first one first.
+
+        None where what it made is also read by something else, returned, or written to.
+        """
+        steps: list[FunctionCall] = []
+        while True:
+            maker = self.maker(tensor)
+            if maker is None or len(self.readers_of(tensor)) != 1 or self.is_result(tensor) or self.is_written(tensor):
+                return None
+            if not maker.is_layout:
+                return maker, steps[::-1]
+            steps.append(maker)
+            tensor = maker.source
+
+    def ends(self, tensor: Tensor) -> Iterator[tuple[FunctionCall | None, list[FunctionCall]]]:
+        """All that reads a tensor, each with the layout operations before it; None for the model's results."""
+        waiting: list[tuple[Tensor, list[FunctionCall]]] = [(tensor, [])]
+        while waiting:
+            current, steps = waiting.pop()
+            if self.is_result(current) or self.is_written(current):
+                yield None, steps
+            for reader in self.readers_of(current):
+                if reader.is_layout and reader.source is current:
+                    waiting.append((reader.outputs[0], [*steps, reader]))
+                else:
+                    yield reader, steps
+
+
+class _Notes(TorchFunctionMode):
+    """Write down every call of a torch function."""
+
+    def __init__(self, flow: Dataflow, stack: list[str]) -> None:
+        super().__init__()
+        self.flow = flow
+        self.stack = stack
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        versions = [tensor._version for tensor in inputs]
+        result = func(*args, **kwargs)
+        name = getattr(func, "__name__", str(func))
+        outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.flow.kept += [*inputs, *outputs]  # an id must not be given to another tensor
+        written = {_memory(t) for t, version in zip(inputs, versions, strict=True) if t._version != version}
+        self.flow.written |= written
+        unchanged = len(outputs) == 1 and any(outputs[0] is tensor for tensor in inputs)
+        if not written and (unchanged or not outputs):
+            return result  # a size, or dropout at rest
+        call = FunctionCall(name, func, tuple(args), dict(kwargs), tuple(outputs), self.stack[-1])
+        self.flow.calls.append(call)
+        for tensor in call.reads():
+            known = self.flow.readers.setdefault(id(tensor), [])
+            if call not in known:
+                known.append(call)
+        for tensor in outputs:
+            self.flow.makers.setdefault(id(tensor), call)
+        return result
+
+
+def _memory(tensor: Tensor) -> int:
+    address: int = tensor.untyped_storage()._cdata
+    return address
+
+
+def follow_model(model: nn.Module, example: dict[str, Tensor]) -> Dataflow:
+    """Run a weightless copy of `model` in eval mode on `example` (keyword arguments) and note what flows where.
+
+    Raises:
+        ExampleInputError: the model did not accept the example.
+    """
+    copied = meta_copy(model)
+    copied.eval()
+    flow = Dataflow(copied)
+    for name, tensor in [
+        *copied.named_parameters(remove_duplicate=False),
+        *copied.named_buffers(remove_duplicate=False),
+    ]:
+        flow.names.setdefault(id(tensor), []).append(name)
+    stack: list[str] = [""]
+    for fqn, module in copied.named_modules():
+
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fqn: str = fqn) -> None:
+            stack.append(fqn)
+            leaves = pytree.tree_leaves((args, kwargs))
+            flow.inputs.setdefault(fqn, []).append(leaves[0] if leaves else None)
+
+        def leave(_: nn.Module, args: tuple[Any, ...], output: Any, fqn: str = fqn) -> None:
+            stack.pop()
+            flow.outputs.setdefault(fqn, []).append(output)
+
+        module.register_forward_pre_hook(enter, with_kwargs=True)
+        module.register_forward_hook(leave, always_call=True)
+    try:
+        with torch.no_grad(), _Notes(flow, stack):
+            result = copied(**{name: value.to("meta") for name, value in example.items()})
+    except Exception as error:
+        shapes = {name: tuple(value.shape) for name, value in example.items()}
+        raise ExampleInputError(
+            f"{type(model).__name__} could not run on inputs of shape {shapes}: {type(error).__name__}: {error}. "
+            "Pass example_input= with what its forward takes"
+        ) from error
+    leaves = pytree.tree_leaves(result.to_tuple() if hasattr(result, "to_tuple") else result)
+    flow.results = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return flow

@@ -1,0 +1,178 @@
+"""After the last attention only the tokens that the head reads matter: the others are not computed any further."""
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from armour_surgery.deployment.dataflow import Dataflow, follow_model
+from armour_surgery.deployment.emit import make_deployed_class
+from armour_surgery.deployment.findings import Findings
+from armour_surgery.discover.match import find_core
+from armour_surgery.discover.record import record
+from armour_surgery.discover.trace import trace, value_of
+from armour_surgery.errors import TraceError
+from armour_surgery.rewrite import render
+
+__all__ = ["drop_dead_tokens"]
+
+# They act on every number for itself.
+_ELEMENTWISE = {"add", "mul", "sub", "gelu", "relu", "silu", "hardswish", "sigmoid", "tanh", "quick_gelu", "div"}
+_SUMS = {operator.add, torch.add, operator.mul, torch.mul, "add", "mul"}
+
+
+def drop_dead_tokens(model: nn.Module, example: dict[str, Tensor], findings: Findings) -> None:
+    """Narrow the last attention's queries, and all that follows, to the first tokens, where a head reads no others.
+
+    Keys and values are still those of all tokens, so the tokens that are left come out the same. Only the model's own
+    `forward` changes, by a subclass: `forward_features` and whatever else returns tokens gives all of them. Hooks on
+    the last block no longer fire.
+    """
+    recording = record(model, example)
+    if not recording.innermost:
+        return
+    last = recording.innermost[-1]
+    parts = last.split(".")
+    opened = {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+    opened |= {name for name in recording.around if name.startswith(f"{last}.")}
+    try:
+        traced = trace(model, recording.calls[""], lambda name, _: name not in opened)
+        unused = {node for node in traced.graph.nodes if not node.users}
+        reason = _narrow(traced.graph, follow_model(model, example), dict(model.named_modules()))
+    except TraceError as error:
+        reason = f"the whole model cannot be followed: {error}"
+    if reason is not None:
+        findings.left(last, reason)
+        return
+    for node in reversed(list(traced.graph.nodes)):
+        if not node.users and node not in unused and node.op not in ("placeholder", "output"):
+            traced.graph.erase_node(node)
+    traced.graph.lint()
+    cls = make_deployed_class(type(model), render(traced.graph, traced.signature), bound=False)
+    object.__setattr__(model, "__class__", cls)
+    findings.did(last)
+
+
+def _narrow(graph: fx.Graph, flow: Dataflow, modules: dict[str, nn.Module]) -> str | None:
+    """Rewrite the graph; or say why all tokens are needed."""
+    core = find_core(graph, modules)
+    if core.kind != "sdpa" or core.q.meta["value"].ndim != 4:
+        return "its last attention is not one call of scaled_dot_product_attention"
+    tokens = core.q.meta["value"].shape[-2]
+    selections: dict[fx.Node, int] = {}
+    ours: list[fx.Node] = [core.node]
+    for node in graph.nodes:
+        sources = [source for source in node.all_input_nodes if source in ours]
+        if not sources:
+            continue
+        index = _selected(node, tokens)
+        if index is not None:
+            selections[node] = index
+        elif node.op == "output" or not _keeps_tokens(node, tokens, flow, modules):
+            what = "the model's output" if node.op == "output" else getattr(node.target, "__name__", node.target)
+            return f"{what} needs all its tokens"
+        else:
+            ours.append(node)
+    if not selections:
+        return "nothing selects tokens after it"
+    kept = max(selections.values()) + 1
+    if kept >= tokens:
+        return "its head reads all tokens"
+    _apply(graph, core.node, ours, kept, tokens)
+    return None
+
+
+def _selected(node: fx.Node, tokens: int) -> int | None:
+    """The last token that `x[:, i]` or `x[:, :i]` takes; None for anything else."""
+    if node.target is not operator.getitem or not isinstance(node.args[0], fx.Node):
+        return None
+    source, index = node.args[0].meta["value"], value_of(node.args[1])
+    if not isinstance(source, Tensor) or source.ndim != 3 or source.shape[1] != tokens:
+        return None
+    if not isinstance(index, tuple) or len(index) != 2 or index[0] != slice(None):
+        return None
+    if isinstance(index[1], int) and index[1] >= 0:
+        return index[1]
+    stop = index[1].stop if isinstance(index[1], slice) else None
+    return stop - 1 if isinstance(stop, int) and 0 < stop < tokens else None
+
+
+def _keeps_tokens(node: fx.Node, tokens: int, flow: Dataflow, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node treats every token for itself, or is one of the views from heads back to tokens."""
+    value = node.meta.get("value")
+    if not isinstance(value, Tensor):
+        return False
+    if node.op == "call_module":
+        name = str(node.target)
+        layer = modules[name]
+        if isinstance(layer, nn.Identity | nn.Dropout):
+            return True
+        return value.ndim == 3 and value.shape[1] == tokens and _treats_tokens_alone(flow, name)
+    if node.target in _SUMS:
+        return all(_fits(value_of(argument), tokens) for argument in node.args)
+    if node.op == "call_method" and node.target == "transpose":
+        return value_of(tuple(node.args[1:])) in ((1, 2), (2, 1))
+    if node.op == "call_method" and node.target in ("reshape", "view"):
+        return value.ndim == 3 and len(node.args) == 4 and value.shape[1] == tokens
+    return node.op == "call_method" and node.target in ("contiguous", "flatten") and value.ndim >= 3
+
+
+def _fits(value: Any, tokens: int) -> bool:
+    """Whether an operand has its tokens on axis 1, or none at all."""
+    if not isinstance(value, Tensor):
+        return isinstance(value, int | float)
+    return value.ndim <= 1 or (value.ndim == 3 and value.shape[1] in (1, tokens))
+
+
+def _treats_tokens_alone(flow: Dataflow, name: str) -> bool:
+    """Whether a module does nothing but projections, norms over channels and element-wise operations."""
+    for call in flow.calls:
+        if call.module != name and not call.module.startswith(f"{name}."):
+            continue
+        source = call.source
+        whole = isinstance(source, Tensor) and source.ndim == 3
+        normed = call.name == "layer_norm" and len(call.args[1]) == 1
+        if not whole or not (call.name == "linear" or normed or call.name in _ELEMENTWISE):
+            return False
+        if call.name in _ELEMENTWISE and any(t.ndim not in (0, 1, 3) for t in call.reads()):
+            return False
+    return True
+
+
+def _apply(graph: fx.Graph, core: fx.Node, ours: list[fx.Node], kept: int, tokens: int) -> None:
+    """Narrow what flows into the nodes from outside, and the sizes that they state."""
+    narrowed: dict[fx.Node, fx.Node] = {}
+
+    def few(node: fx.Node, axis: int, before: fx.Node) -> fx.Node:
+        if node not in narrowed:
+            with graph.inserting_before(before):
+                narrowed[node] = graph.call_method("narrow", (node, axis, 0, kept))
+        return narrowed[node]
+
+    query = core.args[0] if core.args else core.kwargs["query"]
+    assert isinstance(query, fx.Node)
+    with graph.inserting_before(core):
+        first = graph.call_method("narrow", (query, -2, 0, kept))
+    if core.args:
+        core.update_arg(0, first)
+    else:
+        core.update_kwarg("query", first)
+    mask = core.args[3] if len(core.args) > 3 else core.kwargs.get("attn_mask")
+    if isinstance(mask, fx.Node) and mask.meta["value"].shape[-2] != 1:
+        with graph.inserting_before(core):
+            rows = graph.call_method("narrow", (mask, -2, 0, kept))
+        if len(core.args) > 3:
+            core.update_arg(3, rows)
+        else:
+            core.update_kwarg("attn_mask", rows)
+    for node in ours[1:]:
+        if node.op == "call_method" and node.target in ("reshape", "view"):
+            node.update_arg(2, kept)
+        elif node.target in _SUMS:
+            for place, argument in enumerate(node.args):
+                if not isinstance(argument, fx.Node) or argument in ours:
+                    continue
+                value = argument.meta["value"]
+                if isinstance(value, Tensor) and value.ndim == 3 and value.shape[1] == tokens:
+                    node.update_arg(place, few(argument, 1, node))

@@ -1,0 +1,53 @@
+"""The module that a deployed attention becomes: an instance of a subclass of its own class, with another forward."""
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+from armour_surgery.errors import SpecializationError
+from armour_surgery.rewrite import Variant, write_forward
+
+__all__ = ["DeployedAttention", "make_deployed_class"]
+
+_HOST = "_host_class"
+_REFUSE = "_refuse"
+
+
+class DeployedAttention:
+    """What every deployed attention has besides its host's class: the source of its forward."""
+
+    deployed_source: ClassVar[str]
+
+    @property
+    def code(self) -> str:
+        """The generated forward, as it runs."""
+        return type(self).deployed_source
+
+
+def make_deployed_class(host: type[nn.Module], variant: Variant, *, bound: bool) -> type[nn.Module]:
+    """A subclass of `host` with a forward for the call that `variant` was traced from.
+
+    Another kind of call goes to the host's own forward; with `bound` its weights are no longer those that the host's
+    forward needs, and such a call is refused.
+    """
+    conditions = variant.conditions
+    if "not self.training" not in conditions:
+        conditions = (*conditions, "not self.training")
+    branch = Variant(variant.header, conditions, variant.body, variant.objects)
+
+    def refuse(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        raise SpecializationError(
+            f"{type(module).__name__} was deployed for another kind of call (other arguments or sizes, or training "
+            "mode). Call deploy() with an example_input of this kind, on the model as it was before"
+        )
+
+    name = f"Deployed{host.__name__}"
+    otherwise = f"{_REFUSE}(self, {{}})" if bound else f"{_HOST}.forward(self, {{}})"
+    scope = {_HOST: host, _REFUSE: refuse}
+    members: dict[str, Any] = {
+        "__module__": host.__module__,
+        "__doc__": f"{host.__name__} for inference. Only forward differs; `print(module.code)` shows it.",
+    }
+    cls: type[Any] = type(name, (DeployedAttention, host), members)
+    cls.deployed_source, cls.forward = write_forward([branch], f"<deployed {name} {id(cls):x}>", otherwise, scope)
+    return cls
