@@ -6,6 +6,7 @@ discover -> rewrite -> initialize -> save: `convert` runs the story, `inspect` t
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from armour_surgery.benchmarking import benchmark as benchmark
     from armour_surgery.conversion import convert as convert
     from armour_surgery.conversion import inspect as inspect
     from armour_surgery.conversion import plan as plan
@@ -22,6 +23,7 @@ _HOME = {
     "ArmourError": "errors",
     "AttentionSite": "sites",
     "SurgeryPlan": "sites",
+    "benchmark": "benchmarking",
     "convert": "conversion",
     "inspect": "conversion",
     "load": "folder",
@@ -30,7 +32,18 @@ _HOME = {
     "sensitivities": "conversion",
 }
 
-__all__ = ["ArmourError", "AttentionSite", "SurgeryPlan", "convert", "inspect", "load", "plan", "save", "sensitivities"]
+__all__ = [
+    "ArmourError",
+    "AttentionSite",
+    "SurgeryPlan",
+    "benchmark",
+    "convert",
+    "inspect",
+    "load",
+    "plan",
+    "save",
+    "sensitivities",
+]
 
 
 def __getattr__(name: str) -> Any:
