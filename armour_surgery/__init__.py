@@ -6,6 +6,7 @@ discover -> rewrite -> initialize -> save: `convert` runs the story, `inspect` t
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from armour_surgery.benchmarking import benchmark as benchmark
     from armour_surgery.conversion import convert as convert
     from armour_surgery.conversion import inspect as inspect
     from armour_surgery.conversion import plan as plan
@@ -23,6 +24,7 @@ _HOME = {
     "ArmourError": "errors",
     "AttentionSite": "sites",
     "SurgeryPlan": "sites",
+    "benchmark": "benchmarking",
     "convert": "conversion",
     "deploy": "deployment",
     "inspect": "conversion",
@@ -36,6 +38,7 @@ __all__ = [
     "ArmourError",
     "AttentionSite",
     "SurgeryPlan",
+    "benchmark",
     "convert",
     "deploy",
     "inspect",

@@ -25,6 +25,7 @@ ArmourError                    exit code 1
 │   ├── DivergedError          the loss is no number any more
 │   ├── ResumeError            there is no checkpoint to go on from, or it belongs to another run
 │   └── InterruptedRunError    a signal stopped the run; a checkpoint was written
+├── BenchmarkError             a model does not compile or run as it is to be timed
 ├── SpecializationError        a converted attention was called in a way it cannot follow
 └── FolderError                a saved folder cannot be written or read
     ├── NotOursError           --out exists and was not written by this tool
@@ -40,6 +41,7 @@ __all__ = [
     "AlreadyConvertedError",
     "AlreadyDeployedError",
     "ArmourError",
+    "BenchmarkError",
     "CalibrationError",
     "CheckpointError",
     "ConversionError",
@@ -176,6 +178,10 @@ class ResumeError(TrainingError):
 
 class InterruptedRunError(TrainingError):
     """A signal stopped the run; a checkpoint was written before."""
+
+
+class BenchmarkError(ArmourError):
+    """A model does not compile or run as it is to be timed."""
 
 
 class SpecializationError(ArmourError):

@@ -50,7 +50,7 @@ from armour_surgery.hosts.preprocessing import Preprocessing, preprocessing
 from armour_surgery.initialize import HELD_OUT
 from armour_surgery.initialize.images import calibration_batches
 from armour_surgery.measure.cost import count_params
-from armour_surgery.measure.speed import environment
+from armour_surgery.measure.environment import environment
 from armour_surgery.selection import frontier
 
 WEIGHTS = Path(__file__).parent / "weights"

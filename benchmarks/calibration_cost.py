@@ -23,7 +23,8 @@ from armour_surgery.hosts import load_model
 from armour_surgery.hosts.preprocessing import preprocessing
 from armour_surgery.initialize.images import calibration_batches
 from armour_surgery.measure.cost import count_params
-from armour_surgery.measure.speed import SpeedReport, compare, environment
+from armour_surgery.measure.environment import environment
+from armour_surgery.measure.speed import SpeedReport, compare
 
 LARGE, LARGE_IMAGES = "vit_base_patch16_224", 64
 

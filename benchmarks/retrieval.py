@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from armour_surgery.hosts.preprocessing import preprocessing
 from armour_surgery.initialize import HELD_OUT
-from armour_surgery.measure.speed import environment
+from armour_surgery.measure.environment import environment
 
 PIXELS = 112
 BATCH = 16

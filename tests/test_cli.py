@@ -36,7 +36,7 @@ ARGUMENTS: dict[str, Any] = {
     "num_heads": 4,
     "num_classes": 5,
 }
-COMMANDS = ("inspect", "convert", "finetune", "eval", "recipes", "paper", "demo")
+COMMANDS = ("inspect", "convert", "finetune", "eval", "bench", "recipes", "paper", "demo")
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ The commands import torch, timm and transformers inside, so that `--help` answer
 
 import typer
 
+from armour_surgery.cli.bench import bench
 from armour_surgery.cli.convert import convert
 from armour_surgery.cli.demo import demo
 from armour_surgery.cli.eval import evaluate
@@ -45,6 +46,7 @@ app.command()(inspect)
 app.command()(convert)
 app.command()(finetune)
 app.command("eval")(evaluate)
+app.command()(bench)
 app.add_typer(recipes, name="recipes")
 app.command()(paper)
 app.command()(demo)

@@ -10,12 +10,16 @@ __all__ = ["progress_bar"]
 
 
 @contextmanager
-def progress_bar(console: Console, first: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar that starts as `first` and is moved by calling `tell(what, finished, total)`."""
+def progress_bar(console: Console, first: str, *, still: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar that starts as `first` and is moved by calling `tell(what, finished, total)`.
+
+    `still`: it is drawn at these calls only, and no thread takes time from what is being measured.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TimeRemainingColumn())  # fmt: skip
     # Where nobody watches, a bar would only leave empty lines.
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    disable = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=disable, auto_refresh=not still) as progress:
         task = progress.add_task(first, total=None)
         stage = [first]
 
@@ -23,6 +27,6 @@ def progress_bar(console: Console, first: str) -> Iterator[Callable[[str, int, i
             if what != stage[0]:
                 stage[0] = what
                 progress.reset(task, description=what, total=total)
-            progress.update(task, completed=finished, total=total)
+            progress.update(task, completed=finished, total=total, refresh=still)
 
         yield tell

@@ -6,13 +6,9 @@ of the ratios within rounds, each of which saw the same machine.
 """
 
 import ctypes
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
-from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
@@ -20,52 +16,49 @@ import torch
 from torch import Tensor
 
 from armour_surgery.errors import UsageError
+from armour_surgery.measure.environment import Environment, environment
+from armour_surgery.measure.intervals import median_interval
 
-__all__ = ["Environment", "ModelSpeed", "PairSpeed", "SpeedReport", "compare", "environment", "keep_memory"]
+__all__ = ["ModelSpeed", "PairSpeed", "SpeedReport", "compare", "keep_memory"]
 
 # Warm-up is over when this many calls in a row took the same time, within the tolerance.
 _STEADY_CALLS = 3
 _TOLERANCE = 0.05
+_BLOCKS = 16
+# A model's turn lasts about so many seconds, so that one that takes a millisecond is not judged by a lucky one.
+_TURN_S = 0.05
 # Of glibc's mallopt: when to give memory back to the system, and how many blocks to take from it one by one.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 @dataclass(frozen=True)
-class Environment:
-    """Where something was measured. `threads` is how many threads torch uses inside an operator."""
-
-    device: str
-    processor: str
-    cores: int
-    threads: int
-    torch: str
-    timm: str
-    python: str
-    system: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
 class ModelSpeed:
-    """One model: the median time of a batch in milliseconds, and the images per second it comes to."""
+    """One model: median and 90th percentile of the time of a batch in milliseconds; images per second by the median."""
 
     name: str
     latency_ms: float
+    p90_ms: float
     images_per_s: float
 
 
 @dataclass(frozen=True)
 class PairSpeed:
-    """How many times faster `b` is than `a`: median and quartiles of time(a) / time(b) over the rounds."""
+    """How many times faster `b` is than `a`: median and quartiles of time(a) / time(b) over the rounds.
+
+    `speedup_interval` is where that median lies for as many rounds as one likes; see `intervals.median_interval`.
+    """
 
     a: str
     b: str
     speedup: float
     speedup_iqr: tuple[float, float]
     rounds: int
+    speedup_interval: tuple[float, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        interval = None if self.speedup_interval is None else list(self.speedup_interval)
+        return {**asdict(self), "speedup_iqr": list(self.speedup_iqr), "speedup_interval": interval}
 
 
 @dataclass(frozen=True)
@@ -87,7 +80,7 @@ class SpeedReport:
             "rounds": self.rounds,
             "warmup_calls": self.warmup_calls,
             "models": [asdict(model) for model in self.models],
-            "pairs": [{**asdict(pair), "speedup_iqr": list(pair.speedup_iqr)} for pair in self.pairs],
+            "pairs": [pair.to_dict() for pair in self.pairs],
         }
 
 
@@ -100,44 +93,59 @@ def compare(
     max_warmup: int = 20,
     warmup_s: float = 10.0,
     clock: Callable[[], float] = time.perf_counter,
+    before_block: Callable[[float], None] | None = None,
 ) -> SpeedReport:
     """Time `models` against the first of them, in turns, under `torch.inference_mode`.
 
-    A round makes one input and gives it to every model once; the order is reversed from round to round (A
-    B, B A), so that what drifts falls on both alike. Rounds stop at `rounds`, or at the first complete pair
-    of rounds after `budget_s` seconds. Before that each model is called until three calls in a row take the
-    same time, at most `max_warmup` calls or, compilation in the first call aside, `warmup_s` seconds.
+    A round makes one input and gives every model a turn: one call, or as many as fit into 0.05 seconds, of
+    which the median counts. The order is reversed from round to round, so that what drifts falls on both
+    alike, and every pair of rounds begins with the next model (A B C, C B A, B C A, A C B, ...), so that
+    none follows itself, or another, more often than the rest do. Rounds stop at `rounds`, or at the first
+    complete pair of rounds after `budget_s` seconds. Before that each model is called until three calls in a
+    row take the same time, at most `max_warmup` calls or, compilation in the first call aside, `warmup_s`
+    seconds.
+
+    The rounds are cut into 16 blocks of about as many rounds or as much time. `before_block` is called
+    before each, untimed, with the share of the rounds that is done.
 
     The callables should be in eval mode and have had the same treatment (folding, compilation, dtype,
     device); the first axis of the input is the batch. `clock` returns seconds.
 
     Raises:
-        UsageError: there is no model, or `rounds` is not an even number of at least 2.
+        UsageError: there is no model, `rounds` is not an even number of at least 2, or `budget_s` is no time.
     """
     if not models:
         raise UsageError("nothing to time: no model was given")
+    if not budget_s > 0:
+        raise UsageError(f"the budget must be more than 0 seconds, and it is {budget_s}")
     if rounds < 2 or rounds % 2:
         raise UsageError(
             f"rounds must be an even number of at least 2, so that every order occurs as often; got {rounds}"
         )
     names = list(models)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[list[float]]] = {name: [] for name in names}
     with torch.inference_mode():
         batch = make_input()
-        warmup_calls = sum(_warm_up(models[name], batch, max_warmup, warmup_s, clock) for name in names)
-        started = clock()
+        warm = {name: _warm_up(models[name], batch, max_warmup, warmup_s, clock) for name in names}
+        calls = {name: max(1, round(_TURN_S / median(found))) for name, found in warm.items()}
+        started, blocks = clock(), 0
         for number in range(rounds):
-            if number and number % 2 == 0 and clock() - started >= budget_s:
-                break
+            done = max(number / rounds, (clock() - started) / budget_s)
+            if number % 2 == 0:
+                if number and done >= 1:
+                    break
+                if before_block is not None and done >= blocks / _BLOCKS:
+                    before_block(done)
+                    blocks = 1 + int(_BLOCKS * done)
             batch = make_input()
-            for name in names if number % 2 == 0 else reversed(names):
-                times[name].append(_time_call(models[name], batch, clock))
+            for name in _order(names, number):
+                times[name].append([_time_call(models[name], batch, clock) for _ in range(calls[name])])
     return SpeedReport(
         models=tuple(_model_speed(name, times[name], batch.shape[0]) for name in names),
         pairs=tuple(_pair_speed(names[0], times[names[0]], name, times[name]) for name in names[1:]),
         batch_size=batch.shape[0],
         rounds=len(times[names[0]]),
-        warmup_calls=warmup_calls,
+        warmup_calls=sum(map(len, warm.values())),
         environment=environment(batch.device),
     )
 
@@ -156,34 +164,24 @@ def keep_memory() -> bool:
     return bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)) and bool(mallopt(_M_MMAP_MAX, 0))
 
 
-def environment(device: torch.device | str = "cpu") -> Environment:
-    """This machine and the versions that matter, for whoever reads the numbers later."""
-    device = torch.device(device)
-    return Environment(
-        device=device.type,
-        processor=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        cores=os.cpu_count() or 1,
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        timm=_version("timm"),
-        python=platform.python_version(),
-        system=f"{platform.system()} {platform.release()}",
-    )
+def _order(names: Sequence[str], number: int) -> list[str]:
+    first = number // 2 % len(names)
+    turned = [*names[first:], *names[:first]]
+    return turned if number % 2 == 0 else turned[::-1]
 
 
 def _warm_up(
     model: Callable[[Tensor], Any], batch: Tensor, max_calls: int, max_s: float, clock: Callable[[], float]
-) -> int:
-    """Call the model until its time settles; how many calls that took."""
-    _time_call(model, batch, clock)
+) -> list[float]:
+    """Call the model until its time settles; the time of each call."""
+    times = [_time_call(model, batch, clock)]
     started = clock()
-    recent: list[float] = []
-    for number in range(1, max_calls):
-        steady = len(recent) == _STEADY_CALLS and max(recent) <= (1 + _TOLERANCE) * min(recent)
-        if steady or clock() - started >= max_s:
-            return number
-        recent = [*recent, _time_call(model, batch, clock)][-_STEADY_CALLS:]
-    return max_calls
+    while len(times) < max_calls and clock() - started < max_s:
+        recent = times[1:][-_STEADY_CALLS:]
+        if len(recent) == _STEADY_CALLS and max(recent) <= (1 + _TOLERANCE) * min(recent):
+            break
+        times.append(_time_call(model, batch, clock))
+    return times
 
 
 def _time_call(model: Callable[[Tensor], Any], batch: Tensor, clock: Callable[[], float]) -> float:
@@ -200,29 +198,21 @@ def _synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _model_speed(name: str, times: Sequence[float], batch_size: int) -> ModelSpeed:
+def _model_speed(name: str, turns: Sequence[Sequence[float]], batch_size: int) -> ModelSpeed:
+    times = [time for turn in turns for time in turn]
     typical = median(times)
-    return ModelSpeed(name=name, latency_ms=1000 * typical, images_per_s=batch_size / typical)
+    slow = quantiles(times, n=10, method="inclusive")[-1]
+    return ModelSpeed(name=name, latency_ms=1000 * typical, p90_ms=1000 * slow, images_per_s=batch_size / typical)
 
 
-def _pair_speed(a: str, times_a: Sequence[float], b: str, times_b: Sequence[float]) -> PairSpeed:
-    ratios = [time_a / time_b for time_a, time_b in zip(times_a, times_b, strict=True)]
+def _pair_speed(a: str, turns_a: Sequence[Sequence[float]], b: str, turns_b: Sequence[Sequence[float]]) -> PairSpeed:
+    ratios = [median(turn_a) / median(turn_b) for turn_a, turn_b in zip(turns_a, turns_b, strict=True)]
     low, middle, high = quantiles(ratios, n=4, method="inclusive")
-    return PairSpeed(a=a, b=b, speedup=middle, speedup_iqr=(low, high), rounds=len(ratios))
-
-
-def _cpu_name() -> str:
-    """The processor's marketing name where Linux tells it, else whatever Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+    return PairSpeed(
+        a=a,
+        b=b,
+        speedup=middle,
+        speedup_iqr=(low, high),
+        rounds=len(ratios),
+        speedup_interval=median_interval(ratios),
+    )

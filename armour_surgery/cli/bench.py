@@ -1,0 +1,134 @@
+"""`armour-surgery bench MODEL --vs MODEL`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from armour_surgery.cli.options import AsJson, Model
+from armour_surgery.cli.progress import progress_bar
+from armour_surgery.cli.run import command, console_for, print_json
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from armour_surgery.measure.speed_report import Benchmark
+
+__all__ = ["bench"]
+
+
+@command
+def bench(
+    model: Model,
+    vs: Annotated[
+        list[str] | None,
+        typer.Option("--vs", metavar="MODEL", help="Hold this one against MODEL; any number.", show_default=False),
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="D", help="cpu, cuda, or auto.")] = "auto",
+    dtype: Annotated[str, typer.Option(metavar="T", help="fp32, bf16 or fp16, for weights and inputs.")] = "fp32",
+    batch_size: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Images at once; any number of sizes. One image alone is always timed too. Default: 16.",
+            show_default=False,
+        ),
+    ] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile every model.")] = False,
+    deploy: Annotated[
+        bool, typer.Option("--deploy", help="Make every model ready for inference first (BatchNorm folded, ...).")
+    ] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Also show in which operators the time goes.")] = False,
+    rounds: Annotated[
+        int, typer.Option(metavar="N", min=2, help="Rounds at each batch size, at most; an even number.")
+    ] = 300,
+    budget: Annotated[float, typer.Option(metavar="SECONDS", help="Time for the rounds at each batch size.")] = 40.0,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Threads inside an operator.", show_default=False)
+    ] = None,
+    out: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write it too: .json, .csv, .md, or speed against parameters as .png, .svg, .pdf; any number.",
+            show_default=False,
+        ),
+    ] = None,
+    pretrained: Annotated[
+        bool,
+        typer.Option("--pretrained/--no-pretrained", help="Load pretrained weights; they do not change the speed."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Time MODEL and others in turns: throughput, latency, memory, and whether they differ by more than noise.
+
+    MODEL and --vs may be folders saved by this tool. All models get the same treatment; MODEL is also timed against a
+    copy of itself, which shows what noise alone does on this machine.
+    """
+    console = console_for(as_json)
+    with console.status("loading PyTorch"):
+        from armour_surgery.benchmarking import benchmark
+        from armour_surgery.measure.speed_report import check_speed_file, write_speed_file
+
+    for path in out or ():
+        check_speed_file(path)
+    with console.status("building the models"):
+        models = _load([model, *(vs or ())], pretrained)
+    with progress_bar(console, "counting", still=True) as tell:
+        found = benchmark(
+            models,
+            batch_sizes=batch_size or (16,),
+            device=device,
+            dtype=dtype,
+            compile=compile,
+            deploy=deploy,
+            profile=profile,
+            rounds=rounds,
+            budget_s=budget,
+            threads=threads,
+            keep_freed_memory=True,
+            inplace=True,
+            progress=tell,
+        )
+    for path in out or ():
+        write_speed_file(path, found)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    _tell(console, found)
+    for path in out or ():
+        console.print(f"Written: {path}", markup=False, soft_wrap=True)
+
+
+def _load(names: Sequence[str], pretrained: bool) -> "dict[str, nn.Module]":
+    """The models by name; one that is named again gets a number."""
+    from armour_surgery.finetuning import load_any
+
+    models: dict[str, nn.Module] = {}
+    for name in names:
+        label, number = name, 1
+        while label in models:
+            number += 1
+            label = f"{name} ({number})"
+        models[label], _ = load_any(name, pretrained=pretrained)
+    return models
+
+
+def _tell(console: Console, found: "Benchmark") -> None:
+    from armour_surgery.cli.bench_tables import environment_line, model_table, pair_table, profile_table
+
+    console.print(environment_line(found), markup=False, style="dim")
+    console.print(model_table(found))
+    console.print(pair_table(found))
+    if len(found.costs) > 1:
+        console.print(
+            "A difference is called where its interval leaves out 1 and it is larger than what MODEL shows against a "
+            "copy of itself.",
+            style="dim",
+        )
+    if found.profiles:
+        console.print(profile_table(found.profiles))
+        console.print("The profiler takes time at every call, which this table counts too.", style="dim")
