@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from armour_surgery.errors import ArmourError as ArmourError
     from armour_surgery.folder import load as load
     from armour_surgery.folder import save as save
+    from armour_surgery.likeness import redundancy as redundancy
     from armour_surgery.sites import AttentionSite as AttentionSite
     from armour_surgery.sites import SurgeryPlan as SurgeryPlan
 
@@ -26,11 +27,23 @@ _HOME = {
     "inspect": "conversion",
     "load": "folder",
     "plan": "conversion",
+    "redundancy": "likeness",
     "save": "folder",
     "sensitivities": "conversion",
 }
 
-__all__ = ["ArmourError", "AttentionSite", "SurgeryPlan", "convert", "inspect", "load", "plan", "save", "sensitivities"]
+__all__ = [
+    "ArmourError",
+    "AttentionSite",
+    "SurgeryPlan",
+    "convert",
+    "inspect",
+    "load",
+    "plan",
+    "redundancy",
+    "save",
+    "sensitivities",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -118,7 +118,7 @@ def test_submodules_do_not_hide_the_public_names() -> None:
     root = Path(armour_surgery.__file__).parent
     modules = [f"armour_surgery.{path.stem}" for path in sorted(root.glob("*.py")) if "__" not in path.stem]
     modules += [f"armour_surgery.{path.parent.name}" for path in sorted(root.glob("*/__init__.py"))]
-    modules += [f"armour_surgery.cli.{name}" for name in ("convert", "inspect", "paper", "demo")]
+    modules += [f"armour_surgery.cli.{name}" for name in ("convert", "inspect", "redundancy", "paper", "demo")]
     done = subprocess.run([sys.executable, "-c", ORDERS, *modules], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("fine")

@@ -197,15 +197,13 @@ def test_public_functions_are_in_all_and_used_or_documented(path: Path) -> None:
 
 
 def test_only_those_who_draw_wait_for_matplotlib() -> None:
-    drawing = (PACKAGE / "measure" / "figures.py", PACKAGE / "measure" / "report.py")
+    drawing = tuple(PACKAGE / "measure" / f"{name}.py" for name in ("figures", "report", "redundancy_figure"))
     for path in FILES:
         at_once = {name.partition(".")[0] for name, lazy in imports(path) if not lazy}
         assert path in drawing or "matplotlib" not in at_once, path
         eager = {name for _, name, lazy in inner(path) if not lazy}
         wanted = [
-            name
-            for name in eager
-            if name.startswith(("armour_surgery.measure.figures", "armour_surgery.measure.report"))
+            name for name in eager if name.startswith(tuple(f"armour_surgery.measure.{path.stem}." for path in drawing))
         ]
         assert path in drawing or not wanted, path
 

@@ -36,7 +36,7 @@ ARGUMENTS: dict[str, Any] = {
     "num_heads": 4,
     "num_classes": 5,
 }
-COMMANDS = ("inspect", "convert", "finetune", "eval", "recipes", "paper", "demo")
+COMMANDS = ("inspect", "convert", "finetune", "eval", "recipes", "redundancy", "paper", "demo")
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,7 @@ def test_help_lists_every_command() -> None:
             ["--mode", "--init", "--include", "--exclude", "--checkpoint", "--no-pretrained", "--img-size",
              "--num-classes", "--in-chans", "--out", "--dry-run", "--json"],
         ),
+        ("redundancy", ["--out", "--layer", "--threshold", "--checkpoint", "--no-pretrained", "--img-size", "--json"]),
         ("paper", ["--json"]),
         ("demo", ["--json"]),
     ],
@@ -128,7 +129,7 @@ def test_help_of_every_command(command: str, options: list[str]) -> None:
     assert f"Usage: armour-surgery {command}" in text or f"{command} [OPTIONS]" in text
     assert [option for option in options if option not in text] == []
     flat = " ".join(text.split())
-    if command in ("inspect", "convert"):
+    if command in ("inspect", "convert", "redundancy"):
         for form in ("timm:NAME", "hf-hub:ORG/NAME", "local-dir:DIR", "hf:ID_OR_DIR", "torchvision:NAME"):
             assert form in flat
     if command == "convert":

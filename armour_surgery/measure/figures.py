@@ -18,7 +18,23 @@ from armour_surgery.errors import UsageError
 from armour_surgery.measure.output import check_target, write_whole
 from armour_surgery.sites import FrontierPoint, Sensitivity
 
-__all__ = ["check_figure", "frontier_figure", "inline_svg", "save_figure", "sensitivity_figure", "short_names"]
+__all__ = [
+    "INK",
+    "LEGEND",
+    "MUTED",
+    "PAPER",
+    "RULE",
+    "SERIES",
+    "blank_figure",
+    "check_figure",
+    "frontier_figure",
+    "inline_svg",
+    "plain",
+    "save_figure",
+    "sensitivity_figure",
+    "short_names",
+    "tidy",
+]
 
 # Each color has a name that a page may give another value to, for dark backgrounds; see `inline_svg`.
 INK, MUTED, RULE, PAPER = "#1d2733", "#66727f", "#d8dee4", "#ffffff"
@@ -33,7 +49,8 @@ _VARIABLES = {
     "#8a5a9e": "series-4",
     "#b0464f": "series-5",
 }
-_SERIES = tuple(color for color, name in _VARIABLES.items() if name.startswith("series"))
+SERIES = tuple(color for color, name in _VARIABLES.items() if name.startswith("series"))
+LEGEND = {"frameon": False, "fontsize": 8.5, "labelcolor": INK, "handlelength": 1.6}
 # A logarithmic axis is worth its trouble from this ratio of the largest to the smallest value on.
 _LOG_FROM = 30.0
 _FORMATS = (".png", ".svg", ".pdf")
@@ -51,7 +68,9 @@ def sensitivity_figure(sensitivities: Sequence[Sensitivity], title: str) -> Figu
     ways = list(dict.fromkeys((one.mode, one.rank) for one in sensitivities))
     modes = list(dict.fromkeys(mode for mode, _ in ways))
     long = max((len(label) for label in labels), default=1) > 4
-    figure = _figure(min(14.0, max(8.0, 0.26 * len(fqns) + 2.0)), 5.0 + 0.055 * max(map(len, labels), default=0) * long)
+    figure = blank_figure(
+        min(14.0, max(8.0, 0.26 * len(fqns) + 2.0)), 5.0 + 0.055 * max(map(len, labels), default=0) * long
+    )
     upper, lower = figure.subplots(2, 1, sharex=True)
     for axes, name in ((upper, "loss"), (lower, "residual")):
         found = {(one.fqn, one.mode, one.rank): float(getattr(one, name)) for one in sensitivities}
@@ -59,12 +78,12 @@ def sensitivity_figure(sensitivities: Sequence[Sensitivity], title: str) -> Figu
         for way in sorted(ways, key=lambda way: way[1] is not None):
             heights = [_shown(found.get((fqn, *way)), logarithmic) for fqn in fqns]
             _draw_way(axes, way, heights, modes, ways)
-        _tidy(axes)
+        tidy(axes)
     upper.set_ylabel("loss of the model")
     lower.set_ylabel("error of the site's output")
-    lower.set_xticks(range(len(fqns)), [_plain(label) for label in labels], rotation=90 if long else 0)
+    lower.set_xticks(range(len(fqns)), [plain(label) for label in labels], rotation=90 if long else 0)
     lower.set_xlim(-0.6, max(len(fqns), 1) - 0.4)
-    lower.set_xlabel(_plain(pattern))
+    lower.set_xlabel(plain(pattern))
     _head(figure, upper, title, legend=len(ways) > 1)
     return figure
 
@@ -77,7 +96,7 @@ def _draw_way(
     ways: list[tuple[str, int | None]],
 ) -> None:
     mode, rank = way
-    color = _SERIES[modes.index(mode) % len(_SERIES)]
+    color = SERIES[modes.index(mode) % len(SERIES)]
     if rank is None:
         full = [one for one, other in ways if other is None]
         width = 0.76 / len(full)
@@ -103,19 +122,19 @@ def frontier_figure(
     The point that was `chosen` is highlighted.
     """
     ordered = sorted(points, key=lambda point: -point.params)
-    figure = _figure(7.6, 4.4)
+    figure = blank_figure(7.6, 4.4)
     axes = figure.subplots()
     losses = [loss for point in ordered for loss in (point.predicted, point.measured) if loss is not None]
     logarithmic = _scale(axes, [*losses, *([] if budget is None else [budget])])
     axes.plot(
         [point.params / 1e6 for point in ordered], [_shown(point.predicted, logarithmic) for point in ordered],
-        color=_SERIES[0], linewidth=1.6, label="predicted: sum of the sites alone",
+        color=SERIES[0], linewidth=1.6, label="predicted: sum of the sites alone",
     )  # fmt: skip
     tried = [point for point in ordered if point.measured is not None]
     if tried:
         axes.plot(
             [point.params / 1e6 for point in tried], [_shown(point.measured, logarithmic) for point in tried],
-            color=_SERIES[1], linestyle="none", marker="o", markersize=5, label="measured on held-out images",
+            color=SERIES[1], linestyle="none", marker="o", markersize=5, label="measured on held-out images",
         )  # fmt: skip
     if budget is not None:
         axes.axhline(budget, color=MUTED, linewidth=1, linestyle=(0, (5, 3)), label=f"budget {budget:g}")
@@ -129,13 +148,13 @@ def frontier_figure(
     axes.axvline(params_before / 1e6, color=MUTED, linewidth=1, linestyle=":", label="the original")
     axes.set_xlabel("parameters, M")
     axes.set_ylabel("loss of the model")
-    _tidy(axes)
+    tidy(axes)
     axes.grid(axis="x", color=RULE, linewidth=0.6)
     saved = axes.secondary_xaxis("top", functions=_percent_axis(params_before))
     saved.set_xlabel("change, %", color=MUTED, fontsize=9)
     saved.tick_params(colors=MUTED, labelsize=8, length=0)
     saved.spines["top"].set_visible(False)
-    figure.legend(**_LEGEND, loc="outside lower left", ncols=3)
+    figure.legend(**LEGEND, loc="outside lower left", ncols=3)
     return figure
 
 
@@ -222,10 +241,8 @@ def short_names(fqns: Sequence[str]) -> tuple[list[str], str]:
     return labels, ".".join([*paths[0][:start], "*", *paths[0][len(paths[0]) - end :]])
 
 
-_LEGEND = {"frameon": False, "fontsize": 8.5, "labelcolor": INK, "handlelength": 1.6}
-
-
-def _figure(width: float, height: float) -> Figure:
+def blank_figure(width: float, height: float) -> Figure:
+    """A figure of so many inches without a background, whose parts find their own room."""
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.patch.set_alpha(0)
     return figure
@@ -250,7 +267,8 @@ def _shown(value: float | None, logarithmic: bool) -> float:
     return value
 
 
-def _tidy(axes: Axes) -> None:
+def tidy(axes: Axes) -> None:
+    """The look of all axes with lines or bars."""
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(MUTED)
@@ -264,12 +282,12 @@ def _tidy(axes: Axes) -> None:
 
 def _head(figure: Figure, axes: Axes, title: str, legend: bool) -> None:
     if title:
-        figure.suptitle(_plain(title), x=0.01, horizontalalignment="left", fontsize=11, fontweight="bold", color=INK)
+        figure.suptitle(plain(title), x=0.01, horizontalalignment="left", fontsize=11, fontweight="bold", color=INK)
     if legend:
         lines, bars = axes.get_lines(), axes.containers
-        figure.legend(handles=[*bars, *lines], **_LEGEND, loc="outside lower left", ncols=5)
+        figure.legend(handles=[*bars, *lines], **LEGEND, loc="outside lower left", ncols=5)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text in which a dollar sign is a dollar sign and not the start of a formula."""
     return text.replace("$", r"\$")
