@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from armour_surgery.errors import ArmourError as ArmourError
     from armour_surgery.folder import load as load
     from armour_surgery.folder import save as save
+    from armour_surgery.likeness import redundancy as redundancy
     from armour_surgery.sites import AttentionSite as AttentionSite
     from armour_surgery.sites import SurgeryPlan as SurgeryPlan
 
@@ -30,6 +31,7 @@ _HOME = {
     "inspect": "conversion",
     "load": "folder",
     "plan": "conversion",
+    "redundancy": "likeness",
     "save": "folder",
     "sensitivities": "conversion",
 }
@@ -44,6 +46,7 @@ __all__ = [
     "inspect",
     "load",
     "plan",
+    "redundancy",
     "save",
     "sensitivities",
 ]

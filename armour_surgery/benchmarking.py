@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from armour_surgery.errors import BenchmarkError, UsageError
+from armour_surgery.errors import BenchmarkError, NothingToDeployError, UsageError
 from armour_surgery.measure.cost import count_macs, count_params
 from armour_surgery.measure.environment import environment
 from armour_surgery.measure.memory import held_bytes, peak_growth
@@ -172,7 +172,10 @@ def _deployed(model: nn.Module, compiled: bool, example: dict[str, Tensor]) -> n
         return model  # it was saved like that
     from armour_surgery import deploy
 
-    deployed: nn.Module = deploy(model, compiled=compiled, example_input=example, inplace=True)
+    try:
+        deployed: nn.Module = deploy(model, compiled=compiled, example_input=example, inplace=True)
+    except NothingToDeployError:
+        return model  # nothing to fold is as good as folded
     return deployed
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import fashion_mnist
 
-from armour_surgery.measure.speed import environment
+from armour_surgery.measure.environment import environment
 
 MODES = ("baseline", "qv", "kv", "qk", "qk-diag")
 NETWORK = "{img_size: 28, patch_size: 4, in_chans: 1, num_classes: 10, embed_dim: 64, depth: 4, num_heads: 2, "

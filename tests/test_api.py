@@ -73,7 +73,7 @@ def refused(kind: type[ArmourError], action: Callable[[], Any]) -> str:
 
 
 def test_the_public_names() -> None:
-    functions = ["benchmark", "convert", "inspect", "load", "plan", "save", "sensitivities"]
+    functions = ["benchmark", "convert", "deploy", "inspect", "load", "plan", "redundancy", "save", "sensitivities"]
     documented = ["ArmourError", "AttentionSite", "SurgeryPlan", *functions]
     assert armour_surgery.__all__ == documented
     assert armour_surgery.__all__ == sorted(armour_surgery.__all__)
@@ -118,7 +118,8 @@ def test_submodules_do_not_hide_the_public_names() -> None:
     root = Path(armour_surgery.__file__).parent
     modules = [f"armour_surgery.{path.stem}" for path in sorted(root.glob("*.py")) if "__" not in path.stem]
     modules += [f"armour_surgery.{path.parent.name}" for path in sorted(root.glob("*/__init__.py"))]
-    modules += [f"armour_surgery.cli.{name}" for name in ("bench", "convert", "inspect", "paper", "demo")]
+    names = ("bench", "convert", "inspect", "redundancy", "paper", "demo")
+    modules += [f"armour_surgery.cli.{name}" for name in names]
     done = subprocess.run([sys.executable, "-c", ORDERS, *modules], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("fine")

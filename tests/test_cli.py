@@ -36,7 +36,7 @@ ARGUMENTS: dict[str, Any] = {
     "num_heads": 4,
     "num_classes": 5,
 }
-COMMANDS = ("inspect", "convert", "finetune", "eval", "bench", "recipes", "paper", "demo")
+COMMANDS = ("inspect", "convert", "finetune", "eval", "bench", "recipes", "redundancy", "paper", "demo")
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,8 @@ def test_help_lists_every_command() -> None:
             ["--mode", "--init", "--include", "--exclude", "--checkpoint", "--no-pretrained", "--img-size",
              "--num-classes", "--in-chans", "--out", "--dry-run", "--json"],
         ),
-        ("paper", ["--json"]),
+        ("redundancy", ["--out", "--layer", "--threshold", "--checkpoint", "--no-pretrained", "--img-size", "--json"]),
+        ("paper", ["--no-speed", "--budget", "--markdown", "--json"]),
         ("demo", ["--json"]),
     ],
 )  # fmt: skip
@@ -128,7 +129,7 @@ def test_help_of_every_command(command: str, options: list[str]) -> None:
     assert f"Usage: armour-surgery {command}" in text or f"{command} [OPTIONS]" in text
     assert [option for option in options if option not in text] == []
     flat = " ".join(text.split())
-    if command in ("inspect", "convert"):
+    if command in ("inspect", "convert", "redundancy"):
         for form in ("timm:NAME", "hf-hub:ORG/NAME", "local-dir:DIR", "hf:ID_OR_DIR", "torchvision:NAME"):
             assert form in flat
     if command == "convert":
@@ -684,13 +685,16 @@ def test_python_dash_m_and_a_failure(here: Path) -> None:
 
 @pytest.fixture(scope="module")
 def paper() -> dict[str, Any]:
-    """What `paper --json` prints, for rows of every table that are quick to count; test_measure.py counts them all."""
+    """What `paper --no-speed --json` prints, for rows of every table that are quick to count.
+
+    test_measure.py counts them all, test_paper.py times small ones.
+    """
     quick = [("deit_tiny_patch16_224", ""), ("deit_tiny_patch16_224", "qv"), ("efficientnet_b0", "")]
     quick += [("levit_128s", ""), ("levit_192", "")]
     rows = tuple(row for row in measured.ROWS if (row.model, row.mode) in quick)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measured, "ROWS", rows)
-        found = document("paper")
+        found = document("paper", "--no-speed")
     assert sum(len(table["rows"]) for table in found["tables"]) == len(rows)
     return found
 
@@ -718,15 +722,17 @@ def test_paper_for_a_person(paper: dict[str, Any], monkeypatch: pytest.MonkeyPat
         for table in paper["tables"]
         for row in table["rows"]
     )
-    monkeypatch.setattr(measured, "regenerate", lambda progress=None: measured.Reproduction(rows))
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["paper"])
+    monkeypatch.setattr(measured, "regenerate", lambda progress, **_: measured.Reproduction(rows))
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["paper", "--no-speed"])
     assert result.exit_code == 0
+    assert max(map(len, result.stdout.splitlines())) <= 80
     assert result.stderr == ""
     for number in range(1, 5):
         assert f"Table {number}." in result.stdout
     assert "5,272,744" in result.stdout
     assert "5,717,416" in result.stdout
-    assert "they were not run here" in " ".join(result.stdout.split())
+    assert "it was not run here" in " ".join(result.stdout.split())
+    assert "deit_tiny_qv_300ep" in result.stdout
 
 
 @pytest.fixture(scope="module")

@@ -347,7 +347,9 @@ def removed(model: str, mode: str) -> int:
 def reproduction() -> Reproduction:
     calls: list[tuple[int, int, str]] = []
     result = regenerate(lambda *call: calls.append(call))
-    assert calls == [(number, len(ROWS), row.name) for number, row in enumerate(ROWS)]
+    networks = list(dict.fromkeys(f"{row.model} {row.mode}".strip() for row in ROWS))
+    assert [call[:2] for call in calls] == [(number, len(networks)) for number in range(len(networks))]
+    assert sorted(call[2] for call in calls) == sorted(networks)
     return result
 
 
@@ -387,6 +389,18 @@ def test_throughputs_are_the_papers_own_and_one_speed_up_is_odd(reproduction: Re
     assert found == {"Armour-Ti": ("+6.3%", "differs"), "Armour-B": ("+7.0%", "explained")}
     measured = cells(reproduction, "top1", "gpu", "cpu").values()
     assert {(cell.ours, cell.status) for cell in measured} == {("not run", "paper")}
+    assert not any(row.speed for row in reproduction.rows)
+    assert reproduction.environments == {}
+
+
+def test_the_papers_own_ratios(reproduction: Reproduction) -> None:
+    ratios = {(row.table, row.name): row.paper_ratio for row in reproduction.rows}
+    assert ratios[1, "DeiT-Ti"] == ratios[1, "DeiT-Ti dist"] == ratios[2, "LeViT-128S"] == {}
+    assert ratios[1, "Armour-Ti dist"] == pytest.approx({"gpu": 2819 / 2649})
+    assert ratios[2, "Armour-128S+"] == pytest.approx({"gpu": 13035 / 12880, "cpu": 81.2 / 77.6})
+    assert ratios[4, "Armour-384"] == pytest.approx({"gpu": 4226 / 4136, "cpu": 12.5 / 12.1})
+    # A network of another kind is held against the table's first.
+    assert ratios[1, "EfficientNet-B0"] == pytest.approx({"gpu": 2743 / 2661})
 
 
 def test_what_arithmetic_allows(reproduction: Reproduction) -> None:

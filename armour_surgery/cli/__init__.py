@@ -13,6 +13,7 @@ from armour_surgery.cli.finetune import finetune
 from armour_surgery.cli.inspect import inspect
 from armour_surgery.cli.paper import paper
 from armour_surgery.cli.recipes import recipes
+from armour_surgery.cli.redundancy import redundancy
 
 __all__ = ["app", "main"]
 
@@ -48,6 +49,7 @@ app.command()(finetune)
 app.command("eval")(evaluate)
 app.command()(bench)
 app.add_typer(recipes, name="recipes")
+app.command()(redundancy)
 app.command()(paper)
 app.command()(demo)
 

@@ -1,91 +1,92 @@
-"""`armour-surgery paper`: the paper's Tables 1 to 4, counted again."""
+"""`armour-surgery paper`: the paper's Tables 1 to 4, counted and timed again."""
 
-from typing import TYPE_CHECKING
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from armour_surgery.cli.options import AsJson
 from armour_surgery.cli.run import command, console_for, print_json
 
 if TYPE_CHECKING:
-    from armour_surgery.measure.paper import Cell, Reproduction
+    from rich.table import Table
+
+    from armour_surgery.measure.paper_views import View
 
 __all__ = ["paper"]
 
-_HEADERS = {
-    "params": "paper, M",
-    "params_change": "change",
-    "top1": "top-1",
-    "gpu": "GPU im/s",
-    "gpu_change": "change",
-    "cpu": "CPU im/s",
-    "cpu_change": "change",
-}
+_BUDGET = 240.0
 
 
 @command
-def paper(as_json: AsJson = False) -> None:
-    """Count parameters and MACs of every row of the paper's Tables 1 to 4, beside the printed numbers.
+def paper(
+    speed: Annotated[
+        bool, typer.Option("--speed/--no-speed", help="Measure throughput, on the CPU and on a GPU if there is one.")
+    ] = True,
+    budget: Annotated[
+        float, typer.Option(metavar="SECONDS", min=1.0, help="How long to measure throughput; counting comes on top.")
+    ] = _BUDGET,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE.md", help="Also write it as a page.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Regenerate the paper's Tables 1 to 4 beside the printed numbers: parameters and MACs exactly, throughput here.
 
-    Accuracy and throughput are the paper's own; they were not run here.
+    Needs no network. Accuracy is the paper's own, with the recipe that would repeat it.
     """
     from rich.progress import Progress
 
     console = console_for(as_json)
+    if markdown is not None:
+        from armour_surgery.measure.output import check_target
+
+        check_target(markdown, "page")
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("counting", total=None)
 
         def advance(done: int, total: int, name: str) -> None:
             progress.update(task, completed=done, total=total, description=name)
 
+        from armour_surgery.measure import paper_speed, paper_views
         from armour_surgery.measure.paper import regenerate
+        from armour_surgery.measure.speed import keep_memory
 
-        result = regenerate(advance)
+        if speed:
+            keep_memory()
+        result = regenerate(advance, budget_s=budget, devices=paper_speed.devices() if speed else ())
+    if markdown is not None:
+        from armour_surgery.measure.output import write_whole
+
+        options = ["--no-speed"] if not speed else [f"--budget {budget:g}"] if budget != _BUDGET else []
+        shown = markdown.name if markdown.is_absolute() else str(markdown)
+        written = " ".join(["armour-surgery paper", *options, f"--markdown {shlex.quote(shown)}"])
+        write_whole(markdown, paper_views.markdown_page(result, written).encode(), "page")
     if as_json:
         print_json(result.to_dict())
         return
-    # A table of ten columns says nothing when its numbers are cut; a narrow terminal may wrap its lines.
-    console.width = max(console.width, 132)
-    for table in _tables(result):
-        console.print(table)
-    notes = dict.fromkeys(cell.note for row in result.rows for cell in row.cells if cell.note)
-    for number, note in enumerate(notes, 1):
+    for view in paper_views.views(result):
+        console.print(_table(view))
+    for number, note in enumerate(paper_views.notes(result), 1):
         console.print(f"[{number}] {note}", style="dim", markup=False)
-    console.print(
-        "\nParameters, MACs and their ratio are counted on timm's models. Top-1 and throughput are the paper's; "
-        "they were not run here.",
-        style="dim",
-    )
+    console.print()
+    for line in paper_views.remarks(result):
+        console.print(line, style="dim", markup=False)
+    if markdown is not None:
+        console.print(f"Written: {markdown}", markup=False, soft_wrap=True)
 
 
-def _tables(result: "Reproduction") -> list[object]:
+def _table(view: "View") -> "Table":
+    from rich.markup import escape
+
     from armour_surgery.cli.tables import plain_table
-    from armour_surgery.measure.paper_tables import CAPTIONS
 
-    notes = {note: n for n, note in enumerate(dict.fromkeys(c.note for r in result.rows for c in r.cells if c.note), 1)}
-
-    def text(cell: "Cell | None") -> str:
-        if cell is None:
-            return ""
-        mark = f"  \\[{notes[cell.note]}]" if cell.note else ""
-        return f"{cell.printed}{mark}"
-
-    tables: list[object] = []
-    for number, caption in CAPTIONS.items():
-        rows = [row for row in result.rows if row.table == number]
-        columns = [name for name in _HEADERS if any(cell.column == name for row in rows for cell in row.cells)]
-        table = plain_table(f"Table {number}. {caption}")
-        for header in ("model", "mode", "parameters", "MACs, M", "ratio"):
-            table.add_column(header, justify="left" if header in ("model", "mode") else "right", no_wrap=True)
-        for name in columns:
-            table.add_column(_HEADERS[name], justify="right", no_wrap=True)
-        for row in rows:
-            cells = {cell.column: cell for cell in row.cells}
-            table.add_row(
-                row.name,
-                row.mode,
-                f"{row.params:,}",
-                f"{row.macs / 1e6:,.1f}",
-                f"{row.macs_ratio:.4f}" if row.macs_ratio else "",
-                *(text(cells.get(name)) for name in columns),
-            )
-        tables.append(table)
-    return tables
+    table = plain_table(view.caption)
+    table.padding = (0, 1, 0, 0)
+    for place, header in enumerate(view.headers):
+        left = place == 0 or header in ("mode", "recipe")
+        table.add_column(header, justify="left" if left else "right", no_wrap=True)
+    for row in view.rows:
+        table.add_row(*map(escape, row))
+    return table

@@ -1,6 +1,7 @@
 """From the attention core back to the projections: which channel of which projection is which head and dimension."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -68,26 +69,31 @@ def _layout(numbers: torch.Tensor, producer: Producer, heads: list[tuple[int, ..
     return find_layout(numbers, coordinates, sizes | {"h": len(heads), "j": len(heads[0])})
 
 
-def _holding(producer: Producer, heads: list[tuple[int, ...]]) -> Callable[[Any], tuple[bool, bool]]:
-    """Tells of the numbers in a node whether some are of this role's channels, and whether they are exactly those."""
+def _holding(flow: Flow, producer: Producer, heads: list[tuple[int, ...]]) -> Callable[[fx.Node], tuple[bool, bool]]:
+    """Tells of a node whether it holds some of this role's channels, and whether it holds exactly those."""
     shape = producer.node.meta["value"].shape
     inner = shape[producer.axis % len(shape) + 1 :].numel()
     own = torch.zeros(producer.channels, dtype=torch.bool)
     own[[index for head in heads for index in head]] = True
-    full = shape.numel() // producer.channels * int(own.sum())
+    # Looked up by the number of an element: dividing millions of numbers took longer than all the rest.
+    by_element = own.repeat_interleave(inner).repeat(shape.numel() // (producer.channels * inner))
+    full = int(by_element.sum())
 
-    def holds(numbers: Any) -> tuple[bool, bool]:
+    @cache
+    def holds(node: fx.Node) -> tuple[bool, bool]:
+        numbers = flow[node]
         if not isinstance(numbers, torch.Tensor):
             return False, False
-        mask = own[(numbers // inner) % producer.channels]
-        return bool(mask.any()), bool(mask.all()) and numbers.numel() == full
+        count = int(by_element[numbers].sum())
+        return count > 0, count == numbers.numel() == full
 
     return holds
 
 
-def _anchors(flow: Flow, producer: Producer, heads: list[tuple[int, ...]]) -> tuple[tuple[Anchor, ...], bool]:
+def _anchors(
+    flow: Flow, producer: Producer, heads: list[tuple[int, ...]], holds: Callable[[fx.Node], tuple[bool, bool]]
+) -> tuple[tuple[Anchor, ...], bool]:
     """The first nodes that hold this role's channels and nothing else, and whether all its uses go through them."""
-    holds = _holding(producer, heads)
     anchors: list[fx.Node] = []
     below: set[fx.Node] = set()
     whole = True
@@ -95,7 +101,7 @@ def _anchors(flow: Flow, producer: Producer, heads: list[tuple[int, ...]]) -> tu
         if any(source in below for source in inputs_of(node)):
             below.add(node)
             continue
-        some, exactly = holds(flow[node])
+        some, exactly = holds(node)
         if exactly:
             anchors.append(node)
             below.add(node)
@@ -106,12 +112,13 @@ def _anchors(flow: Flow, producer: Producer, heads: list[tuple[int, ...]]) -> tu
     return found, whole and bool(found)
 
 
-def _ends(flow: Flow, producer: Producer, heads: list[tuple[int, ...]]) -> tuple[Anchor, ...]:
+def _ends(
+    flow: Flow, producer: Producer, heads: list[tuple[int, ...]], holds: Callable[[fx.Node], tuple[bool, bool]]
+) -> tuple[Anchor, ...]:
     """The last nodes that layout alone leads to: what reads them is no layout. None where only a part gets so far."""
-    holds = _holding(producer, heads)
     found: list[Anchor] = []
     for node in (n for n in producer.node.graph.nodes if n in flow.pure):
-        some, exactly = holds(flow[node])
+        some, exactly = holds(node)
         if some and any(is_tensor(user) and (user not in flow.pure or is_cast(user)) for user in node.users):
             if not exactly:
                 return ()
@@ -160,10 +167,11 @@ def _assign(trace: Trace, core: Core, producers: list[Producer]) -> TracedSite:
             raise TraceError(f"its {_NAMES[letter]} are made by several projections ({names})")
         producer, flow = makers[0], flows[makers[0].node]
         heads, places[letter] = _heads(flow[target], getattr(core, f"{letter}_axes"), producer, letter)
-        anchors, whole = _anchors(flow, producer, heads)
+        holds = _holding(flow, producer, heads)
+        anchors, whole = _anchors(flow, producer, heads, holds)
         value = producer.node.meta["value"]
         tokens = value.numel() // producer.channels // value.shape[0]
-        roles[letter] = Role(producer, tuple(heads), anchors, whole, tokens, _ends(flow, producer, heads))
+        roles[letter] = Role(producer, tuple(heads), anchors, whole, tokens, _ends(flow, producer, heads, holds))
     for letter in ("k", "v"):
         same = places[letter].shape == places["q"].shape and torch.equal(places[letter], places["q"])
         if not same and roles[letter].num_heads == roles["q"].num_heads:

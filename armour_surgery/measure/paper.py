@@ -1,18 +1,29 @@
-"""The paper's tables again: parameters and multiply-accumulates counted exactly, next to what was printed."""
+"""The paper's tables again: parameters and multiply-accumulates counted exactly, throughput measured, beside the paper.
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+Networks are timed together with those that they are held against, and counted at the same time.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
+from torch import nn
+
 from armour_surgery.measure.cost import count_folded_params, count_macs, count_params
-from armour_surgery.measure.paper_tables import CAPTIONS, COLUMNS, ROWS, PaperRow
+from armour_surgery.measure.environment import Environment
+from armour_surgery.measure.paper_speed import Network, RowSpeed, time_group
+from armour_surgery.measure.paper_tables import CAPTIONS, COLUMNS, RECIPES, ROWS, PaperRow
 from armour_surgery.sites import Source, SurgeryPlan
 
 __all__ = ["Cell", "ReproducedRow", "Reproduction", "regenerate"]
 
-# Our count gives the cell's number, another count that is told gives it, no count does, or it was not run.
-SAME, EXPLAINED, DIFFERS, PAPER = "same", "explained", "differs", "paper"
+# Our count gives the cell's number, another count that is told gives it, no count does, it was not run, or it was
+# measured here, on another machine than the paper's.
+SAME, EXPLAINED, DIFFERS, PAPER, MEASURED = "same", "explained", "differs", "paper", "measured"
 NOT_RUN = "not run"
+# The column of the paper in which a device's throughput stands.
+_COLUMNS = {"cpu": "cpu", "cuda": "gpu"}
 
 
 @dataclass(frozen=True)
@@ -21,7 +32,7 @@ class Cell:
 
     `ours` is rounded to the printed digits, or "not run". `status` is "same" (ours is what was printed),
     "explained" (the printed number follows from another count, which `note` gives), "differs" (it does
-    not), or "paper" (the paper's own measurement, which this package has not repeated).
+    not), "paper" (the paper's own measurement, which was not repeated), or "measured" (it was, on this machine).
     """
 
     column: str
@@ -36,7 +47,9 @@ class ReproducedRow:
     """One row of the paper, rebuilt. `params` and `macs` (for one image) are exact.
 
     `macs_ratio` is the baseline's MACs over this row's, the speed-up that arithmetic alone allows; None for a
-    baseline. `params_folded` is what is left of `params` after BatchNorm folding.
+    baseline. `params_folded` is what is left of `params` after BatchNorm folding. `paper_ratio` is the paper's
+    throughput over that of the row it is held against, on its `gpu` and its `cpu`; `speed` is what was measured here,
+    by device. `recipe` names the shipped recipe that trains the row as the paper did, "" where there is none.
     """
 
     table: int
@@ -48,18 +61,23 @@ class ReproducedRow:
     macs: int
     macs_ratio: float | None
     cells: tuple[Cell, ...]
+    recipe: str = ""
+    paper_ratio: dict[str, float] = field(default_factory=dict)
+    speed: dict[str, RowSpeed] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """Every row of Tables 1 to 4, in the paper's order."""
+    """Every row of Tables 1 to 4, in the paper's order. `environments` has each device that was timed on."""
 
     rows: tuple[ReproducedRow, ...]
+    environments: dict[str, Environment] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary: the tables with their rows, the cells of each by column."""
         return {
             "paper": "arXiv 2108.01778",
+            "environment": {device: one.to_dict() for device, one in self.environments.items()},
             "tables": [
                 {
                     "table": table,
@@ -78,57 +96,119 @@ class _Cost:
     macs: int
 
 
-def regenerate(progress: Callable[[int, int, str], None] | None = None) -> Reproduction:
-    """Build the network of every row and count it. No weight is ever allocated; it takes under a minute.
+def regenerate(
+    progress: Callable[[int, int, str], None] | None = None,
+    *,
+    budget_s: float = 0.0,
+    devices: Sequence[str] = (),
+) -> Reproduction:
+    """Build the network of every row and count it; with `devices`, also time it there, for `budget_s` seconds in all.
 
-    `progress` is called with the number of rows that are done, their total, and the name of the next.
+    To count, no weight is ever allocated; it takes under a minute. The budget is for timing alone, and a little more is
+    used where the slowest networks' two rounds need it. `progress` is called with the number of networks that are done,
+    their total, and the name of the next.
     """
-    costs: dict[tuple[str, str], _Cost] = {}
-    rows = []
-    for number, row in enumerate(ROWS):
-        if progress is not None:
-            progress(number, len(ROWS), row.name)
-        baseline = _baseline(row)
-        for part in (baseline, row):
-            if (part.model, part.mode) not in costs:
-                costs[part.model, part.mode] = _cost(part.model, part.mode)
-        cost, base = costs[row.model, row.mode], costs[baseline.model, baseline.mode]
-        rows.append(
-            ReproducedRow(
-                table=row.table,
-                name=row.name,
-                model=row.model,
-                mode=row.mode,
-                params=cost.params,
-                params_folded=cost.folded,
-                macs=cost.macs,
-                macs_ratio=base.macs / cost.macs if row.mode else None,
-                cells=tuple(_cell(column, row, baseline, cost, base) for column in COLUMNS if getattr(row, column)),
-            )
-        )
-    return Reproduction(tuple(rows))
+    groups = _groups()
+    total, done = sum(map(len, groups.values())), 0
+    costs: dict[Network, _Cost] = {}
+    speeds: dict[Network, dict[str, RowSpeed]] = {}
+    environments: dict[str, Environment] = {}
+    left = budget_s
+    for members in groups.values():
+        networks: dict[Network, nn.Module] = {}
+        hosts: dict[str, nn.Module] = {}
+        for number, (name, mode) in enumerate(members):
+            if progress is not None:
+                progress(done + number, total, f"{name} {mode}".strip())
+            networks[name, mode], costs[name, mode] = _build(name, mode, hosts)
+        for place, device in enumerate(devices):
+            if progress is not None:
+                progress(done, total, f"timing {members[0][0]} on {device}")
+            # What one group leaves over is there for the others.
+            share = left * len(members) / ((total - done) * len(devices) - place * len(members))
+            started = time.perf_counter()
+            image, macs = _image(networks), costs[members[0]].macs
+            found, environments[device] = time_group(networks, image, macs, device, share)
+            left = max(0.0, left - (time.perf_counter() - started))
+            for network, speed in found.items():
+                speeds.setdefault(network, {})[device] = speed
+        done += len(members)
+    return Reproduction(tuple(_row(row, costs, speeds) for row in ROWS), environments)
+
+
+def _groups() -> dict[str, list[Network]]:
+    """Networks that are timed together, by the model of the first, which the others are held against."""
+    groups: dict[str, list[Network]] = {}
+    for row in ROWS:
+        members = groups.setdefault(_reference(row).model, [(_reference(row).model, "")])
+        if (row.model, row.mode) not in members:
+            members.append((row.model, row.mode))
+    return groups
 
 
 def _baseline(row: PaperRow) -> PaperRow:
     return next(other for other in ROWS if (other.table, other.model, other.mode) == (row.table, row.model, ""))
 
 
-def _cost(name: str, mode: str) -> _Cost:
+def _reference(row: PaperRow) -> PaperRow:
+    """What a row's throughput is held against: its baseline, or for a model of its own kind the table's first one."""
+    own = any(other.mode for other in ROWS if other.model == row.model)
+    return _baseline(row) if own else _baseline(next(other for other in ROWS if other.table == row.table))
+
+
+def _build(name: str, mode: str, hosts: dict[str, nn.Module]) -> tuple[nn.Module, _Cost]:
+    """A network without weights, and what it costs. `hosts` keeps unconverted ones, by name."""
     # Imported here: of all measuring, only this needs what comes before it.
     from armour_surgery.conversion import convert
     from armour_surgery.hosts import build, example_input
 
     source = Source(library="timm", architecture=name)
-    model = build(source)
-    if not mode:
-        macs = count_macs(model, example_input(model, batch_size=1)).macs
-    else:
-        model = convert(model, mode=mode, inplace=True, source=source)
+    if name not in hosts:
+        hosts[name] = build(source)
+    model = hosts[name]
+    if mode:
+        model = convert(model, mode=mode, source=source)
         macs = cast(SurgeryPlan, model.surgery).macs_after
-    return _Cost(count_params(model), count_folded_params(model), macs)
+    else:
+        macs = count_macs(model, example_input(model, batch_size=1)).macs
+    return model, _Cost(count_params(model), count_folded_params(model), macs)
 
 
-def _cell(column: str, row: PaperRow, baseline: PaperRow, cost: _Cost, base: _Cost) -> Cell:
+def _image(networks: Mapping[Network, nn.Module]) -> tuple[int, ...]:
+    from armour_surgery.hosts import example_input
+
+    first = next(iter(networks.values()))
+    return tuple(next(iter(example_input(first).values())).shape[1:])
+
+
+def _row(row: PaperRow, costs: Mapping[Network, _Cost], speeds: Mapping[Network, dict[str, RowSpeed]]) -> ReproducedRow:
+    baseline, reference = _baseline(row), _reference(row)
+    cost, base = costs[row.model, row.mode], costs[baseline.model, ""]
+    speed = speeds.get((row.model, row.mode), {})
+    ratios = {
+        column: _number(getattr(row, column)) / _number(getattr(reference, column))
+        for column in _COLUMNS.values()
+        if getattr(row, column) and getattr(reference, column) and row is not reference
+    }
+    return ReproducedRow(
+        table=row.table,
+        name=row.name,
+        model=row.model,
+        mode=row.mode,
+        params=cost.params,
+        params_folded=cost.folded,
+        macs=cost.macs,
+        macs_ratio=base.macs / cost.macs if row.mode else None,
+        cells=tuple(_cell(column, row, baseline, cost, base, speed) for column in COLUMNS if getattr(row, column)),
+        recipe=RECIPES.get(row.name, "") if row.top1 else "",
+        paper_ratio=ratios,
+        speed=speed,
+    )
+
+
+def _cell(
+    column: str, row: PaperRow, baseline: PaperRow, cost: _Cost, base: _Cost, speed: Mapping[str, RowSpeed]
+) -> Cell:
     printed: str = getattr(row, column)
     if column == "params":
         return _params_cell(printed, cost)
@@ -137,6 +217,9 @@ def _cell(column: str, row: PaperRow, baseline: PaperRow, cost: _Cost, base: _Co
     if column.endswith("_change"):
         source = column.removesuffix("_change")
         return _throughput_change_cell(column, printed, getattr(baseline, source), getattr(row, source))
+    measured = next((one for device, one in speed.items() if _COLUMNS[device] == column), None)
+    if measured is not None:
+        return Cell(column, printed, f"{measured.images_per_s:,.1f}", MEASURED)
     return Cell(column, printed, NOT_RUN, PAPER)
 
 

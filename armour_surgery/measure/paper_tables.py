@@ -8,7 +8,7 @@ text lost; they are restored from section 3.2.
 
 from dataclasses import dataclass
 
-__all__ = ["CAPTIONS", "COLUMNS", "ROWS", "PaperRow"]
+__all__ = ["CAPTIONS", "COLUMNS", "RECIPES", "ROWS", "PaperRow"]
 
 CAPTIONS = {
     1: "Armour and the other ways of sharing, on DeiT-Ti; EfficientNet-B0 for comparison",
@@ -74,3 +74,18 @@ ROWS = (
     PaperRow(4, "Armour-384", "levit_384", "concat-half", "37.1", "-5.1%", "", "4,226", "+2.2%", "12.5", "+3.3%"),
     PaperRow(4, "Armour-384+", "levit_384", "concat-full", "35.0", "-10.5%", "", "4,314", "+4.3%", "13.0", "+7.4%"),
 )
+
+# The shipped recipe that trains a row of Tables 1 and 2 as the paper did, by the row's name.
+RECIPES = {
+    "Q=K": "deit_tiny_qk_300ep",
+    "Q=K diag": "deit_tiny_qk_diag_300ep",
+    "K=V": "deit_tiny_kv_300ep",
+    "Armour-Ti": "deit_tiny_qv_300ep",
+    "DeiT-Ti": "deit_tiny_300ep",
+    "DeiT-Ti dist": "deit_tiny_distilled_300ep",
+    "Armour-Ti dist": "deit_tiny_distilled_qv_300ep",
+    "Armour-Ti dist / 1200": "deit_tiny_distilled_qv_1200ep",
+    "LeViT-128S": "levit_128s_500ep",
+    "Armour-128S": "levit_128s_concat_half_500ep",
+    "Armour-128S+": "levit_128s_concat_full_500ep",
+}

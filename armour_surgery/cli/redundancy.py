@@ -1,0 +1,163 @@
+"""`armour-surgery redundancy MODEL --out FIGURE.png`: the paper's Figure 1, for any model."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from armour_surgery.cli.options import (
+    AsJson,
+    Checkpoint,
+    ImgSize,
+    InChans,
+    Model,
+    NumClasses,
+    Pretrained,
+    read_model,
+)
+from armour_surgery.cli.progress import progress_bar
+from armour_surgery.cli.run import command, console_for, print_json
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.table import Table
+
+    from armour_surgery.measure.redundancy import PairRedundancy, SiteRedundancy
+
+__all__ = ["redundancy"]
+
+_RANDOM = "random weights: these numbers say nothing about a trained model"
+
+
+@command
+def redundancy(
+    model: Model,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FIGURE.png", help="Draw it: .png, .svg or .pdf.", show_default=False),
+    ] = None,
+    layer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FQN|N",
+            help="The attention to draw in detail: its name, or its number from 0. Default: the first.",
+            show_default=False,
+        ),
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(metavar="X", help="Entries that differ by less than this count as alike.")
+    ] = 0.01,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = True,
+    img_size: ImgSize = None,
+    num_classes: NumClasses = None,
+    in_chans: InChans = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how alike the weights of Q, K and V are in every attention of MODEL, and what sharing them costs.
+
+    Entry by entry | |Q| - |K| |, | |K| - |V| | and | |Q| - |V| |, and the share of entries below a threshold, as in the
+    paper's Figure 1; beside it the residual of the best shared weight, from the weights alone.
+    """
+    console = console_for(as_json)
+    if out is not None:
+        from armour_surgery.measure.figures import check_figure
+
+        check_figure(out)
+    with console.status("loading the model"):
+        from armour_surgery.likeness import compare_layers
+
+        host, _ = read_model(model, pretrained, checkpoint, img_size, num_classes, in_chans)
+    weights = str(checkpoint) if checkpoint is not None else "pretrained" if pretrained else "random"
+    with progress_bar(console, "comparing weights") as tell:
+        sites, detail = compare_layers(host, threshold=threshold, layer=layer, progress=tell)
+    if out is not None:
+        from armour_surgery.measure.figures import save_figure
+        from armour_surgery.measure.redundancy_figure import redundancy_figure
+
+        title = f"{model}, {detail.fqn}" + (f"\n({_RANDOM})" if weights == "random" else "")
+        save_figure(out, redundancy_figure(sites, detail.fqn, detail.weights, threshold, title))
+    if as_json:
+        print_json(
+            {
+                "model": model,
+                "weights": weights,
+                "threshold": threshold,
+                "layer": detail.fqn,
+                "out": str(out) if out is not None else None,
+                "sites": [site.to_dict() for site in sites],
+            }
+        )
+        return
+    from rich.markup import escape
+
+    console.print(f"[bold]{escape(model)}[/bold]: {len(sites)} attention sites in a {type(host).__name__}")
+    if weights == "random":
+        console.print(f"  {_RANDOM}; leave out --no-pretrained, or bring some with --checkpoint", style="bold")
+    console.print(_table(sites, threshold))
+    for line in _notes(sites):
+        console.print(line, style="dim", markup=False)
+    if out is not None:
+        console.print(f"Drawn ({detail.fqn} in detail): {out}", markup=False, soft_wrap=True)
+
+
+def _table(sites: "Sequence[SiteRedundancy]", threshold: float) -> "Table":
+    from rich.markup import escape
+
+    from armour_surgery.cli.tables import plain_table
+    from armour_surgery.measure.figures import short_names
+    from armour_surgery.measure.redundancy import PAIRS
+
+    table = plain_table(f"Entries closer than {threshold:g} in % / by chance, and residuals")
+    names, pattern = short_names([site.fqn for site in sites])
+    numbers = [str(number) for number in range(len(sites))]
+    if names != numbers:
+        table.add_column("#", justify="right", no_wrap=True)
+    table.add_column(escape(pattern), overflow="fold")
+    for pair in PAIRS:
+        table.add_column(_spelled(pair, ", "), justify="right", no_wrap=True)
+    for pair in PAIRS:
+        table.add_column(_spelled(pair, "="), justify="right", no_wrap=True)
+    for number, name, site in zip(numbers, names, sites, strict=True):
+        found = [site.pairs.get(pair) for pair in PAIRS]
+        first = [escape(name)] if names == numbers else [number, escape(name)]
+        table.add_row(*first, *map(_share, found), *map(_residual, found))
+    return table
+
+
+def _spelled(pair: str, between: str) -> str:
+    return between.join(pair.upper())
+
+
+def _share(pair: "PairRedundancy | None") -> str:
+    return f"{pair.share:.1f}/{pair.share_by_chance:.1f}" if pair else "-"
+
+
+def _residual(pair: "PairRedundancy | None") -> str:
+    return f"{pair.residual:.3f}" if pair and pair.residual is not None else "-"
+
+
+def _notes(sites: "Sequence[SiteRedundancy]") -> list[str]:
+    """What a reader has to know about the table; each line once."""
+    from armour_surgery.cli.tables import grouped_names
+
+    lines = [
+        "By chance: the same entries in random order. Residual: what the best shared weight (joint-svd, from the "
+        "weights alone) loses of logits and values, relative to their size."
+    ]
+    groups: dict[str, list[str]] = {}
+    for site in sites:
+        told = [f"{_spelled(pair, ' and ')} were not compared: {reason}" for pair, reason in site.skipped.items()]
+        channels = {one.channels for one in site.pairs.values() if one.channels < max(site.key_dim, site.value_dim)}
+        told += [
+            f"{'V is' if site.value_dim > site.key_dim else 'Q and K are'} wider; the first {count} channels of each "
+            f"head were compared{', those that concat-half shares' if site.mode == 'concat-half' else ''}"
+            for count in channels
+        ]
+        for line in told:
+            groups.setdefault(line, []).append(site.fqn)
+    lines += [f"{grouped_names(names)}: {line}" for line, names in groups.items()]
+    if any(one.refused is not None for site in sites for one in site.pairs.values()):
+        lines.append("-: no mode makes the two one there; `armour-surgery inspect` says why.")
+    return lines
