@@ -11,7 +11,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from armour_surgery.discover import FoundSite, find_output, find_results, trace_call
-from armour_surgery.errors import ArmourError, PostconditionError, SpecializationError, TraceError
+from armour_surgery.errors import ArmourError, ConversionError, PostconditionError, SpecializationError, TraceError
 from armour_surgery.initialize.gauge import Freedom, probe, works_narrow
 from armour_surgery.initialize.problem import Problem
 from armour_surgery.measure.cost import count_params
@@ -295,7 +295,18 @@ def layout_of(rewritten: Rewritten) -> str:
 
 
 def problems_of(model: nn.Module, operations: list[Operation]) -> list[Problem]:
-    """The operations as the initializers see them. `model` is the one that is not converted, with its weights."""
+    """The operations as the initializers see them. `model` is the one that is not converted, with its weights.
+
+    Raises:
+        ConversionError: several heads of Q share one of K, and closed forms take them head by head.
+    """
+    for operation in operations:
+        q, k = operation.found.site.q, operation.found.site.k
+        if q is not None and k is not None and q.num_heads != k.num_heads:
+            raise ConversionError(
+                f"{operation.fqn} has {q.num_heads} heads of Q for {k.num_heads} of K, and only init 'wq' is there for "
+                f"that; use it and train, or leave the site out with exclude={operation.fqn!r}"
+            )
     done: dict[str, tuple[OutputProjection | None, Freedom]] = {}
     return [_problem(model, operation, done) for operation in operations]
 

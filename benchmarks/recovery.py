@@ -90,7 +90,7 @@ def markdown(record: dict[str, Any]) -> str:
         'images like best, at a standard error of 0.4 points. "Back after" is the first look, in epochs, at which '
         "the weights or their average are within 0.1 points of the baseline.",
         "",
-        "| model | mode | labels | init | baseline | at the start | last | average | chosen | back after | epochs; seeds |",
+        "| model | mode | labels | init | baseline | start | last | average | chosen | back after | epochs; seeds |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for group in dict.fromkeys(map(kind, record["runs"])):

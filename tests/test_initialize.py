@@ -11,7 +11,7 @@ from torch import nn
 from armour_surgery import convert
 from armour_surgery.conversion import surgery_of
 from armour_surgery.discover import find_output, find_sites
-from armour_surgery.errors import CalibrationError, UsageError
+from armour_surgery.errors import CalibrationError, ConversionError, UsageError
 from armour_surgery.initialize.batches import Batches
 from armour_surgery.initialize.closed_form import Head, joint_svd, loss, make_metric, refit_output
 from armour_surgery.initialize.gauge import Freedom, probe
@@ -121,6 +121,28 @@ def test_the_original_is_untouched_and_types_stay() -> None:
     assert {tensor.dtype for tensor in armour.parameters()} == {torch.bfloat16}
     assert armour.training
     assert model.training
+
+
+class SharedKeys(nn.Module):
+    """Six heads of queries for two of keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = nn.Linear(30, 24), nn.Linear(30, 8), nn.Linear(30, 8), nn.Linear(24, 30)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.q(x).unflatten(-1, (6, 4)).transpose(1, 2)
+        k, v = (part(x).unflatten(-1, (2, 4)).transpose(1, 2) for part in (self.k, self.v))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return x + self.out(mixed.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("init", ["wq-refit", "joint-svd"])
+def test_heads_that_share_keys_have_wq_alone(init: str) -> None:
+    model, example = nn.Sequential(SharedKeys()), torch.randn(2, 7, 30)
+    assert convert(model, "kv", example_input=example)(example).shape == example.shape
+    with pytest.raises(ConversionError, match="0 has 6 heads of Q for 2 of K, and only init 'wq' is there"):
+        convert(model, "kv", init=init, example_input=example)
 
 
 def test_images_for_an_init_that_uses_none() -> None:
