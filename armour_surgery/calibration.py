@@ -60,8 +60,8 @@ def choose_weights(
 ) -> tuple[list[SiteResult], Fidelity | None]:
     """Give a converted model its weights, in place; with `images`, also say how near it is to the original then.
 
-    Both models keep their types, modes and devices. What they compute with meanwhile is at least float32. `steps` are
-    those by gradient, at each site and then of all together.
+    Both models keep their types, modes and devices. What they compute with meanwhile is at least float32. With
+    `steps` every site goes on by gradient for so many.
     """
     with _precise(original, converted) as (before, after):
         problems = problems_of(before, operations)
@@ -71,7 +71,7 @@ def choose_weights(
             return from_weights(before, after, problems, init, lambda model: model(**given)), None
         data = _Data(before, example, images, progress)
         results, batches = calibrate(
-            before, after, problems, data.batches(), data.call, data.counter("calibrating", len(problems)), steps
+            before, after, problems, data.batches(), data.call, data.counter("calibrating", len(problems))
         )
         judged, reported = _halves(batches.kept) if steps else ([], batches.kept)
         if steps:
@@ -80,8 +80,9 @@ def choose_weights(
             first, least = reconstruct(
                 before,
                 after,
+                units_of(before, [problem.fqn for problem in problems]),
                 weights,
-                data.fresh(),
+                data.fresh(len(batches.sizes)),
                 judged,
                 lambda model, batch: data.features(model, batch)[0],
                 steps,
@@ -89,7 +90,7 @@ def choose_weights(
                 batches.weights,
             )
             if least < first:
-                results = [replace(one, steps=(*one.steps, "end to end")) for one in results]
+                results = [replace(one, steps=(*one.steps, "reconstruction")) for one in results]
         return results, compare_outputs(before, after, reported, data.features, data.source)
 
 
@@ -221,14 +222,33 @@ class _Data:
         read = calibration_batches(self._images.source, self._prep, images=count, batch_size=self._size)
         return Images(list(read), count)
 
-    def fresh(self) -> Iterator[Tensor]:
-        """Batches without end that were not seen before: other crops and drawings, or what can be drawn at least."""
-        endless = 2**40
-        parts = [self._images.source] if isinstance(self._images.source, str) else []
-        source = ",".join([*parts, *(["synthetic"] if "synthetic" not in parts else [])])
-        drawn = calibration_batches(source, self._prep, images=endless, batch_size=self._size, seed=1, apart=HELD_OUT)
+    def fresh(self, count: int) -> Iterator[Tensor]:
+        """Batches without end, none of pictures that judge: other crops and drawings, or what a caller gave once more.
+
+        `count` batches were read before. Where they cannot be read again, images are drawn.
+        """
+        source = self._images.source
+        if isinstance(source, str | Iterator):
+            drawn: Iterable[Tensor] = calibration_batches(
+                source if isinstance(source, str) else "synthetic",
+                self._prep,
+                images=2**40,
+                batch_size=self._size,
+                seed=1,
+                apart=HELD_OUT,
+            )
+            count = HELD_OUT
+        else:
+            passes = (
+                itertools.islice(
+                    calibration_batches(source, self._prep, images=self._images.count, batch_size=self._size), count
+                )
+                for _ in itertools.count()
+            )
+            drawn = itertools.chain.from_iterable(passes)
+        every = min(HELD_OUT, count)
         for number, batch in enumerate(drawn):
-            if number % HELD_OUT != HELD_OUT - 1:  # those are of pictures that judge
+            if number % count % every != every - 1:
                 yield batch.to(self._like)
 
 

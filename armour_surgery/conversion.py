@@ -106,8 +106,8 @@ def convert(
             `[B, C, H, W]` or of (images, labels), a folder of images, a dataset of timm, or "synthetic" (the default),
             which draws them.
         calibration_images: how many of them to use at most.
-        reconstruct: with `calibrated`, so many small steps by gradient at every site, and then of all sites together;
-            each kept only if held-out images agree.
+        reconstruct: with `calibrated`, so many small steps by gradient afterwards, every block for itself, on other
+            crops of the images where there are some; kept only if held-out images agree.
         max_loss: with `calibrated`, convert only as many sites as fit this budget, the most rewarding first. The loss
             is 1 - the mean cosine of the final features' tokens to the original's on held-out images.
         rank: with modes `qv` and `kv`, how many channels Q, K and V of every head get, in place of key_dim; the output

@@ -22,6 +22,7 @@ from fashion_mnist import DATA, read_split
 from feature_quality import at_size, cosines, final_tokens, gallery_of, gray_batches, knn_accuracy
 from torch import Tensor, nn
 
+from armour_surgery import convert
 from armour_surgery.hosts.preprocessing import preprocessing
 from armour_surgery.initialize import HELD_OUT
 from armour_surgery.measure.environment import environment
@@ -62,7 +63,7 @@ def main() -> None:
     task = Task(model, "qv", "x", {"photos": photos, both: mixed(photos, beside)})
     stepped = Method(
         f"calibrated, reconstruct {options.steps}",
-        lambda task: task.convert("calibrated", "photos", reconstruct=options.steps),
+        lambda task: reconstructed(task, options),
         "photos",
     )
     pictures = crops(options.photos / "test", prep, options.test_crops)
@@ -89,6 +90,19 @@ def main() -> None:
     columns = {"class_cosine": "class cosine", "patch_cosine": "patch cosine", "knn": "kNN, original's gallery"}
     lines = [*heading(record), "", told, "", *table(rows, {**columns, "knn_own": "kNN, own gallery"})]
     write(record, "\n".join(lines) + "\n", options.out)
+
+
+def reconstructed(task: Task, options: argparse.Namespace) -> nn.Module:
+    """From the folder itself, so that every step sees crops that no other saw."""
+    return convert(
+        task.model,
+        "qv",
+        init="calibrated",
+        calibration=str(options.photos / "calib"),
+        calibration_images=options.images,
+        reconstruct=options.steps,
+        example_input=torch.empty(1, 3, PIXELS, PIXELS),
+    ).eval()
 
 
 def mixed(photos: list[Tensor], others: list[Tensor]) -> list[Tensor]:

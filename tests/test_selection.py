@@ -1,5 +1,7 @@
 """Which sites to convert within a budget: the arithmetic of the frontier, the search, and the whole on small models."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from tiny_hosts import case
 from torch import nn
 
 from armour_surgery import convert, load, save
+from armour_surgery.calibration import Images, _Data
 from armour_surgery.conversion import sensitivities, surgery_of
 from armour_surgery.errors import NothingToConvertError, UsageError
 from armour_surgery.selection import frontier, search
@@ -169,6 +172,16 @@ def test_wide_values_are_tried_in_both_concat_modes() -> None:
 def test_options_that_cannot_be_are_refused(option: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         convert(case("vit").build(), "qv", **option)
+
+
+@pytest.mark.parametrize("count", [5, 12])
+def test_steps_by_gradient_see_no_image_that_judges(count: int) -> None:
+    model = case("vit").build()
+    batches = [torch.full((2, 3, 32, 32), float(number)) for number in range(count)]
+    data = _Data(model, case("vit").batches()[0], Images(batches, 2 * count), None)
+    seen = [int(batch[0, 0, 0, 0]) for batch in itertools.islice(data.fresh(count), 3 * count)]
+    every = min(8, count)
+    assert set(seen) == {number for number in range(count) if number % every != every - 1}
 
 
 def test_reconstruction_is_kept_only_where_held_out_images_agree() -> None:

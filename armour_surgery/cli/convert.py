@@ -56,7 +56,9 @@ def convert(
     calib_images: Annotated[int, typer.Option(metavar="N", min=8, help="How many calibration images to use.")] = 256,
     reconstruct: Annotated[
         int,
-        typer.Option(metavar="STEPS", min=0, help="With calibrated: steps by gradient at each site, then of all."),
+        typer.Option(
+            metavar="STEPS", min=0, help="With calibrated: then so many steps by gradient, every block for itself."
+        ),
     ] = 0,
     max_loss: Annotated[
         float | None,

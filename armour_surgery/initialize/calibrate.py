@@ -25,15 +25,13 @@ def calibrate(
     batches: Iterable[Tensor],
     call: Callable[[nn.Module, Tensor], Any],
     done: Callable[[str], None] = lambda fqn: None,
-    steps: int = 0,
     alone: bool = False,
 ) -> tuple[list[SiteResult], Batches]:
     """Give every site of `converted` the weights that do best on the images of `batches`; in place.
 
     Both models must be in eval mode and in float32 or float64. `problems` are the sites in the order they run,
-    `call(model, batch)` runs a model, `done(fqn)` is told of every finished site. Labels play no part. With `steps`
-    each site goes on by gradient for so many, towards the original's stream. With `alone` every site gets what it gets
-    in the original, as if no other were converted.
+    `call(model, batch)` runs a model, `done(fqn)` is told of every finished site. Labels play no part. With
+    `alone` every site gets what it gets in the original, as if no other were converted.
 
     Returns the sites' results and the batches; these have kept some of the held-out images, at most 64, for a report.
 
@@ -47,7 +45,7 @@ def calibrate(
         data = _first_pass(before, after, batches, store)
         results = []
         for number, problem in enumerate(problems):
-            results.append(Site(before, after, number, problem, data, store).solve(steps, alone))
+            results.append(Site(before, after, number, problem, data, store).solve(alone))
             done(problem.fqn)
         return results, data
     finally:

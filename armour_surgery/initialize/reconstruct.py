@@ -1,22 +1,27 @@
 """Reconstruction: go on by gradient from where the closed forms ended, towards what the original computes.
 
-The closed forms treat the softmax as if errors of its logits counted alike; a few small steps do not. A step too large
-undoes in seconds what the closed forms did, so rates are small and relative to each tensor's size, held-out images
-judge, the best weights seen are kept, and weights that are no better than the first are dropped.
+The closed forms treat the softmax as if errors of its logits counted alike; small steps do not. Every block learns
+alone, to give what the original's block gives from what the converted model now feeds it, all blocks in one pass: end
+to end, steps that are small enough to be safe moved nothing. Held-out images judge by the final features, the best
+weights seen are kept, and weights that are no better than the first are dropped.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
+
+from armour_surgery.initialize.walk import first_tensor
 
 __all__ = ["Weights", "descend", "reconstruct", "relative_error"]
 
 # How often held-out images are looked at.
 _JUDGMENTS = 4
-# The largest step, relative to the root mean square of a tensor: of one site's weights, and of all sites' at once.
-SITE_RATE = 0.007
-END_RATE = 0.0001
+# The largest step, relative to the root mean square of a tensor.
+_RATE = 0.003
 _WARM_UP = 0.1
 
 
@@ -37,7 +42,6 @@ def descend(
     loss: Callable[[], Tensor],
     judge: Callable[[], float],
     steps: int,
-    rate: float,
     done: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
     """Adam for `steps` calls of `loss`, warmed up and cooled down; the parameters end where `judge` was least.
@@ -45,7 +49,8 @@ def descend(
     Returns what `judge` said of the first and of the kept parameters. A loss that is not finite ends the descent.
     """
     groups = [
-        {"params": [one], "lr": rate * float(one.detach().square().mean().sqrt().clamp(min=1e-8))} for one in parameters
+        {"params": [one], "lr": _RATE * float(one.detach().square().mean().sqrt().clamp(min=1e-8))}
+        for one in parameters
     ]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     warm_up = max(1, round(_WARM_UP * steps))
@@ -86,6 +91,7 @@ def descend(
 def reconstruct(
     original: nn.Module,
     converted: nn.Module,
+    units: Sequence[str],
     parameters: Sequence[nn.Parameter],
     fresh: Iterator[Tensor],
     held_out: Iterable[Tensor],
@@ -94,9 +100,10 @@ def reconstruct(
     done: Callable[[], None] = lambda: None,
     weights: Weights = lambda _: None,
 ) -> tuple[float, float]:
-    """All sites at once, with the original as teacher: final features on `steps` batches of `fresh` images.
+    """All of the modules `units` at once, each alone, on `steps` batches of `fresh` images.
 
-    Both models must be in eval mode. Returns the relative error on `held_out` before and after.
+    `parameters` are those that learn; `features(model, batch)` runs a model to its final features `[B, ..., C]`. Both
+    models must be in eval mode. Returns the relative error of these on `held_out` before and after.
     """
     held = list(held_out)
     with torch.no_grad():
@@ -104,9 +111,11 @@ def reconstruct(
 
     def loss() -> Tensor:
         batch = next(fresh)
-        with torch.no_grad():
-            goal = features(original, batch)
-        return relative_error(features(converted, batch), goal, weights)
+        with torch.no_grad(), _watched(original, units) as wanted:
+            features(original, batch)
+        with _watched(converted, units) as got:
+            features(converted, batch)
+        return torch.stack([relative_error(got[unit], wanted[unit], weights) for unit in units]).mean()
 
     def judge() -> float:
         with torch.no_grad():
@@ -116,4 +125,27 @@ def reconstruct(
             ]
         return sum(errors) / sum(map(len, held))
 
-    return descend(parameters, loss, judge, steps, END_RATE, done)
+    return descend(parameters, loss, judge, steps, done)
+
+
+@contextmanager
+def _watched(model: nn.Module, units: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Inside, what those modules give is noted, and no gradient leaves them by their inputs."""
+    seen: dict[str, Tensor] = {}
+    handles = []
+    for unit in units:
+
+        def detached(_: nn.Module, args: Any, kwargs: Any) -> Any:
+            return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+
+        def note(_: nn.Module, args: Any, output: Any, unit: str = unit) -> None:
+            seen[unit] = first_tensor(output)
+
+        module = model.get_submodule(unit)
+        handles.append(module.register_forward_pre_hook(detached, with_kwargs=True))
+        handles.append(module.register_forward_hook(note))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

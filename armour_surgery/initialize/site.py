@@ -1,12 +1,10 @@
 """One site's calibration: the closed forms on the tokens that it gets, then fits to what the original computes.
 
 First the closed forms on the moments of the tokens that the site now gets; then the output projection, fitted to the
-real results of attention; then, if asked, small steps by gradient; then the last layer of the block (an MLP's second),
-fitted to the original's stream. Fits go from the present weights as far as held-out images agree, and not at all where
-they do not.
+real results of attention; then the last layer of the block (an MLP's second), fitted to the original's stream. Fits go
+from the present weights as far as held-out images agree, and not at all where they do not.
 """
 
-import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +25,6 @@ from armour_surgery.initialize.problem import (
     without_biases,
     write_head,
 )
-from armour_surgery.initialize.reconstruct import SITE_RATE, descend, relative_error
 from armour_surgery.initialize.stream import Branch, as_stream, find_branch, look, match_width
 from armour_surgery.initialize.taps import Stop, Taps, tokens
 from armour_surgery.initialize.walk import Store, Walk, first_tensor, with_first_tensor
@@ -67,7 +64,7 @@ class Site:
         self.mid: Tensor | None = None  # gain of the site's output into the stream
         self.last: Branch | None = None
 
-    def solve(self, steps: int, alone: bool) -> SiteResult:
+    def solve(self, alone: bool) -> SiteResult:
         """Choose the site's weights, and go on to the next: with the original's stream if it is taken `alone`."""
         self._run_original()
         queries, keys = self._moments()
@@ -86,8 +83,6 @@ class Site:
         for index, _, _ in self.data:
             self.store.drop(("result", index))
             self.store.drop(("start", index))
-        if steps:
-            self._reconstruct(steps)
         if self.last is None or not self._fit_last(self.last, keep=not alone):
             self._advance(alone)
         return SiteResult(self.problem.fqn, residual**0.5, tuple(self.steps), ranks)
@@ -260,24 +255,6 @@ class Site:
         moment = regression.moments[0] / regression.counts[0]
         write_output(self.new, out, matrix, offset, moment)
         return error
-
-    def _reconstruct(self, steps: int) -> None:
-        """Small steps on the site's weights, so that what leaves its part of the model is the original's."""
-        parameters = [one for one in self.new.parameters() if one.is_floating_point()]
-        fitting = itertools.cycle([(index, image) for index, image, held in self.data if not held])
-
-        def error(index: int, image: Tensor, gradient: bool) -> Tensor:
-            following = self.after.run(self.number, image, self.store["converted", index], gradient)
-            goal = first_tensor(self.store["original", index])
-            return relative_error(first_tensor(following), goal, self.data.weights)
-
-        def judge() -> float:
-            errors = [float(error(index, image, False)) for index, image, held in self.data if held]
-            return sum(errors) / len(errors)
-
-        first, least = descend(parameters, lambda: error(*next(fitting), True), judge, steps, SITE_RATE)
-        if least < first:
-            self.steps.append("reconstruction")
 
     def _fit_last(self, branch: Branch, keep: bool) -> bool:
         """Fit the block's last layer, so that what leaves the block is the original's stream.
