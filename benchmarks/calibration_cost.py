@@ -5,12 +5,12 @@ Called by `calibrated_conversion.py cost`; as a program it does one conversion a
     python benchmarks/calibration_cost.py vit_base_patch16_224 64
 """
 
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -121,8 +121,9 @@ def measure_cost(model: nn.Module, images: int, rounds: int, say: Callable[[str]
 
 
 def peak_memory() -> float:
-    """The most memory that this process has held so far, in MiB (Linux counts in KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """The most memory that this program has held so far, in MiB; unlike `getrusage`, without its parent's."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def main() -> None:
