@@ -37,7 +37,9 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("command", [one for one in commands() if "deit_tiny" in one and "eval" not in one])
+@pytest.mark.parametrize(
+    "command", [one for one in commands() if "deit_tiny" in one and not {"eval", "bench"} & set(one.split())]
+)
 def test_command(command: str, tmp_path: Path) -> None:
     offline = " --no-pretrained" if command.startswith("armour-surgery convert") else ""
     done = run(command + offline, tmp_path)
@@ -57,13 +59,16 @@ def test_commands_with_names_of_the_users_own(tmp_path: Path) -> None:
             to_pil_image(picture).save(folder / f"{number}.png")
     seen = 0
     for command in commands():
-        own = "MODEL" in command or "deit-armour" in command or "recovered" in command
+        own = "MODEL" in command or "deit-armour" in command or "recovered" in command or "bench" in command
         if not own and not command.endswith("recipes ls"):
             continue
-        words = command.replace("MODEL", "local-dir:mine").replace("deit_tiny_patch16_224", "local-dir:mine")
+        words = command.replace("deit_tiny_patch16_224-armour", "mine-armour")
+        words = words.replace("MODEL", "local-dir:mine").replace("deit_tiny_patch16_224", "local-dir:mine")
         words = words.replace("deit-armour", "mine-armour-qv")
         if "convert" in words:
             words = f"{words.replace('0.02', '1.0')} --calib-images 64"
+        if "bench" in words:
+            words += " --batch-size 2 --budget 1"
         if "finetune" in words:
             words += (
                 " --set data.images_per_epoch=8 --set data.batch_size=4 --set data.holdout=4 --set schedule.epochs=1"
@@ -71,7 +76,7 @@ def test_commands_with_names_of_the_users_own(tmp_path: Path) -> None:
         done = run(words, tmp_path)
         assert done.returncode == 0, f"{words}\n{done.stderr}"
         seen += 1
-    assert seen == 6
+    assert seen == 7
     for made in ("sites.png", "report.html", "mine-armour-qv/surgery.json", "recovered/surgery.json"):
         assert (tmp_path / made).is_file(), made
 
