@@ -19,6 +19,7 @@ _LARGEST = {"cpu": 16, "cuda": 256}
 _ROUNDS = 100
 # Of a group's time, what each of its networks may take to warm up, and what the rounds have together.
 _WARMUP, _TIMING = 0.2, 0.75
+_LEAST = 1e-3
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def time_group(
         {names[network]: model for network, model in networks.items()},
         lambda: torch.randn(batch, *image, device=device),
         rounds=_ROUNDS,
-        budget_s=_TIMING * budget_s,
+        # Where nothing is left, two rounds are.
+        budget_s=max(_TIMING * budget_s, _LEAST),
         warmup_s=_WARMUP * budget_s / len(networks),
     )
     pairs = {pair.b: pair for pair in report.pairs}
