@@ -169,7 +169,7 @@ def _subject(
 
 def _deployed(model: nn.Module, compiled: bool, example: dict[str, Tensor]) -> nn.Module:
     if hasattr(model, "deployment"):
-        return model  # it was saved like that
+        return model  # the caller did it
     from armour_surgery import deploy
 
     try:

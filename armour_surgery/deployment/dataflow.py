@@ -13,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from armour_surgery.errors import ExampleInputError
+from armour_surgery.discover import could_not_run
 from armour_surgery.meta import meta_copy
 
 __all__ = ["Dataflow", "FunctionCall", "follow_model"]
@@ -208,11 +208,7 @@ def follow_model(model: nn.Module, example: dict[str, Tensor]) -> Dataflow:
         with torch.no_grad(), _Notes(flow, stack):
             result = copied(**{name: value.to("meta") for name, value in example.items()})
     except Exception as error:
-        shapes = {name: tuple(value.shape) for name, value in example.items()}
-        raise ExampleInputError(
-            f"{type(model).__name__} could not run on inputs of shape {shapes}: {type(error).__name__}: {error}. "
-            "Pass example_input= with what its forward takes"
-        ) from error
+        raise could_not_run(model, example, error) from error
     leaves = pytree.tree_leaves(result.to_tuple() if hasattr(result, "to_tuple") else result)
     flow.results = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     return flow

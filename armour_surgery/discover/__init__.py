@@ -13,7 +13,7 @@ from torch import fx, nn
 from armour_surgery.discover.match import result_of
 from armour_surgery.discover.output import find_output
 from armour_surgery.discover.provenance import understand
-from armour_surgery.discover.record import Recording, record
+from armour_surgery.discover.record import Recording, could_not_run, record
 from armour_surgery.discover.results import find_results
 from armour_surgery.discover.trace import SELF, guard, trace, value_of
 from armour_surgery.errors import NoAttentionError, TraceError
@@ -24,6 +24,7 @@ from armour_surgery.traced import Call, Role, Trace, TracedSite
 __all__ = [
     "SELF",
     "FoundSite",
+    "could_not_run",
     "find_output",
     "find_results",
     "find_sites",

@@ -14,7 +14,7 @@ from armour_surgery.errors import ArmourError, ExampleInputError
 from armour_surgery.meta import meta_copy
 from armour_surgery.traced import Call
 
-__all__ = ["Recording", "is_builtin", "record"]
+__all__ = ["Recording", "could_not_run", "is_builtin", "record"]
 
 # What attention cannot do without. Everything else about it is read off the traced graph.
 _CORE_FUNCTIONS = {
@@ -38,6 +38,15 @@ class Recording:
     calls: dict[str, Call] = field(default_factory=dict)
     innermost: list[str] = field(default_factory=list)
     around: set[str] = field(default_factory=set)
+
+
+def could_not_run(model: nn.Module, example: dict[str, Any], error: Exception) -> ExampleInputError:
+    """What to raise where a model did not accept an example."""
+    shapes = {name: tuple(value.shape) for name, value in example.items()}
+    return ExampleInputError(
+        f"{type(model).__name__} could not run on inputs of shape {shapes}: {type(error).__name__}: {error}. "
+        "Pass example_input= with what its forward takes"
+    )
 
 
 def is_builtin(module: nn.Module) -> bool:
@@ -111,9 +120,5 @@ def record(model: nn.Module, example: dict[str, Any]) -> Recording:
         except ArmourError:
             raise
         except Exception as error:
-            shapes = {name: tuple(value.shape) for name, value in example.items()}
-            raise ExampleInputError(
-                f"{type(model).__name__} could not run on inputs of shape {shapes}: {type(error).__name__}: {error}. "
-                "Pass example_input= with what its forward takes"
-            ) from error
+            raise could_not_run(model, example, error) from error
     return recording
