@@ -5,7 +5,7 @@
 A ViT of 4 blocks on Fashion-MNIST, by the shipped recipe `fashion_mnist_vit` with fewer epochs and a smaller network;
 `armour-surgery finetune` runs it as a user would. Seeds and orders of images are the same for all modes. The test
 images are looked at once, at the end: the last weights and their moving average are told, no choice is made. FOLDER
-holds the four .gz files.
+holds the four .gz files. `--out` adds the runs to a file that may hold others.
 """
 
 import argparse
@@ -37,15 +37,22 @@ def main() -> None:
     parser.add_argument("--data", default=str(fashion_mnist.DATA))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/from_scratch.json"))
     options = parser.parse_args()
-    runs = []
     for seed in map(int, options.seeds.split(",")):
         for mode in options.modes.split(","):
-            runs.append(one_run(options, mode, seed))
-            print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
-    told = f"python benchmarks/from_scratch.py --epochs {options.epochs} --seeds {options.seeds} --data FOLDER"
-    record = {"command": told, "environment": environment().to_dict(), "network": NETWORK, "runs": runs}
-    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    options.out.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
+            found = one_run(options, mode, seed)
+            print(json.dumps(found), file=sys.stderr, flush=True)
+            add(options.out, found)
+
+
+def add(out: Path, found: dict[str, Any]) -> None:
+    """Put a run among those that the file holds, in place of an earlier one like it."""
+    like = [found[key] for key in ("epochs", "images", "mode", "seed")]
+    runs = json.loads(out.read_text(encoding="utf-8"))["runs"] if out.exists() else []
+    runs = [run for run in runs if [run[key] for key in ("epochs", "images", "mode", "seed")] != like]
+    runs = sorted([*runs, found], key=lambda run: (run["epochs"], MODES.index(run["mode"]), run["seed"]))
+    record = {"environment": environment().to_dict(), "network": NETWORK, "runs": runs}
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    out.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
 
 
 def one_run(options: argparse.Namespace, mode: str, seed: int) -> dict[str, Any]:
@@ -68,6 +75,8 @@ def one_run(options: argparse.Namespace, mode: str, seed: int) -> dict[str, Any]
     return {
         "mode": mode,
         "seed": seed,
+        "epochs": options.epochs,
+        "images": options.images,
         "test": float(last["top1"]),
         "average": float(last["ema_top1"]),
         "loss": float(last["loss"]),
@@ -78,22 +87,21 @@ def one_run(options: argparse.Namespace, mode: str, seed: int) -> dict[str, Any]
 def markdown(record: dict[str, Any]) -> str:
     here, runs = record["environment"], record["runs"]
     lines = [
-        f"{here['processor']}, torch {here['torch']}, timm {here['timm']}.",
-        "",
-        f"`{record['command']}`",
+        f"{here['processor']}, {here['threads']} thread, torch {here['torch']}, timm {here['timm']}. Written by "
+        "`benchmarks/from_scratch.py`.",
         "",
         "Fashion-MNIST from scratch, top-1 on 10,000 test images in percent: the mean over seeds, and each of them.",
         "",
-        "| mode | last weights | their moving average | training loss |",
-        "|---|---|---|---|",
+        "| epochs | images each | mode | last weights | their moving average | training loss |",
+        "|---|---|---|---|---|---|",
     ]
-    for mode in dict.fromkeys(run["mode"] for run in runs):
-        mine = [run for run in runs if run["mode"] == mode]
+    for epochs, images, mode in dict.fromkeys((run["epochs"], run["images"], run["mode"]) for run in runs):
+        mine = [run for run in runs if (run["epochs"], run["images"], run["mode"]) == (epochs, images, mode)]
         cells = []
         for key, digits in (("test", 2), ("average", 2), ("loss", 4)):
             values = [run[key] for run in mine]
             cells.append(f"{mean(values):.{digits}f} ({', '.join(f'{value:.{digits}f}' for value in values)})")
-        lines.append(f"| {mode} | " + " | ".join(cells) + " |")
+        lines.append(f"| {epochs} | {images:,} | {mode} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
