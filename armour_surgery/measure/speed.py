@@ -63,14 +63,19 @@ class PairSpeed:
 
 @dataclass(frozen=True)
 class SpeedReport:
-    """What `compare` measured. Every pair has the first model as its `a`."""
+    """What `compare` measured. Every one of `pairs` has the first model as its `a`; `times` are seconds a round."""
 
     models: tuple[ModelSpeed, ...]
     pairs: tuple[PairSpeed, ...]
+    times: Mapping[str, Sequence[float]]
     batch_size: int
     rounds: int
     warmup_calls: int
     environment: Environment
+
+    def pair(self, a: str, b: str) -> PairSpeed:
+        """Any two of the models, by their names."""
+        return _pair_speed(a, self.times[a], b, self.times[b])
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary with the keys of the `bench` contract, and how it was measured."""
@@ -140,9 +145,11 @@ def compare(
             batch = make_input()
             for name in _order(names, number):
                 times[name].append([_time_call(models[name], batch, clock) for _ in range(calls[name])])
+    typical = {name: [median(turn) for turn in turns] for name, turns in times.items()}
     return SpeedReport(
         models=tuple(_model_speed(name, times[name], batch.shape[0]) for name in names),
-        pairs=tuple(_pair_speed(names[0], times[names[0]], name, times[name]) for name in names[1:]),
+        pairs=tuple(_pair_speed(names[0], typical[names[0]], name, typical[name]) for name in names[1:]),
+        times=typical,
         batch_size=batch.shape[0],
         rounds=len(times[names[0]]),
         warmup_calls=sum(map(len, warm.values())),
@@ -205,8 +212,8 @@ def _model_speed(name: str, turns: Sequence[Sequence[float]], batch_size: int) -
     return ModelSpeed(name=name, latency_ms=1000 * typical, p90_ms=1000 * slow, images_per_s=batch_size / typical)
 
 
-def _pair_speed(a: str, turns_a: Sequence[Sequence[float]], b: str, turns_b: Sequence[Sequence[float]]) -> PairSpeed:
-    ratios = [median(turn_a) / median(turn_b) for turn_a, turn_b in zip(turns_a, turns_b, strict=True)]
+def _pair_speed(a: str, times_a: Sequence[float], b: str, times_b: Sequence[float]) -> PairSpeed:
+    ratios = [time_a / time_b for time_a, time_b in zip(times_a, times_b, strict=True)]
     low, middle, high = quantiles(ratios, n=4, method="inclusive")
     return PairSpeed(
         a=a,
