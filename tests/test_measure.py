@@ -246,7 +246,7 @@ def test_medians_ratios_and_quartiles() -> None:
     assert (pair.a, pair.b, pair.rounds) == ("a", "b", 4)
     assert pair.speedup == 2.5  # of 1, 2, 3, 4
     assert pair.speedup_iqr == (1.75, 3.25)
-    assert report.times["a"] == [4, 4, 6, 8] and report.times["b"] == [4, 2, 2, 2]
+    assert report.times == {"a": [4, 4, 6, 8], "b": [4, 2, 2, 2]}
     assert report.pair("b", "a").speedup == pytest.approx((1 / 2 + 1 / 3) / 2)
     data = json.loads(json.dumps(report.to_dict()))
     contract = {"a": "a", "b": "b", "speedup": 2.5, "speedup_iqr": [1.75, 3.25], "rounds": 4}
