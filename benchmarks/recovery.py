@@ -136,7 +136,12 @@ def recover(options: argparse.Namespace, init: str, seed: int) -> dict[str, Any]
         converted = convert(original, options.mode, init=init, example_input=example)
     settings = [f"seed={seed}", f"data.images_per_epoch={TRAINING // options.looks}"]
     settings += [f"schedule.epochs={options.epochs * options.looks}"]
-    settings += ["schedule.warmup_epochs=0.1", *(LABEL_FREE if options.label_free else []), *options.settings]
+    settings += [
+        "judge.keep=best",
+        "schedule.warmup_epochs=0.1",
+        *(LABEL_FREE if options.label_free else []),
+        *options.settings,
+    ]
     settings += ["judge.metric=agreement"] if options.label_free else []
     recipe = load_recipe("fashion_mnist_recover", settings)
     for module in [*converted.modules(), *original.modules()]:

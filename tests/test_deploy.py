@@ -116,6 +116,22 @@ def test_it_compiles_and_exports(name: str, converted: bool, tmp_path) -> None:
         assert relative_error(expected, [exported(batch["x"])]) < 1e-5
 
 
+@pytest.mark.parametrize(("name", "converted"), [("levit", True), ("dinov2", False)])
+def test_it_exports_to_onnx(name: str, converted: bool, tmp_path) -> None:
+    from onnx.reference import ReferenceEvaluator
+
+    case = CASES[name]
+    model = (convert(case.build(), example_input=case.example()) if converted else case.build()).eval()
+    deployed = deploy(model, example_input=case.example())
+    batch = case.batches()[1]
+    with torch.no_grad():
+        expected = outputs(model, batch)
+        file = tmp_path / "model.onnx"
+        torch.onnx.export(deployed, (batch["x"],), file, dynamo=True, verbose=False)
+    found = ReferenceEvaluator(str(file)).run(None, {"x": batch["x"].numpy()})
+    assert relative_error(expected, [torch.from_numpy(found[0])]) < 1e-5
+
+
 def test_compiled_models_keep_their_products_as_they_are_written() -> None:
     model, example = double("levit", False)
     deployed = deploy(model, example_input=example, compiled=True)
