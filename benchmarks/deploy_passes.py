@@ -6,10 +6,10 @@ For each model, in eager mode: the stock model against itself (what this machine
 pass alone (run also where `deploy` would leave it out because it does not pay), against all passes that pay, and
 against its conversions with and without them. With --compiled, what goes through torch.compile is measured too.
 Every deployed model, compiled if it is, is first compared with the one it came from, in float32: the largest
-difference of its outputs on noise, relative to the largest output, is in the table. A second table holds conversions against the original, as they
-are and both deployed, beside what the MACs say. Models are timed in turns and freed memory is kept (see
-armour_surgery.measure.speed). Weights are random: they do not change the time. Writes JSON and, beside it, a
-Markdown table.
+difference of its outputs on noise, relative to the largest output, is in the table. A second table holds conversions
+against the original, as they are and both deployed, beside what the MACs say. Models are timed in turns and freed
+memory is kept (see armour_surgery.measure.speed). Weights are random: they do not change the time. Writes JSON and,
+beside it, a Markdown table.
 """
 
 import argparse
