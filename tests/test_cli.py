@@ -750,6 +750,12 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str,
     return json.loads(result.stdout), result.stderr, out
 
 
+def test_a_folder_that_demo_cannot_make_is_told_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    error = failed("demo", "--out", str(tmp_path / "taken" / "out")).stderr
+    assert "cannot be made: Not a directory; name another --out" in " ".join(error.split())
+
+
 def test_demo_tells_the_truth(demo: tuple[dict[str, Any], str, Path]) -> None:
     found, _, _ = demo
     assert set(found) >= {"original", "modes", "environment"}

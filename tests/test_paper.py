@@ -231,6 +231,8 @@ def test_the_command_times_and_writes_a_page(
 def test_a_page_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
     error = failed("paper", "--markdown", str(tmp_path / "absent" / "paper.md")).stderr
     assert "so the page paper.md cannot be written there; create it" in error
+    error = failed("paper", "--markdown", str(tmp_path / "paper.txt"), code=2).stderr
+    assert "does not end in .md; name it so" in error
 
 
 def test_the_tables_fit_a_terminal(timed: Reproduction, monkeypatch: pytest.MonkeyPatch) -> None:

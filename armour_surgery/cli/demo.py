@@ -11,6 +11,7 @@ import typer
 
 from armour_surgery.cli.options import AsJson
 from armour_surgery.cli.run import command, console_for, print_json
+from armour_surgery.errors import FolderError
 
 if TYPE_CHECKING:
     from armour_surgery.measure.speed import PairSpeed
@@ -52,6 +53,11 @@ def demo(
 ) -> None:
     """Inspect, convert, evaluate, save, reload, time and recover a small ViT. Needs no network."""
     console = console_for(as_json)
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FolderError(f"{out} cannot be made: {error.strerror}; name another --out") from error
     with tempfile.TemporaryDirectory(prefix="armour-demo-") as scratch:
         document = _story(console, out if out is not None else Path(scratch))
     if as_json:

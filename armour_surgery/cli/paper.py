@@ -8,6 +8,7 @@ import typer
 
 from armour_surgery.cli.options import AsJson
 from armour_surgery.cli.run import command, console_for, print_json
+from armour_surgery.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,6 +43,8 @@ def paper(
     if markdown is not None:
         from armour_surgery.measure.output import check_target
 
+        if markdown.suffix.lower() != ".md":
+            raise UsageError(f"--markdown: the page is Markdown, and {str(markdown)!r} does not end in .md; name it so")
         check_target(markdown, "page")
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("counting", total=None)
