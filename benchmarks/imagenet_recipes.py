@@ -1,8 +1,9 @@
 """Start every ImageNet recipe under torchrun with two processes, stop it, resume it: on generated images.
 
-    python benchmarks/imagenet_recipes.py --steps 20
+    python benchmarks/imagenet_recipes.py --steps 20 [--set run.precision=fp32] > imagenet_recipes.json
 
-Only the batch is made small, and the teacher a small random ResNet; everything else is the recipe's. What this shows is
+Only the batch is made small, and the teacher a small random ResNet; everything else is the recipe's, unless --set says
+otherwise: a CPU without instructions for bfloat16 takes far longer in it than in fp32. What this shows is
 that recipes run and resume. It says nothing about accuracy.
 """
 
