@@ -15,7 +15,7 @@ from armour_surgery.measure.cost import count_macs, count_params
 from armour_surgery.measure.environment import environment
 from armour_surgery.measure.memory import held_bytes, peak_growth
 from armour_surgery.measure.operators import Profile, profile_call
-from armour_surgery.measure.speed import compare, keep_memory
+from armour_surgery.measure.speed import compare, keep_memory, many_compiled
 from armour_surgery.measure.speed_report import BatchSpeed, Benchmark, ModelCost, Settings
 from armour_surgery.meta import full_copy
 from armour_surgery.targets import Example, example_of
@@ -110,7 +110,7 @@ def benchmark(
         double += " again"
     given = {name: model if inplace else full_copy(model) for name, model in models.items()}
     given[double] = full_copy(models[first])
-    with _threads(threads), _compiling() if compile else nullcontext():
+    with _threads(threads), many_compiled() if compile else nullcontext():
         subjects = [_subject(name, model, settings, place, example_input) for name, model in given.items()]
         costs = []
         for number, one in enumerate(subjects[:-1]):
@@ -278,12 +278,3 @@ def _threads(number: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _compiling() -> Iterator[None]:
-    """Models of one class share a limit of compiled variants, beyond which torch would quietly run them eagerly."""
-    from torch._dynamo import config
-
-    with config.patch(recompile_limit=256, accumulated_recompile_limit=1024, fail_on_recompile_limit_hit=True):
-        yield

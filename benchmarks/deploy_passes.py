@@ -28,7 +28,7 @@ from armour_surgery.deployment import PASSES
 from armour_surgery.errors import NothingToDeployError
 from armour_surgery.hosts import load_model
 from armour_surgery.measure.cost import count_macs
-from armour_surgery.measure.speed import compare, keep_memory
+from armour_surgery.measure.speed import compare, keep_memory, many_compiled
 
 BATCH_SIZE = 16
 IMAGE = (3, 224, 224)
@@ -92,13 +92,12 @@ def run(name: str, compiled: bool, batch_size: int, rounds: int) -> dict[str, An
     }
     print(f"{name}{', compiled' if compiled else ''}: {', '.join(list(models)[2:])}", file=sys.stderr, flush=True)
     if compiled:
-        # Models of one class share a limit of compiled variants, beyond which torch would quietly run them eagerly.
-        torch._dynamo.reset()
         models = {label: torch.compile(model, dynamic=False) for label, model in models.items()}
-    with torch.inference_mode():
-        noise = torch.randn(batch_size, *IMAGE)
-        errors = {label: _error(origin(noise), models[label](noise)) for label, origin in origins.items()}
-    report = compare(models, lambda: torch.randn(batch_size, *IMAGE), rounds=rounds, budget_s=900.0)
+    with many_compiled():
+        with torch.inference_mode():
+            noise = torch.randn(batch_size, *IMAGE)
+            errors = {label: _error(origin(noise), models[label](noise)) for label, origin in origins.items()}
+        report = compare(models, lambda: torch.randn(batch_size, *IMAGE), rounds=rounds, budget_s=900.0)
     return {
         "model": name,
         "kind": "torch.compile" if compiled else "eager",

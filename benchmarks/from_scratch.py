@@ -20,8 +20,7 @@ from statistics import mean
 from typing import Any
 
 import fashion_mnist
-
-from armour_surgery.measure.environment import environment
+from kept_runs import add_run
 
 MODES = ("baseline", "qv", "kv", "qk", "qk-diag")
 NETWORK = "{img_size: 28, patch_size: 4, in_chans: 1, num_classes: 10, embed_dim: 64, depth: 4, num_heads: 2, "
@@ -41,18 +40,11 @@ def main() -> None:
         for mode in options.modes.split(","):
             found = one_run(options, mode, seed)
             print(json.dumps(found), file=sys.stderr, flush=True)
-            add(options.out, found)
+            add_run(options.out, found, key, markdown, network=NETWORK)
 
 
-def add(out: Path, found: dict[str, Any]) -> None:
-    """Put a run among those that the file holds, in place of an earlier one like it."""
-    like = [found[key] for key in ("epochs", "images", "mode", "seed")]
-    runs = json.loads(out.read_text(encoding="utf-8"))["runs"] if out.exists() else []
-    runs = [run for run in runs if [run[key] for key in ("epochs", "images", "mode", "seed")] != like]
-    runs = sorted([*runs, found], key=lambda run: (run["epochs"], MODES.index(run["mode"]), run["seed"]))
-    record = {"environment": environment().to_dict(), "network": NETWORK, "runs": runs}
-    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    out.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
+def key(run: dict[str, Any]) -> tuple[Any, ...]:
+    return run["epochs"], run["images"], MODES.index(run["mode"]), run["seed"]
 
 
 def one_run(options: argparse.Namespace, mode: str, seed: int) -> dict[str, Any]:

@@ -31,12 +31,11 @@ import fashion_mnist
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._dynamo import config
 
 from armour_surgery import convert, deploy
 from armour_surgery.hosts import load_model
 from armour_surgery.measure.cost import count_params
-from armour_surgery.measure.speed import compare, keep_memory
+from armour_surgery.measure.speed import compare, keep_memory, many_compiled
 
 WEIGHTS = Path(__file__).with_name("weights")
 PACKAGES = {"torchao": "torchao", "tome": "tome", "torch_pruning": "torch-pruning"}
@@ -195,8 +194,7 @@ def most(
 def speeds(models: Mapping[str, nn.Module], images: Tensor, quick: bool, compiled: bool) -> tuple[dict[str, Any], Any]:
     """How much faster than the first, by name; without those that do not compile."""
     runs: dict[str, Callable[[Tensor], Any]] = {}
-    # Models of one class share a limit of compiled variants, beyond which torch would quietly run them eagerly.
-    with config.patch(recompile_limit=256, accumulated_recompile_limit=1024, fail_on_recompile_limit_hit=True):
+    with many_compiled():
         for label, model in models.items():
             run = torch.compile(model, dynamic=False) if compiled else model
             try:

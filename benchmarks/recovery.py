@@ -20,12 +20,12 @@ from typing import Any
 
 import fashion_mnist
 import torch
+from kept_runs import add_run
 from torch import nn
 
 from armour_surgery import convert
 from armour_surgery.hosts.preprocessing import Preprocessing
 from armour_surgery.measure.accuracy import choices, top_hits
-from armour_surgery.measure.environment import environment
 from armour_surgery.recover.data import Pictures, held_out, open_pictures
 from armour_surgery.recover.distillation import Teacher
 from armour_surgery.recover.distributed import Process
@@ -64,17 +64,11 @@ def main() -> None:
         for seed in map(int, options.seeds.split(",")):
             found = recover(options, init, seed)
             print(json.dumps(found), file=sys.stderr, flush=True)
-            add(options.out, found)
+            add_run(options.out, found, key, markdown)
 
 
-def add(out: Path, found: dict[str, Any]) -> None:
-    """Put a run among those that the file holds, in place of an earlier one of the same kind."""
-    record = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"environment": {}, "runs": []}
-    runs = [run for run in record["runs"] if kind(run) != kind(found) or run["seed"] != found["seed"]]
-    runs = sorted([*runs, found], key=lambda run: (*map(str, kind(run)), run["seed"]))
-    record = {"environment": environment().to_dict(), "runs": runs}
-    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    out.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
+def key(run: dict[str, Any]) -> tuple[Any, ...]:
+    return *map(str, kind(run)), run["seed"]
 
 
 def kind(run: dict[str, Any]) -> tuple[Any, ...]:

@@ -330,6 +330,9 @@ def test_bfloat16_and_compiling_follow_the_same_curve(tmp_path: Path, monkeypatc
     train(task(tmp_path / "bf16", "run.precision=bf16"), ALONE)
     assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "fp32"), rel=0.05)
     assert losses(tmp_path / "bf16") != losses(tmp_path / "fp32")
+    with torch.compiler.set_stance("force_eager"):
+        train(task(tmp_path / "in name only", "run.compile=true"), ALONE)
+    assert losses(tmp_path / "in name only") == losses(tmp_path / "fp32")
     # All of torch.compile but the code generator, which takes a minute.
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))

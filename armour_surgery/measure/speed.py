@@ -7,7 +7,8 @@ of the ratios within rounds, each of which saw the same machine.
 
 import ctypes
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from statistics import median, quantiles
 from typing import Any
@@ -19,7 +20,7 @@ from armour_surgery.errors import UsageError
 from armour_surgery.measure.environment import Environment, environment
 from armour_surgery.measure.intervals import median_interval
 
-__all__ = ["ModelSpeed", "PairSpeed", "SpeedReport", "compare", "keep_memory"]
+__all__ = ["ModelSpeed", "PairSpeed", "SpeedReport", "compare", "keep_memory", "many_compiled"]
 
 # Warm-up is over when this many calls in a row took the same time, within the tolerance.
 _STEADY_CALLS = 3
@@ -169,6 +170,18 @@ def keep_memory() -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     return bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)) and bool(mallopt(_M_MMAP_MAX, 0))
+
+
+@contextmanager
+def many_compiled() -> Iterator[None]:
+    """Models of one class share a limit of compiled variants, beyond which torch would quietly run them eagerly.
+
+    Within this context the limit is high, and reaching it is an error.
+    """
+    from torch._dynamo import config
+
+    with config.patch(recompile_limit=256, accumulated_recompile_limit=1024, fail_on_recompile_limit_hit=True):
+        yield
 
 
 def _order(names: Sequence[str], number: int) -> list[str]:
