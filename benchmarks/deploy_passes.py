@@ -1,10 +1,12 @@
 """How much faster `deploy` makes a model on the CPU of this machine: each pass alone, all together, and after surgery.
 
-    python benchmarks/deploy_passes.py [--quick] [--models NAME ...] [--out benchmarks/results/deploy_passes.json]
+    python benchmarks/deploy_passes.py [--quick] [--models NAME ...] [--each-pass] [--compiled]
+        [--out benchmarks/results/deploy_passes.json]
 
-For each model, in eager mode: the stock model against itself (what this machine's noise alone does), against each
-pass alone (run also where `deploy` would leave it out because it does not pay), against all passes that pay, and
-against its conversions with and without them. With --compiled, all of that goes through torch.compile instead.
+For each model, in eager mode: the stock model against itself (what this machine's noise alone does), against all
+passes that pay, and against its conversions with and without them. With --each-pass, against each pass alone
+instead, run also where `deploy` would leave it out because it does not pay. With --compiled, what is compared goes
+through torch.compile.
 Every deployed model, compiled if it is, is first compared with the one it came from, in float32: the largest
 difference of its outputs on noise, relative to the largest output, is in the table. A second table holds conversions
 against the original, as they are and both deployed, beside what the MACs say. Models are timed in turns and freed
@@ -44,16 +46,15 @@ MODELS = {
     "levit_384": ("concat-half", "concat-full"),
     "vit_small_patch14_dinov2.lvd142m": ("qv",),
 }
-# Every pass alone is measured on these only, in eager mode; else all of them together.
-IN_DETAIL = ("deit_tiny_patch16_224", "levit_128s")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--quick", action="store_true", help="6 rounds, batch 4")
+    parser.add_argument("--each-pass", action="store_true", help="each pass alone, and no conversions")
     parser.add_argument("--compiled", action="store_true", help="after torch.compile, not in eager mode")
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(IN_DETAIL))
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--rounds", type=int, help="rounds of each comparison (an even number)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/deploy_passes.json"))
     options = parser.parse_args(arguments)
@@ -62,12 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     kept = keep_memory()
     results: list[dict[str, Any]] = []
     for name in options.models:
-        results.append(run(name, options.compiled, batch_size, rounds))
+        results.append(run(name, options.compiled, options.each_pass, batch_size, rounds))
         write(results, options.out, kept)
     print(options.out.with_suffix(".md").read_text(encoding="utf-8"))
 
 
-def run(name: str, compiled: bool, batch_size: int, rounds: int) -> dict[str, Any]:
+def run(name: str, compiled: bool, each_pass: bool, batch_size: int, rounds: int) -> dict[str, Any]:
     host = _with_statistics(load_model(name, pretrained=False)[0])
     models: dict[str, nn.Module] = {name: host, f"{name} again": host}
     origins: dict[str, nn.Module] = {}
@@ -80,11 +81,11 @@ def run(name: str, compiled: bool, batch_size: int, rounds: int) -> dict[str, An
         models[label] = deployed
         origins[label] = model
 
-    if name in IN_DETAIL and not compiled:
-        for one in PASSES:
-            add(one, host, (one,))
+    for one in PASSES if each_pass else ():
+        add(one, host, (one,))
     add("deploy", host, None)
-    for mode in MODELS[name]:
+    modes = () if each_pass else MODELS[name]
+    for mode in modes:
         models[mode] = convert(host, mode).eval()
         add(f"{mode} + deploy", models[mode], None)
     macs = {
@@ -106,7 +107,7 @@ def run(name: str, compiled: bool, batch_size: int, rounds: int) -> dict[str, An
         **report.to_dict(),
         "conversions": [
             {"deployed": a == "deploy", **report.pair(a, b).to_dict()}
-            for mode in MODELS[name]
+            for mode in modes
             for a, b in ((name, mode), ("deploy", f"{mode} + deploy"))
         ],
     }
@@ -163,6 +164,8 @@ def markdown(results: Sequence[dict[str, Any]], kept: bool) -> str:
                 "" if error is None else f"{error:.0e}",
             ]
             lines.append(f"| {' | '.join(map(str, cells))} |")
+    if not any(result["conversions"] for result in results):
+        return "\n".join(lines) + "\n"
     lines += [
         "",
         "What conversion alone makes of it. The last column is the speed-up over what the ratio of MACs promises.",

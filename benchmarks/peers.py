@@ -119,9 +119,13 @@ def on_deit(
 
 
 def ours(stock: nn.Module, converted: nn.Module) -> dict[str, nn.Module]:
+    unfused = copy.deepcopy(stock)
+    for block in unfused.get_submodule("blocks"):
+        block.attn.fused_attn = False
     return {
         "stock": stock,
         "stock again": copy.deepcopy(stock),
+        "timm's fused_attn off": unfused,
         "qv": converted,
         "deploy": deploy(stock),
         "qv + deploy": deploy(converted),
