@@ -9,10 +9,12 @@ FOLDER holds the four .gz files), and DeiT-Ti at 224 pixels with random weights,
 trained: `qv` is calibrated with 512 training images, which Torch-Pruning's Taylor scores see too, with their labels.
 On the ViT, ToMe merges as many tokens, and Torch-Pruning takes as many hidden channels of the MLPs, as leave the
 accuracy within `--lost` points of the original's, found with the same test images, which favors both. On DeiT-Ti, ToMe
-merges 13 tokens a block (as its paper does) and Torch-Pruning goes down to the parameters of `qv`.
+merges 13 tokens a block (as its paper does) and Torch-Pruning goes down to the parameters of `qv`; dynamic int8, ten
+times slower than float32 on processors without instructions for it, is left to the ViT.
 
 Models are timed in turns, eager and compiled, against the stock model. What is not installed is left out and named,
-what does not compile is said so. Writes JSON and, beside it, a Markdown table.
+what does not compile is said so. Writes JSON and, beside it, a Markdown table; a model that is not among --models
+keeps what is in the file already.
 """
 
 import argparse
@@ -46,6 +48,7 @@ TOME_PAPER = 13
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="4 rounds, eager only")
+    parser.add_argument("--models", nargs="+", choices=list(HOSTS), default=list(HOSTS), help="both")
     parser.add_argument("--lost", type=float, default=0.2, help="points that ToMe and pruning may lose (%(default)s)")
     parser.add_argument("--data", type=Path, default=fashion_mnist.DATA)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/peers.json"))
@@ -57,16 +60,18 @@ def main() -> None:
     installed = {name: version(package) for name, package in PACKAGES.items() if find_spec(name)}
     for name in PACKAGES.keys() - installed.keys():
         print(f"{PACKAGES[name]} is not installed and is left out", file=sys.stderr)
-    results = []
-    for measure in (on_fashion_mnist, on_deit):
-        name, models, accuracies, images = measure(options, installed)
+    results = json.loads(options.out.read_text(encoding="utf-8"))["results"] if options.out.exists() else []
+    for chosen in options.models:
+        name, models, accuracies, images = HOSTS[chosen](options, installed)
         found = {"model": name, "batch_size": len(images), "rows": []}
         eager, report = speeds(models, images, options.quick, compiled=False)
         compiled = {} if options.quick else speeds(models, images, options.quick, compiled=True)[0]
         for label, model in models.items():
             row = {"what": label, "top1": accuracies.get(label), "stored_mib": stored_bytes(model) / 2**20}
             found["rows"].append(row | {"eager": eager.get(label), "compiled": compiled.get(label)})
-        results.append(found | {"environment": report.environment.to_dict()})
+        results = [one for one in results if one["model"] != name] + [
+            found | {"environment": report.environment.to_dict()}
+        ]
         record = {"installed": installed, "lost": options.lost, "quick": options.quick, "results": results}
         options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         options.out.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
@@ -105,7 +110,9 @@ def on_deit(
     torch.manual_seed(0)
     stock = load_model("deit_tiny_patch16_224", pretrained=False)[0].eval()
     converted = convert(stock, "qv").eval()
-    models = ours(stock, converted) | (quantized(stock, converted) if "torchao" in installed else {})
+    models = ours(stock, converted)
+    if "torchao" in installed:
+        models |= {name: model for name, model in quantized(stock, converted).items() if "dynamic" not in name}
     images = torch.randn(16, 3, 224, 224)
     if "tome" in installed:
         models[f"ToMe, {TOME_PAPER} tokens a block"] = merge_tokens(stock, TOME_PAPER)
@@ -116,6 +123,9 @@ def on_deit(
         model = prune(stock, share, images[:2], torch.tensor([0, 1]))
         models[f"Torch-Pruning, {share:.0%} of the MLPs"] = model
     return "DeiT-Ti, 224 pixels, random weights", models, {}, images
+
+
+HOSTS = {"vit": on_fashion_mnist, "deit": on_deit}
 
 
 def ours(stock: nn.Module, converted: nn.Module) -> dict[str, nn.Module]:
