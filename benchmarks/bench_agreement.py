@@ -7,8 +7,9 @@ Converts the model, then runs `armour-surgery bench MODEL --vs CONVERTED --vs MO
 turns with the machine left alone and with an endless loop on the last core that this process may use. Over
 all pairs of runs under the same condition it counts how often their intervals overlap, and, stricter, how
 often the median of one lies in the interval of the other; `mixed` holds a run left alone against one
-beside the loop. MODEL against itself shows how often a difference is called where there is none. Writes
-JSON and, beside it, a Markdown table, anew after every run.
+beside the loop. A run whose time was over before there were rounds enough for an interval is in no pair.
+MODEL against itself shows how often a difference is called where there is none. Writes JSON and, beside
+it, a Markdown table, anew after every run.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--mode", default="qv", help="what it is converted to (%(default)s)")
     parser.add_argument("--runs", type=int, default=10, help="runs under each condition (%(default)s)")
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of rounds per batch size (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, help="%(default)s, and one image alone")
+    parser.add_argument("--batch-size", type=int, default=4, help="%(default)s, and one image alone")
     parser.add_argument("--threads", type=int, help="as many as torch takes, if it is not given")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/bench_agreement.json"))
@@ -108,7 +109,10 @@ def markdown(runs: dict[str, list[dict[str, Any]]]) -> str:
 
 def agreement(both: Pairs, runs: list[dict[str, Any]], place: int, number: int) -> list[str]:
     """Cells of the table: medians, pairs, and how often they agree."""
-    found = [[one["batches"][place]["pairs"][number] for one in pairing] for pairing in both]
+    read = [[one["batches"][place]["pairs"][number] for one in pairing] for pairing in both]
+    found = [pairing for pairing in read if all(pair["speedup_interval"] for pair in pairing)]
+    if not found:
+        return ["", "0", "too few rounds", "too few rounds", ""]
     overlap = sum(overlap_of(a["speedup_interval"], b["speedup_interval"]) for a, b in found)
     inside = [lies(a["speedup"], b) for one, other in found for a, b in ((one, other), (other, one))]
     single = [one["batches"][place]["pairs"][number] for one in runs]

@@ -141,6 +141,17 @@ def test_compiled_models_keep_their_products_as_they_are_written() -> None:
     assert worst("levit", model, deployed) < 1e-12
 
 
+@pytest.mark.parametrize("name", ["vit", "levit", "hf-beit"])
+def test_inside_inference_mode(name: str) -> None:
+    """Where a model is used, so with what it cached there."""
+    model, example = copy.deepcopy(double(name, False))
+    with torch.inference_mode():
+        model(**CASES[name].batches(torch.float64)[0])
+        deployed = deploy(model, example_input=example)
+    assert worst(name, model, deployed) < 1e-12
+    assert not any(parameter.is_inference() for parameter in deployed.parameters())
+
+
 def test_what_was_done_is_on_the_model() -> None:
     model, example = double("dinov2", False)
     report = deploy(model, example_input=example, passes=PASSES).deployment

@@ -86,8 +86,8 @@ def deploy(
     """
     names = _chosen(passes)
     refuse_deployed(model)
-    example = example_of(model, example_input)
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode do not count their changes
+        example = example_of(model, example_input)
         result = model if inplace else full_copy(model)
         result.eval()
         follow_model(result, example)  # tells a user in their words when the example does not fit
