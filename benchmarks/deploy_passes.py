@@ -1,7 +1,10 @@
 """How much faster `deploy` makes a model on the CPU of this machine: each pass alone, all together, and after surgery.
 
-    python benchmarks/deploy_passes.py [--quick] [--models NAME ...] [--each-pass] [--compiled]
-        [--out benchmarks/results/deploy_passes.json]
+    python benchmarks/deploy_passes.py --rounds 80
+    python benchmarks/deploy_passes.py --rounds 60 --compiled --out benchmarks/results/deploy_passes_compiled.json
+        --models deit_tiny_patch16_224 levit_128s deit_small_patch16_224 deit_base_patch16_224
+    python benchmarks/deploy_passes.py --rounds 40 --each-pass --out benchmarks/results/deploy_each_pass.json
+        --models deit_tiny_patch16_224 levit_128s
 
 For each model, in eager mode: the stock model against itself (what this machine's noise alone does), against all
 passes that pay, and against its conversions with and without them. With --each-pass, against each pass alone
@@ -44,7 +47,6 @@ MODELS = {
     "levit_192": ("concat-half", "concat-full"),
     "levit_256": ("concat-half", "concat-full"),
     "levit_384": ("concat-half", "concat-full"),
-    "vit_small_patch14_dinov2.lvd142m": ("qv",),
 }
 
 
