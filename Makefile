@@ -18,7 +18,7 @@ demo: $(STAMP) ## Install into .venv and run the whole story offline
 	$(BIN)/armour-surgery demo
 
 test: $(STAMP) ## Run the tests
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 check: $(STAMP) ## Check formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import io
 import json
 import os
 import subprocess
@@ -17,12 +18,14 @@ import timm
 import torch
 from command_line import failed
 from PIL import Image
+from rich.console import Console  # noqa: TID251
 from timm.models import save_for_hf
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
 from armour_surgery import benchmark, benchmarking, convert, save
 from armour_surgery.cli.bench import bench
+from armour_surgery.cli.bench_tables import model_table, pair_table, size_table
 from armour_surgery.errors import BenchmarkError, UsageError
 from armour_surgery.finetuning import load_any
 from armour_surgery.measure import environment as surroundings
@@ -407,13 +410,22 @@ def test_every_model_is_compiled_for_its_own_sizes(monkeypatch: pytest.MonkeyPat
 
     # Generating code takes half a minute; it is torch's.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    found = quick({"one": Plain(), "two": Plain()}, compile=True, example_input=(2, 3, 5, 8), rounds=8)
+    name = "deit_base_patch16_224"
+    found = quick({name: Plain(), "two": Plain()}, compile=True, example_input=(2, 3, 5, 8), rounds=8)
     assert found.settings.compiled
     # Numbers, not symbols; at most once for each of three models, so moving the weights compiles nothing again.
     assert set(sizes) == {1, 3}
     assert max(sizes.count(1), sizes.count(3)) <= 3
     for batch in found.batches:
-        assert all(batch.compile_s[name] > 0 for name in ("one", "two", "one again"))
+        assert all(batch.compile_s[key] > 0 for key in (name, "two", f"{name} again"))
+    # The tables are widest then, and still leave room for a name and all headers.
+    told = io.StringIO()
+    for table in (size_table(found), model_table(found), pair_table(found)):
+        Console(file=told, width=80).print(table)
+    lines = told.getvalue().splitlines()
+    assert len([line for line in lines if line.startswith(f" {name} ")]) == 2
+    assert "compile, s" in told.getvalue()
+    assert "…" not in told.getvalue()
 
 
 def test_a_model_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,15 +2,15 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import timm
+from command_line import good
 from timm.models import save_for_hf
 from torchvision.transforms.functional import to_pil_image
 
+from armour_surgery import benchmarking
 from armour_surgery.initialize.synthetic import synthetic_images
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -30,11 +30,14 @@ def test_there_is_something_to_run() -> None:
     assert len(blocks("python")) == 1
 
 
-def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    words = shlex.split(command)[1:]
-    return subprocess.run(
-        [sys.executable, "-m", "armour_surgery", *words], cwd=folder, capture_output=True, text=True, check=False
-    )
+@pytest.fixture(autouse=True)
+def _fresh_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(command: str) -> None:
+    """In this process: that the installed script is the same program is test_cli.py's matter, and it costs seconds."""
+    good(*shlex.split(command)[1:])
 
 
 @pytest.mark.parametrize(
@@ -42,14 +45,14 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
 )
 def test_command(command: str, tmp_path: Path) -> None:
     offline = " --no-pretrained" if command.startswith("armour-surgery convert") else ""
-    done = run(command + offline, tmp_path)
-    assert done.returncode == 0, done.stderr
+    run(command + offline)
     if offline:
         assert (tmp_path / "deit_tiny_patch16_224-armour-qv" / "model.safetensors").is_file()
 
 
-def test_commands_with_names_of_the_users_own(tmp_path: Path) -> None:
+def test_commands_with_names_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """MODEL, PHOTOS/ and VALIDATION/ stand for what a user has: a tiny model here, and drawn pictures."""
+    monkeypatch.setattr(benchmarking, "keep_memory", lambda: True)  # it would be for the whole suite
     model = timm.create_model("test_vit", num_classes=2, img_size=32, depth=2)
     save_for_hf(model, tmp_path / "mine", model_config={"pretrained_cfg": {"input_size": [3, 32, 32]}})
     for number, picture in enumerate(synthetic_images(24, (3, 40, 40))):
@@ -73,21 +76,20 @@ def test_commands_with_names_of_the_users_own(tmp_path: Path) -> None:
             words += (
                 " --set data.images_per_epoch=8 --set data.batch_size=4 --set data.holdout=4 --set schedule.epochs=1"
             )
-        done = run(words, tmp_path)
-        assert done.returncode == 0, f"{words}\n{done.stderr}"
+        run(words)
         seen += 1
     assert seen == 7
     for made in ("sites.png", "report.html", "mine-armour-qv/surgery.json", "recovered/surgery.json"):
         assert (tmp_path / made).is_file(), made
 
 
-def test_python(tmp_path: Path) -> None:
+def test_python(capsys: pytest.CaptureFixture[str]) -> None:
     code = blocks("python")[0].replace("pretrained=True", "pretrained=False")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "blocks.11.attn 3 64 64" in done.stdout
-    assert "5717416 5272744" in done.stdout
-    assert "def forward(self, x" in done.stdout
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    told = capsys.readouterr().out
+    assert "blocks.11.attn 3 64 64" in told
+    assert "5717416 5272744" in told
+    assert "def forward(self, x" in told
 
 
 def test_every_mode_is_explained() -> None:

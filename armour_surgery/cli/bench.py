@@ -118,9 +118,10 @@ def _load(names: Sequence[str], pretrained: bool) -> "dict[str, nn.Module]":
 
 
 def _tell(console: Console, found: "Benchmark") -> None:
-    from armour_surgery.cli.bench_tables import environment_line, model_table, pair_table, profile_table
+    from armour_surgery.cli.bench_tables import environment_line, model_table, pair_table, profile_table, size_table
 
     console.print(environment_line(found), markup=False, style="dim")
+    console.print(size_table(found))
     console.print(model_table(found))
     console.print(pair_table(found))
     if len(found.costs) > 1:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from armour_surgery.measure.speed import PairSpeed
     from armour_surgery.measure.speed_report import Benchmark
 
-__all__ = ["environment_line", "model_table", "pair_table", "profile_table"]
+__all__ = ["environment_line", "model_table", "pair_table", "profile_table", "size_table"]
 
 # Operators that a table names; the others share a row.
 _OPERATORS = 10
@@ -32,22 +32,30 @@ def environment_line(found: "Benchmark") -> str:
     )
 
 
+def size_table(found: "Benchmark") -> Table:
+    """A row for each model: what it is made of, at any batch size."""
+    table = plain_table()
+    table.add_column("model", overflow="fold")
+    table.add_column("params, M", justify="right", no_wrap=True)
+    table.add_column("MACs, G", justify="right", no_wrap=True)
+    for cost in found.costs:
+        table.add_row(escape(cost.name), f"{cost.params / 1e6:.3f}", f"{cost.macs / 1e9:.3f}")
+    return table
+
+
 def model_table(found: "Benchmark") -> Table:
     """A row for each model and batch size."""
     table = plain_table()
     table.add_column("model", overflow="fold")
     compiled = found.settings.compiled
-    for header in ("params, M", "MACs, G", "batch", "images/s", "ms", "p90", "MiB", *(["compile, s"] * compiled)):
-        table.add_column(header, justify="right")
+    for header in ("batch", "images/s", "ms", "p90", "MiB", *(["compile, s"] * compiled)):
+        table.add_column(header, justify="right", no_wrap=True)
     for place, cost in enumerate(found.costs):
         for number, batch in enumerate(found.batches):
             speed = batch.models[place]
             peak = batch.peak_mib[cost.name]
-            fixed = (
-                ("", "", "") if number else (escape(cost.name), f"{cost.params / 1e6:.3f}", f"{cost.macs / 1e9:.3f}")
-            )
             table.add_row(
-                *fixed,
+                "" if number else escape(cost.name),
                 str(batch.batch_size),
                 _short(speed.images_per_s),
                 _short(speed.latency_ms),
@@ -102,5 +110,7 @@ def _pair_cells(pair: "PairSpeed", batch_size: int) -> list[str]:
 
 
 def _short(value: float) -> str:
-    """Three digits or more."""
+    """Three digits or more, and of what is less than one, two decimals."""
+    if value < 1:
+        return f"{value:.2f}"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" if value < 100 else f"{value:.0f}"
