@@ -1,3 +1,4 @@
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -11,3 +12,12 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _what_is_imported_stays() -> Iterator[None]:
+    """The collector need not look through the million objects of all libraries again and again."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

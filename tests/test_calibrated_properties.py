@@ -5,17 +5,18 @@ import functools
 
 import pytest
 import torch
+from in_steps import initialized
 from oracle import outputs
 from tiny_hosts import CASES, HostCase, case
 from torch import Tensor, nn
 
 from armour_surgery import convert
-from armour_surgery.calibration import Images, choose_weights
 from armour_surgery.conversion import INITS
 from armour_surgery.discover import FoundSite, find_output, find_sites
+from armour_surgery.initialize.site import SiteResult
 from armour_surgery.initialize.weights import locate, read, read_output, write, write_output
-from armour_surgery.meta import full_copy, meta_copy
-from armour_surgery.operation import operate, prepare
+from armour_surgery.meta import meta_copy
+from armour_surgery.operation import Operation, prepare
 
 EVERYWHERE = [(name, mode) for name, one in CASES.items() for mode in one.modes]
 # One host for each answer to which bases are free: both, V's only, neither and V's order.
@@ -42,6 +43,26 @@ def converted(host: HostCase, model: nn.Module, mode: str, init: str, seen: list
     return convert(model, mode, init=init, calibration=calibration, example_input=example(host, model))
 
 
+@functools.cache
+def built(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, list[FoundSite]]:
+    """A host and what was found in it. Shared, and not to be changed."""
+    model = case(name).build(dtype)
+    return model, find_sites(model, example(case(name), model))
+
+
+@functools.cache
+def prepared(name: str, mode: str, dtype: torch.dtype = torch.float32) -> list[Operation]:
+    """What converts it."""
+    return prepare(*built(name, dtype), mode)[0]
+
+
+def weighed(
+    name: str, mode: str, init: str, seen: list[Tensor], dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, list[SiteResult]]:
+    model, _ = built(name, dtype)
+    return initialized(model, prepared(name, mode, dtype), init, example(case(name), model), seen)
+
+
 def site_error(host: HostCase, model: nn.Module, armour: nn.Module, fqn: str, seen: list[Tensor]) -> float:
     """Relative squared error of one attention's output over images."""
     error = energy = 0.0
@@ -64,12 +85,12 @@ def site_error(host: HostCase, model: nn.Module, armour: nn.Module, fqn: str, se
 @pytest.mark.parametrize(("name", "mode"), SEEN)
 def test_on_the_images_it_saw_calibrated_is_never_worse(name: str, mode: str) -> None:
     """At the first site, whose input no other conversion has changed, for the output of attention."""
-    host = case(name)
-    model, seen = host.build(), images(host)
+    host, first = case(name), prepared(name, mode)[0].fqn
+    seen = images(host)
     errors = {}
     for init in INITS:
-        armour = converted(host, model, mode, init, seen).eval()
-        errors[init] = site_error(host, model, armour, armour.surgery.sites[0].fqn, seen)
+        armour, _ = weighed(name, mode, init, seen)
+        errors[init] = site_error(host, built(name)[0], armour, first, seen)
     assert errors["calibrated"] <= min(errors["wq-refit"], errors["joint-svd"]) * (1 + 1e-4), errors
     assert errors["calibrated"] < errors["wq"]
 
@@ -122,8 +143,8 @@ def test_another_basis_of_the_heads_gives_the_same_function(name: str, init: str
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_types_stay(dtype: torch.dtype, init: str) -> None:
     host = case("levit")  # which also holds BatchNorm
-    model = host.build(dtype)
-    armour = converted(host, model, "concat-half", init, images(host, dtype=dtype))
+    model, _ = built("levit", dtype)
+    armour, _ = weighed("levit", "concat-half", init, images(host, dtype=dtype), dtype)
     assert {p.dtype for p in armour.parameters()} == {dtype}
     before = {name: buffer.dtype for name, buffer in model.named_buffers()}
     assert {name: buffer.dtype for name, buffer in armour.named_buffers()} == before
@@ -132,28 +153,14 @@ def test_types_stay(dtype: torch.dtype, init: str) -> None:
     assert output.isfinite().all()
 
 
-@functools.cache
-def built(name: str) -> tuple[nn.Module, list[FoundSite]]:
-    """A host and what was found in it. Shared, and not to be changed."""
-    model = case(name).build()
-    return model, find_sites(model, case(name).example())
-
-
 @pytest.mark.parametrize(("name", "mode"), EVERYWHERE)
 def test_every_initializer_runs_everywhere(name: str, mode: str) -> None:
-    """As in `convert`, with the surgery prepared once."""
     host = case(name)
-    model, sites = built(name)
     batch, seen = host.batches()[1], images(host, count=4)
-    shapes = [tensor.shape for tensor in outputs(model, batch)]
-    operations, _ = prepare(model, sites, mode)
+    shapes = [tensor.shape for tensor in outputs(built(name)[0], batch)]
     for init in INITS[1:]:
-        armour = full_copy(model)
-        for operation in operations:
-            operate(armour, operation, init)
-        given = Images(seen, 16) if init == "calibrated" else None
-        results, _ = choose_weights(model, armour, operations, init, host.example(), given, None)
-        assert [one.fqn for one in results] == [operation.fqn for operation in operations]
+        armour, results = weighed(name, mode, init, seen)
+        assert [one.fqn for one in results] == [operation.fqn for operation in prepared(name, mode)]
         assert all(one.steps for one in results)
         assert all(tensor.isfinite().all() for tensor in armour.state_dict().values())
         found = outputs(armour, batch)

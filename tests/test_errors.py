@@ -1,6 +1,7 @@
 """The exception tree: as documented, used, and one line each."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -59,11 +60,17 @@ def test_every_class_is_explained() -> None:
         assert cls.__doc__ != (cls.__bases__[0].__doc__ or "")
 
 
+@functools.cache
+def _trees() -> dict[Path, ast.Module]:
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+
+
+@functools.cache
 def _raised() -> dict[str, list[str]]:
     """Where the package makes an instance of each class."""
     found: dict[str, list[str]] = {name: [] for name in CLASSES}
-    for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for path, tree in _trees().items():
+        for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in found:
                 found[node.func.id].append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
     return found
@@ -74,6 +81,7 @@ def test_every_class_is_raised_somewhere(name: str) -> None:
     assert _raised()[name]
 
 
+@functools.cache
 def _tested() -> str:
     here = Path(__file__)
     return "\n".join(path.read_text(encoding="utf-8") for path in here.parent.glob("test_*.py") if path != here)
@@ -89,10 +97,10 @@ def test_every_class_is_expected_by_some_test(name: str) -> None:
 def test_only_our_own_errors_are_raised_on_purpose() -> None:
     """Besides what Python asks for: AttributeError in `__getattr__`, and what a caller turns into ours."""
     allowed = {*CLASSES, "AttributeError", "typer.Exit", "TypeError", "ValueError", "AssertionError"}
-    for path in FILES:
+    for path, tree in _trees().items():
         if path.name == "train_digits.py":
             continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
                 called = ast.unparse(node.exc.func)
                 if called[:1].isupper() or "." in called:
@@ -100,16 +108,16 @@ def test_only_our_own_errors_are_raised_on_purpose() -> None:
 
 
 def test_no_message_is_written_with_a_newline() -> None:
-    for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for path, tree in _trees().items():
+        for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CLASSES:
                 texts = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
                 assert not any("\n" in text for text in texts), f"{path.name}:{node.lineno}"
 
 
 def test_every_error_says_something() -> None:
-    for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for path, tree in _trees().items():
+        for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CLASSES:
                 assert len(node.args) == 1, f"{path.name}:{node.lineno}"
                 assert not node.keywords

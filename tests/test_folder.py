@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -165,6 +166,16 @@ def refused(kind: type[ArmourError], action: Callable[[], Any]) -> str:
     return message
 
 
+@functools.cache
+def _armour(name: str) -> nn.Module:
+    return convert(host(name))
+
+
+def armour(name: str = "vit") -> nn.Module:
+    """A host that was converted; a copy, to do with as one likes."""
+    return copy.deepcopy(_armour(name))
+
+
 @pytest.fixture(scope="module")
 def vit() -> nn.Module:
     """A converted model that nobody may change."""
@@ -176,12 +187,11 @@ def vit() -> nn.Module:
 
 @pytest.mark.parametrize("name", HOSTS)
 def test_a_model_comes_back_bit_identical(name: str, tmp_path: Path) -> None:
-    original = host(name)
-    converted = convert(original)
+    converted = armour(name)
     assert save(converted, tmp_path / "out") == tmp_path / "out"
     again = load(tmp_path / "out")
     assert same(converted, again)
-    assert isinstance(again, type(original))
+    assert isinstance(again, type(HOSTS[name]()))
     assert not again.training
     assert again.surgery.sites == converted.surgery.sites  # type: ignore[union-attr]
     assert again.surgery.source is not None  # type: ignore[union-attr]
@@ -192,7 +202,7 @@ def test_a_model_comes_back_bit_identical(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["vit", "eva02", "beit", "hf-vit"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision_comes_back_bit_identical(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    converted = convert(host(name)).to(dtype)
+    converted = armour(name).to(dtype)
     save(converted, tmp_path / "out")
     again = load(tmp_path / "out")
     assert {p.dtype for p in again.parameters()} == {dtype}
@@ -226,7 +236,7 @@ for folder in sys.argv[1:]:
 def test_a_fresh_process_computes_the_same_bits(tmp_path: Path) -> None:
     folders = []
     for name in ("vit", "levit", "hf-vit"):
-        converted = convert(host(name))
+        converted = armour(name)
         path = save(converted, tmp_path / name)
         x = torch.randn(next(iter(example_input(converted, 3).values())).shape)
         with torch.no_grad():
@@ -245,7 +255,7 @@ def test_a_fresh_process_computes_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_changes_after_the_conversion_are_kept(tmp_path: Path) -> None:
-    converted = convert(host())
+    converted = armour()
     converted.reset_classifier(7)  # type: ignore[operator]
     converted.blocks[1].attn.attn_drop.p = 0.3  # type: ignore[union-attr, index]
     converted.blocks[0].mlp.drop1.p = 0.2  # type: ignore[union-attr, index]
@@ -261,13 +271,13 @@ def test_changes_after_the_conversion_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_replaced_head_is_kept(tmp_path: Path) -> None:
-    converted = convert(host())
+    converted = armour()
     converted.head = nn.Linear(48, 9)
     assert same(converted, load(save(converted, tmp_path / "out")))
 
 
 def test_a_head_that_the_library_cannot_build_is_explained(tmp_path: Path) -> None:
-    converted = convert(host())
+    converted = armour()
     converted.head = nn.Sequential(nn.Linear(48, 9))
     message = refused(FolderError, lambda: save(converted, tmp_path / "out"))
     assert "'head'" in message
@@ -276,14 +286,14 @@ def test_a_head_that_the_library_cannot_build_is_explained(tmp_path: Path) -> No
 
 
 def test_hf_head_of_another_size_is_kept(tmp_path: Path) -> None:
-    converted = convert(host("hf-vit"))
+    converted = armour("hf-vit")
     converted.classifier = nn.Linear(48, 9)
     converted.config.num_labels = 9  # type: ignore[union-attr]
     assert same(converted, load(save(converted, tmp_path / "out")))
 
 
 def test_tied_parameters_stay_tied(tmp_path: Path) -> None:
-    converted = convert(host())
+    converted = armour()
     blocks: Any = converted.blocks
     blocks[1].norm1.weight = blocks[0].norm1.weight
     again = load(save(converted, tmp_path / "out"))
@@ -326,12 +336,12 @@ def test_a_loaded_model_is_saved_again(vit: nn.Module, tmp_path: Path) -> None:
 
 
 def test_a_deep_copy_is_saved(tmp_path: Path) -> None:
-    converted = copy.deepcopy(convert(host()))
+    converted = armour()
     assert same(converted, load(save(converted, tmp_path / "out")))
 
 
 def test_train_mode_is_not_lost_by_saving(tmp_path: Path) -> None:
-    converted = convert(host()).train()
+    converted = armour().train()
     save(converted, tmp_path / "out")
     assert all(module.training for module in converted.modules())
 
@@ -357,7 +367,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def saved_hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(convert(host("hf-vit")), tmp_path_factory.mktemp("saved") / "hf")
+    return save(armour("hf-vit"), tmp_path_factory.mktemp("saved") / "hf")
 
 
 @pytest.fixture
@@ -418,7 +428,7 @@ def test_the_plan_survives_json(saved: Path) -> None:
 
 
 def test_the_model_card_tells_what_was_done(tmp_path: Path) -> None:
-    converted = convert(host("levit"))
+    converted = armour("levit")
     surgery: SurgeryPlan = converted.surgery  # type: ignore[assignment]
     assert any("downsampling" in site.reason for site in surgery.refused)
     assert SurgeryPlan.from_dict(json.loads(json.dumps(surgery.to_dict()))) == surgery
@@ -892,7 +902,7 @@ def test_a_tie_of_other_shapes_is_refused(broken: Path) -> None:
 @pytest.fixture(scope="module")
 def saved_half(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that has something to say about buffers."""
-    path = save(convert(host("eva02")).to(torch.bfloat16), tmp_path_factory.mktemp("saved") / "eva02")
+    path = save(armour("eva02").to(torch.bfloat16), tmp_path_factory.mktemp("saved") / "eva02")
     assert json.loads((path / PLAN).read_text())["buffer_dtypes"]
     return path
 
@@ -1058,19 +1068,19 @@ def test_a_transformers_name_that_is_no_model_is_refused(architecture: str, save
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_converted_transformers_folder_is_not_taken_for_a_plain_one(tmp_path: Path) -> None:
-    converted = convert(host("hf-vit"))
+    converted = armour("hf-vit")
     converted.save_pretrained(tmp_path)  # type: ignore[operator]
     for auto in (transformers.AutoModelForImageClassification, transformers.AutoModel, transformers.AutoConfig):
         with pytest.raises(ValueError, match="armour_vit"):
             auto.from_pretrained(tmp_path)
-    assert convert(host("hf-vit")).config.model_type == "armour_vit"  # type: ignore[union-attr]
+    assert armour("hf-vit").config.model_type == "armour_vit"  # type: ignore[union-attr]
     assert host("hf-vit").config.model_type == "vit"  # type: ignore[union-attr]
 
 
 @pytest.mark.xfail(reason="transformers only warns when a class reads the config of another model type")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_plain_class_does_not_fill_a_converted_folder_with_random_weights(tmp_path: Path) -> None:
-    convert(host("hf-vit")).save_pretrained(tmp_path)  # type: ignore[operator]
+    armour("hf-vit").save_pretrained(tmp_path)  # type: ignore[operator]
     with pytest.raises(Exception, match="armour"):
         transformers.ViTForImageClassification.from_pretrained(tmp_path)
 
