@@ -20,6 +20,7 @@ from command_line import failed
 from PIL import Image
 from rich.console import Console  # noqa: TID251
 from timm.models import save_for_hf
+from tiny_hosts import case
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
@@ -324,10 +325,11 @@ def test_models_of_other_libraries_and_sizes_stand_side_by_side() -> None:
 
 
 def test_what_a_host_keeps_in_another_type_goes() -> None:
-    model = timm.create_model("levit_128s", img_size=64, num_classes=6).eval()
+    model = case("levit").build()
     with torch.no_grad():
-        model(torch.randn(2, 3, 64, 64))
-    assert quick({"levit": model}, dtype="bf16").settings.dtype == "bf16"
+        model(**case("levit").batches()[0])
+    assert any(module.attention_bias_cache for module in model.modules() if hasattr(module, "attention_bias_cache"))
+    assert quick({"levit": model}, dtype="bf16", example_input=case("levit").example()).settings.dtype == "bf16"
 
 
 def test_where_the_time_goes() -> None:
@@ -440,8 +442,9 @@ def test_a_model_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch)
 
 def test_deployed_models() -> None:
     pytest.importorskip("armour_surgery.deployment")
-    model = timm.create_model("levit_128s", img_size=64, num_classes=6).eval()
-    found = quick({"levit": model, "armour": convert(model, "auto")}, deploy=True)
+    model = case("levit").build()
+    sample = case("levit").example()
+    found = quick({"levit": model, "armour": convert(model, example_input=sample)}, deploy=True, example_input=sample)
     assert found.settings.deployed
     assert found.costs[0].params < count_params(model)
     assert found.costs[1].params < found.costs[0].params
