@@ -1,7 +1,6 @@
 """Whether two runs of `bench` on the same pair agree, on an idle machine and with another core loaded.
 
-    python benchmarks/bench_agreement.py [--model deit_tiny_patch16_224] [--mode qv] [--runs 10] [--budget 20]
-        [--out benchmarks/results/bench_agreement.json]
+    python benchmarks/bench_agreement.py --runs 10 --budget 30
 
 Converts the model, then runs `armour-surgery bench MODEL --vs CONVERTED --vs MODEL` in fresh processes, in
 turns with the machine left alone and with an endless loop on the last core that this process may use. Over

@@ -63,6 +63,20 @@ def weighed(
     return initialized(model, prepared(name, mode, dtype), init, example(case(name), model), seen)
 
 
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize(("name", "mode"), [("vit", "qv"), ("levit", "concat-half")])
+def test_the_steps_are_what_convert_does(name: str, mode: str, init: str) -> None:
+    host, seen = case(name), images(case(name))
+    whole = converted(host, built(name)[0], mode, init, seen)
+    armour, results = weighed(name, mode, init, seen)
+    wanted, got = whole.state_dict(), armour.state_dict()
+    assert list(wanted) == list(got)
+    assert all(torch.equal(value, got[key]) for key, value in wanted.items())
+    if init != "wq":  # of which nothing is told but what was taken
+        told = [(one.fqn, one.residual, one.steps) for one in results]
+        assert [(one.fqn, one.residual, one.steps) for one in whole.surgery.sites] == told
+
+
 def site_error(host: HostCase, model: nn.Module, armour: nn.Module, fqn: str, seen: list[Tensor]) -> float:
     """Relative squared error of one attention's output over images."""
     error = energy = 0.0
