@@ -6,34 +6,34 @@ discover -> rewrite -> initialize -> save: `convert` runs the story, `inspect` t
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from armour_surgery.benchmarking import benchmark as benchmark
-    from armour_surgery.conversion import convert as convert
-    from armour_surgery.conversion import inspect as inspect
-    from armour_surgery.conversion import plan as plan
-    from armour_surgery.conversion import sensitivities as sensitivities
+    from armour_surgery.benchmarking.benchmark import benchmark as benchmark
     from armour_surgery.deployment import deploy as deploy
     from armour_surgery.errors import ArmourError as ArmourError
-    from armour_surgery.folder import load as load
-    from armour_surgery.folder import save as save
-    from armour_surgery.likeness import redundancy as redundancy
-    from armour_surgery.sites import AttentionSite as AttentionSite
-    from armour_surgery.sites import SurgeryPlan as SurgeryPlan
+    from armour_surgery.likeness.compare import redundancy as redundancy
+    from armour_surgery.records import AttentionSite as AttentionSite
+    from armour_surgery.records import SurgeryPlan as SurgeryPlan
+    from armour_surgery.saving.folder import load as load
+    from armour_surgery.saving.folder import save as save
+    from armour_surgery.surgery.conversion import convert as convert
+    from armour_surgery.surgery.conversion import inspect as inspect
+    from armour_surgery.surgery.conversion import plan as plan
+    from armour_surgery.surgery.conversion import sensitivities as sensitivities
 
 __version__ = "0.1.0"
 
 _HOME = {
     "ArmourError": "errors",
-    "AttentionSite": "sites",
-    "SurgeryPlan": "sites",
-    "benchmark": "benchmarking",
-    "convert": "conversion",
+    "AttentionSite": "records",
+    "SurgeryPlan": "records",
+    "benchmark": "benchmarking.benchmark",
+    "convert": "surgery",
     "deploy": "deployment",
-    "inspect": "conversion",
-    "load": "folder",
-    "plan": "conversion",
+    "inspect": "surgery",
+    "load": "saving",
+    "plan": "surgery",
     "redundancy": "likeness",
-    "save": "folder",
-    "sensitivities": "conversion",
+    "save": "saving",
+    "sensitivities": "surgery",
 }
 
 __all__ = [

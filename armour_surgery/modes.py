@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from armour_surgery.errors import TraceError, UsageError
-from armour_surgery.sites import AttentionSite, Projection
+from armour_surgery.records import AttentionSite, Projection
 
 __all__ = ["AUTO", "MODES", "Mode", "choose", "choose_rank", "get_mode", "judge"]
 

@@ -45,13 +45,13 @@ from rivals import (
 from torch import Tensor, nn
 
 from armour_surgery import convert
-from armour_surgery.conversion import sensitivities
+from armour_surgery.benchmarking.environment import environment
 from armour_surgery.hosts.preprocessing import Preprocessing, preprocessing
+from armour_surgery.images.for_calibration import calibration_batches
 from armour_surgery.initialize import HELD_OUT
-from armour_surgery.initialize.images import calibration_batches
 from armour_surgery.measure.cost import count_params
-from armour_surgery.measure.environment import environment
-from armour_surgery.selection import frontier
+from armour_surgery.surgery.conversion import sensitivities
+from armour_surgery.surgery.selection import frontier
 
 WEIGHTS = Path(__file__).parent / "weights"
 FASHION = (("vit", "qv"), ("levit", "concat-half"), ("levit", "concat-full"))

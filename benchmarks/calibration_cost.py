@@ -19,12 +19,12 @@ from rivals import feature_pca, in_blocks
 from torch import nn
 
 from armour_surgery import convert
+from armour_surgery.benchmarking.environment import environment
+from armour_surgery.benchmarking.speed import SpeedReport, compare
 from armour_surgery.hosts import load_model
 from armour_surgery.hosts.preprocessing import preprocessing
-from armour_surgery.initialize.images import calibration_batches
+from armour_surgery.images.for_calibration import calibration_batches
 from armour_surgery.measure.cost import count_params
-from armour_surgery.measure.environment import environment
-from armour_surgery.measure.speed import SpeedReport, compare
 
 LARGE, LARGE_IMAGES = "vit_base_patch16_224", 64
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from armour_surgery import benchmark, convert
+from armour_surgery.benchmarking.results import Benchmark, markdown
 from armour_surgery.hosts import load_model
-from armour_surgery.measure.speed_report import Benchmark, markdown
 
 # Model, modes to hold against it, and whether to compile.
 COMPARISONS = (

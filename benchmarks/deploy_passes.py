@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from armour_surgery import convert, deploy
+from armour_surgery.benchmarking.speed import compare, keep_memory, many_compiled
 from armour_surgery.deployment import PASSES
 from armour_surgery.errors import NothingToDeployError
 from armour_surgery.hosts import load_model
 from armour_surgery.measure.cost import count_macs
-from armour_surgery.measure.speed import compare, keep_memory, many_compiled
 
 BATCH_SIZE = 16
 BUDGET_S = 420.0  # Of one model with all that is compared with it: DeiT-B gets fewer rounds.

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from armour_surgery.measure.environment import environment
+from armour_surgery.benchmarking.environment import environment
 
 Run = dict[str, Any]
 

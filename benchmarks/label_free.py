@@ -23,8 +23,8 @@ from feature_quality import at_size, cosines, final_tokens
 from timm.models import save_for_hf
 
 from armour_surgery import convert, load, save
+from armour_surgery.benchmarking.environment import environment
 from armour_surgery.hosts.preprocessing import preprocessing
-from armour_surgery.measure.environment import environment
 
 
 def main() -> None:

@@ -35,9 +35,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from armour_surgery import convert, deploy
+from armour_surgery.benchmarking.speed import compare, keep_memory, many_compiled
 from armour_surgery.hosts import load_model
 from armour_surgery.measure.cost import count_params
-from armour_surgery.measure.speed import compare, keep_memory, many_compiled
 
 WEIGHTS = Path(__file__).with_name("weights")
 PACKAGES = {"torchao": "torchao", "tome": "tome", "torch_pruning": "torch-pruning"}

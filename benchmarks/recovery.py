@@ -25,8 +25,8 @@ from torch import nn
 
 from armour_surgery import convert
 from armour_surgery.hosts.preprocessing import Preprocessing
+from armour_surgery.images.sources import Pictures, held_out, open_pictures
 from armour_surgery.measure.accuracy import choices, top_hits
-from armour_surgery.recover.data import Pictures, held_out, open_pictures
 from armour_surgery.recover.distillation import Teacher
 from armour_surgery.recover.distributed import Process
 from armour_surgery.recover.loading import evaluation_batches

@@ -23,9 +23,9 @@ from feature_quality import at_size, cosines, final_tokens, gallery_of, gray_bat
 from torch import Tensor, nn
 
 from armour_surgery import convert
+from armour_surgery.benchmarking.environment import environment
 from armour_surgery.hosts.preprocessing import preprocessing
 from armour_surgery.initialize import HELD_OUT
-from armour_surgery.measure.environment import environment
 
 PIXELS = 112
 BATCH = 16

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from armour_surgery.hosts.preprocessing import preprocessing
-from armour_surgery.recover.data import Pictures, open_pictures
+from armour_surgery.images.sources import Pictures, open_pictures
 from armour_surgery.recover.distributed import Process
 from armour_surgery.recover.recipe_files import load_recipe
 from armour_surgery.recover.timm_parts import training_transform

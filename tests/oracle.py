@@ -9,10 +9,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from armour_surgery.conversion import convert
 from armour_surgery.discover import FoundSite, find_sites
 from armour_surgery.modes import get_mode
-from armour_surgery.rewrite.surgery import parts_of
+from armour_surgery.rewrite.contract import parts_of
+from armour_surgery.surgery.conversion import convert
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -17,7 +17,6 @@ from torch import nn
 
 import armour_surgery
 from armour_surgery import ArmourError, AttentionSite, SurgeryPlan, convert, inspect, load, plan, save
-from armour_surgery.conversion import INITS
 from armour_surgery.errors import (
     AlreadyConvertedError,
     ExampleInputError,
@@ -29,6 +28,7 @@ from armour_surgery.errors import (
     UsageError,
 )
 from armour_surgery.modes import MODES
+from armour_surgery.surgery.conversion import INITS
 
 
 def vit(**arguments: Any) -> nn.Module:

@@ -14,8 +14,8 @@ from PIL import Image
 from armour_surgery.errors import CalibrationError, ExampleInputError
 from armour_surgery.hosts import example_input
 from armour_surgery.hosts.preprocessing import Preprocessing, preprocessing
-from armour_surgery.initialize.images import calibration_batches
-from armour_surgery.initialize.synthetic import synthetic_images
+from armour_surgery.images.for_calibration import calibration_batches
+from armour_surgery.images.synthetic import synthetic_images
 
 PREP = Preprocessing((3, 16, 16), (0.5, 0.4, 0.3), (0.2, 0.2, 0.2), "bilinear", 1.0)
 VIT: dict[str, Any] = {

@@ -21,12 +21,13 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 from typer.testing import CliRunner  # noqa: TID251
 
-from armour_surgery import SurgeryPlan, __version__, folder, load
+from armour_surgery import SurgeryPlan, __version__, load
+from armour_surgery.benchmarking import speed
 from armour_surgery.cli import app
-from armour_surgery.folder import read_plan
-from armour_surgery.measure import paper as measured
-from armour_surgery.measure import speed
 from armour_surgery.modes import MODES
+from armour_surgery.paper import reproduction as measured
+from armour_surgery.saving import folder
+from armour_surgery.saving.folder import read_plan
 
 ARGUMENTS: dict[str, Any] = {
     "img_size": 32,
@@ -627,7 +628,7 @@ def test_a_bug_is_one_line_too(tiny: str, here: Path, monkeypatch: pytest.Monkey
     def broken(*args: Any, **kwargs: Any) -> None:
         raise ZeroDivisionError("first line\nsecond line")
 
-    monkeypatch.setattr("armour_surgery.conversion.find_sites", broken)
+    monkeypatch.setattr("armour_surgery.surgery.conversion.find_sites", broken)
     result = run("inspect", tiny)
     assert result.exit_code == 1
     [line] = result.stderr.splitlines()
@@ -638,7 +639,7 @@ def test_a_bug_is_one_line_too(tiny: str, here: Path, monkeypatch: pytest.Monkey
 def test_warnings_of_libraries_stay_out(tiny: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import warnings
 
-    from armour_surgery import conversion
+    from armour_surgery.surgery import conversion
 
     original = conversion.find_sites
 
@@ -817,7 +818,7 @@ def test_what_the_demo_leaves_can_be_trained_as_the_recipe_says(
 
 
 def test_demo_numbers_are_measured_again(demo: tuple[dict[str, Any], str, Path]) -> None:
-    from armour_surgery.demo import accuracy, digits_split, load_digits_vit
+    from armour_surgery.demo.digits_vit import accuracy, digits_split, load_digits_vit
 
     found, _, out = demo
     _, _, images, labels = digits_split()

@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from armour_surgery.demo import RECORD, WEIGHTS, accuracy, digits_split, load_digits_vit
+from armour_surgery.demo.digits_vit import RECORD, WEIGHTS, accuracy, digits_split, load_digits_vit
 from armour_surgery.errors import ArmourError
 
 pytest.importorskip("sklearn")

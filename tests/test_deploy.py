@@ -10,6 +10,7 @@ from tiny_hosts import CASES
 from torch import nn
 
 from armour_surgery import convert, deploy, save
+from armour_surgery.copies import meta_copy
 from armour_surgery.deployment import PASSES
 from armour_surgery.errors import (
     AlreadyDeployedError,
@@ -19,9 +20,8 @@ from armour_surgery.errors import (
     PostconditionError,
     UsageError,
 )
-from armour_surgery.meta import meta_copy
+from armour_surgery.records import DeployedPlace
 from armour_surgery.rewrite import ArmourAttention
-from armour_surgery.sites import DeployedPlace
 
 PLAIN = ["deit-distilled", "dinov2", "beit", "swin", "levit", "hf-dinov2"]
 CONVERTED = ["vit", "levit-conv", "hf-levit", "hf-beit"]
@@ -228,7 +228,7 @@ def test_a_model_that_answers_differently_each_time_is_not_handed_out() -> None:
 
 def test_trained_weights_answer_the_same() -> None:
     pytest.importorskip("sklearn")
-    from armour_surgery.demo import digits_split, load_digits_vit
+    from armour_surgery.demo.digits_vit import digits_split, load_digits_vit
 
     _, _, images, _ = digits_split()
     for model in (load_digits_vit(), convert(load_digits_vit(), "qv")):

@@ -9,7 +9,6 @@ from oracle import check, merge, randomize, relative_error
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from armour_surgery.conversion import convert, inspect, plan
 from armour_surgery.errors import (
     ExampleInputError,
     NoAttentionError,
@@ -18,6 +17,7 @@ from armour_surgery.errors import (
     TraceError,
     UsageError,
 )
+from armour_surgery.surgery.conversion import convert, inspect, plan
 
 D, H, K = 20, 3, 4  # channels, heads, channels per head
 EVEN = ("qv", "qk", "qk-diag", "kv")

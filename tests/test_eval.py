@@ -16,10 +16,10 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from armour_surgery import convert, save
-from armour_surgery.demo import accuracy, digits_split, load_digits_vit
-from armour_surgery.finetuning import load_any
+from armour_surgery.demo.digits_vit import accuracy, digits_split, load_digits_vit
+from armour_surgery.images.sources import Pictures
 from armour_surgery.measure.accuracy import Choices, agreement, choices, confusion, real_hits, top_hits
-from armour_surgery.recover.data import Pictures
+from armour_surgery.recover.finetuning import load_any
 from armour_surgery.recover.loading import evaluation_batches
 
 ARGUMENTS: dict[str, Any] = {

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from armour_surgery import ArmourError, SurgeryPlan, convert, folder, load, save
+from armour_surgery import ArmourError, SurgeryPlan, convert, load, save
 from armour_surgery.errors import (
     CorruptFileError,
     FolderError,
@@ -35,8 +35,9 @@ from armour_surgery.errors import (
     SchemaError,
     UsageError,
 )
-from armour_surgery.folder import check_output, is_saved_folder, read_plan
 from armour_surgery.hosts import example_input
+from armour_surgery.saving import folder
+from armour_surgery.saving.folder import check_output, is_saved_folder, read_plan
 
 PLAN, WEIGHTS, CARD = "surgery.json", "model.safetensors", "README.md"
 TIMM: dict[str, Any] = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 5}

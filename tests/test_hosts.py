@@ -24,7 +24,7 @@ from armour_surgery.errors import (
     UsageError,
 )
 from armour_surgery.hosts import build, describe, example_input, hub, library_of, load_model, suggest
-from armour_surgery.sites import Source
+from armour_surgery.records import Source
 
 TINY = "deit_tiny_patch16_224"
 SMALL: dict[str, Any] = {

@@ -12,18 +12,18 @@ from tiny_hosts import case
 from torch import nn
 
 from armour_surgery import convert
-from armour_surgery.conversion import surgery_of
+from armour_surgery.copies import meta_copy
 from armour_surgery.discover import find_output, find_sites
 from armour_surgery.errors import CalibrationError, ConversionError, UsageError
 from armour_surgery.initialize.batches import Batches
 from armour_surgery.initialize.closed_form import Head, joint_svd, loss, make_metric, refit_output
-from armour_surgery.initialize.gauge import Freedom, probe
+from armour_surgery.initialize.freedom import Freedom, probe
 from armour_surgery.initialize.moments import Regression
 from armour_surgery.initialize.reconstruct import relative_error
 from armour_surgery.initialize.stream import learned_tokens
 from armour_surgery.initialize.walk import Store, Walk, units_of
-from armour_surgery.meta import meta_copy
-from armour_surgery.operation import Operation, prepare
+from armour_surgery.surgery.conversion import surgery_of
+from armour_surgery.surgery.operation import Operation, prepare
 
 EXACT = [
     ("vit", "qv"),

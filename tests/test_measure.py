@@ -15,12 +15,12 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from armour_surgery.benchmarking.speed import compare
+from armour_surgery.copies import meta_copy
 from armour_surgery.errors import ExampleInputError, UsageError
 from armour_surgery.measure.cost import count_folded_params, count_macs, count_params
-from armour_surgery.measure.paper import Cell, Reproduction, regenerate
-from armour_surgery.measure.paper_tables import CAPTIONS, COLUMNS, ROWS
-from armour_surgery.measure.speed import compare
-from armour_surgery.meta import meta_copy
+from armour_surgery.paper.printed import CAPTIONS, COLUMNS, ROWS
+from armour_surgery.paper.reproduction import Cell, Reproduction, regenerate
 
 IMAGE = (3, 224, 224)
 

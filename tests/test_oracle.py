@@ -19,9 +19,9 @@ from tiny_hosts import CASES, EVEN, HostCase
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from armour_surgery.conversion import convert
 from armour_surgery.discover import FoundSite, find_sites
 from armour_surgery.modes import MODES
+from armour_surgery.surgery.conversion import convert
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 EXACT = [(name, mode) for name, one in CASES.items() for mode in one.modes if mode != "qk-diag"]

@@ -9,15 +9,15 @@ import torch
 from command_line import document, failed, good
 from torch import nn
 
+from armour_surgery.benchmarking.environment import environment
 from armour_surgery.hosts import build
-from armour_surgery.measure import paper, paper_speed
-from armour_surgery.measure.environment import environment
-from armour_surgery.measure.paper import Cell, ReproducedRow, Reproduction, regenerate
-from armour_surgery.measure.paper_speed import RowSpeed, devices, time_group
-from armour_surgery.measure.paper_tables import RECIPES, ROWS, PaperRow
-from armour_surgery.measure.paper_views import markdown_page, notes, remarks, views
+from armour_surgery.paper import reproduction, throughput
+from armour_surgery.paper.printed import RECIPES, ROWS, PaperRow
+from armour_surgery.paper.reproduction import Cell, ReproducedRow, Reproduction, regenerate
+from armour_surgery.paper.throughput import RowSpeed, devices, time_group
+from armour_surgery.paper.views import markdown_page, notes, remarks, views
+from armour_surgery.records import Source
 from armour_surgery.recover.recipe_files import load_recipe, recipe_names
-from armour_surgery.sites import Source
 
 # Two kinds of attention in one table, and something else to hold against the first.
 SMALL = (
@@ -31,13 +31,13 @@ SMALL = (
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paper, "ROWS", SMALL)
+    monkeypatch.setattr(reproduction, "ROWS", SMALL)
 
 
 @pytest.fixture(scope="module")
 def timed() -> Reproduction:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paper, "ROWS", SMALL)
+        patch.setattr(reproduction, "ROWS", SMALL)
         return regenerate(budget_s=0.5, devices=("cpu",))
 
 
@@ -94,7 +94,7 @@ def test_large_networks_get_small_batches(macs: int, batch: int, monkeypatch: py
         seen.update(names=list(models), shape=make_input().shape, **options)
         raise Noted
 
-    monkeypatch.setattr(paper_speed, "compare", compare)
+    monkeypatch.setattr(throughput, "compare", compare)
     networks = {("a", ""): nn.Linear(2, 2), ("a", "qv"): nn.Linear(2, 2)}
     with pytest.raises(Noted):
         time_group(networks, (3, 5, 7), macs, "cpu", 100.0)
@@ -112,9 +112,9 @@ def test_time_is_shared_by_networks_and_what_is_left_goes_on(small: None, monkey
         speed = RowSpeed(16, 10.0, 1600.0, "x", None, None, 2)
         return dict.fromkeys(networks, speed), environment("cpu")
 
-    monkeypatch.setattr(paper, "time_group", instead)
-    monkeypatch.setattr(paper, "_build", lambda *_: (nn.Identity(), paper._Cost(1, 1, 1)))
-    monkeypatch.setattr(paper, "_image", lambda _: (3, 8, 8))
+    monkeypatch.setattr(reproduction, "time_group", instead)
+    monkeypatch.setattr(reproduction, "_build", lambda *_: (nn.Identity(), reproduction._Cost(1, 1, 1)))
+    monkeypatch.setattr(reproduction, "_image", lambda _: (3, 8, 8))
     regenerate(budget_s=100.0, devices=("cpu", "cuda"))
     # Five networks, three of them first, on two devices; no time passes.
     assert [device for device, _ in shares] == ["cpu", "cuda"] * 2
@@ -213,8 +213,9 @@ def test_the_command_times_and_writes_a_page(
         asked.update(options)
         return timed
 
-    monkeypatch.setattr(paper, "regenerate", instead)
-    monkeypatch.setattr("armour_surgery.measure.speed.keep_memory", lambda: kept.append(True))  # this process goes on
+    monkeypatch.setattr(reproduction, "regenerate", instead)
+    # This process goes on.
+    monkeypatch.setattr("armour_surgery.benchmarking.speed.keep_memory", lambda: kept.append(True))
     page = tmp_path / "paper.md"
     found = document("paper", "--budget", "7", "--markdown", str(page))
     assert kept == [True]
@@ -236,7 +237,7 @@ def test_a_page_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -
 
 
 def test_the_tables_fit_a_terminal(timed: Reproduction, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paper, "regenerate", lambda *_, **__: timed)
+    monkeypatch.setattr(reproduction, "regenerate", lambda *_, **__: timed)
     result = good("paper", "--no-speed")
     assert max(map(len, result.stdout.splitlines())) <= 80
     assert re.search(r"510 1\.020 \[\d]", result.stdout)

@@ -21,14 +21,14 @@ from typer.testing import CliRunner  # noqa: TID251
 from armour_surgery import convert, load, plan, save
 from armour_surgery.cli import app
 from armour_surgery.cli.tables import cost_table
-from armour_surgery.conversion import surgery_of
+from armour_surgery.copies import meta_copy
 from armour_surgery.discover import find_sites
 from armour_surgery.errors import NothingToConvertError, PatternError, SchemaError, UsageError
 from armour_surgery.initialize.weights import locate, read, write
 from armour_surgery.measure.cost import count_macs
-from armour_surgery.meta import meta_copy
-from armour_surgery.model_card import model_card
 from armour_surgery.rewrite import ArmourAttention
+from armour_surgery.saving.model_card import model_card
+from armour_surgery.surgery.conversion import surgery_of
 
 Example = dict[str, torch.Tensor]
 

@@ -10,8 +10,8 @@ from command_line import good
 from timm.models import save_for_hf
 from torchvision.transforms.functional import to_pil_image
 
-from armour_surgery import benchmarking
-from armour_surgery.initialize.synthetic import synthetic_images
+from armour_surgery.benchmarking import benchmark
+from armour_surgery.images.synthetic import synthetic_images
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -52,7 +52,7 @@ def test_command(command: str, tmp_path: Path) -> None:
 
 def test_commands_with_names_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """MODEL, PHOTOS/ and VALIDATION/ stand for what a user has: a tiny model here, and drawn pictures."""
-    monkeypatch.setattr(benchmarking, "keep_memory", lambda: True)  # it would be for the whole suite
+    monkeypatch.setattr(benchmark, "keep_memory", lambda: True)  # it would be for the whole suite
     model = timm.create_model("test_vit", num_classes=2, img_size=32, depth=2)
     save_for_hf(model, tmp_path / "mine", model_config={"pretrained_cfg": {"input_size": [3, 32, 32]}})
     for number, picture in enumerate(synthetic_images(24, (3, 40, 40))):

@@ -19,7 +19,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 
 from armour_surgery.errors import DataError, UsageError
 from armour_surgery.hosts.preprocessing import Preprocessing
-from armour_surgery.recover.data import (
+from armour_surgery.images.sources import (
     Pictures,
     Stream,
     check_labels,
@@ -37,10 +37,10 @@ from armour_surgery.recover.loading import (
     seeded,
     training_batches,
 )
-from armour_surgery.recover.plan import count_steps, make_layout
 from armour_surgery.recover.recipe import AugmentPart
 from armour_surgery.recover.recipe_files import load_recipe
 from armour_surgery.recover.timm_parts import training_transform
+from armour_surgery.recover.workload import count_steps, make_layout
 
 SIZE = (3, 12, 10)
 PREP = Preprocessing(SIZE, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
@@ -174,7 +174,7 @@ def test_fashion_mnist_files(tmp_path: Path) -> None:
 
 
 def test_digits_are_those_of_the_demo() -> None:
-    from armour_surgery.demo import digits_split
+    from armour_surgery.demo.digits_vit import digits_split
 
     train_x, train_y, test_x, _ = digits_split()
     train, test = opened("digits"), opened("digits", "val")

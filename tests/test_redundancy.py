@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 import armour_surgery
 from armour_surgery import convert, inspect, redundancy
+from armour_surgery.copies import meta_copy
 from armour_surgery.errors import AlreadyConvertedError, PatternError, TraceError, UsageError
-from armour_surgery.likeness import compare_layers
-from armour_surgery.measure.redundancy import PAIRS, compare_pair, differences
-from armour_surgery.measure.redundancy_figure import redundancy_figure
-from armour_surgery.meta import meta_copy
+from armour_surgery.likeness.compare import compare_layers
+from armour_surgery.likeness.figure import redundancy_figure
+from armour_surgery.likeness.pairs import PAIRS, compare_pair, differences
 
 EXAMPLE = {name: CASES[name].example() for name in CASES}
 

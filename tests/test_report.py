@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from armour_surgery.errors import FolderError, UsageError
-from armour_surgery.measure.figures import (
+from armour_surgery.records import Fidelity, FrontierPoint, RefusedSite, Sensitivity, SitePlan, Source, SurgeryPlan
+from armour_surgery.report.figures import (
     check_figure,
     frontier_figure,
     inline_svg,
@@ -23,16 +24,7 @@ from armour_surgery.measure.figures import (
     sensitivity_figure,
     short_names,
 )
-from armour_surgery.measure.report import check_report, html_report, write_html
-from armour_surgery.sites import (
-    Fidelity,
-    FrontierPoint,
-    RefusedSite,
-    Sensitivity,
-    SitePlan,
-    Source,
-    SurgeryPlan,
-)
+from armour_surgery.report.page import check_report, html_report, write_html
 
 VOID = {"meta", "br", "path", "use", "rect", "line", "circle", "image", "hr", "img", "link"}
 

@@ -14,12 +14,12 @@ from oracle import check, randomize, relative_error
 from tiny_hosts import CASES
 from torch import nn
 
-from armour_surgery.conversion import convert
 from armour_surgery.discover import find_sites
 from armour_surgery.errors import PostconditionError
 from armour_surgery.modes import get_mode
 from armour_surgery.rewrite import rewrite
 from armour_surgery.rewrite.add_grouped_projection_pass import AddGroupedProjectionPass
+from armour_surgery.rewrite.contract import Part, Surgery, parts_of, run_passes
 from armour_surgery.rewrite.edits import AddGrouped, KeepRows, apply_edits
 from armour_surgery.rewrite.grouped import GroupedProjection, group_of_output
 from armour_surgery.rewrite.mask_diagonal_pass import MaskDiagonalPass, diagonal_mask, mask_diagonal_of
@@ -28,7 +28,7 @@ from armour_surgery.rewrite.relayout import block_layout, relayout, separate
 from armour_surgery.rewrite.remove_dead_nodes_pass import RemoveDeadNodesPass
 from armour_surgery.rewrite.restore_channels_pass import RestoreChannelsPass
 from armour_surgery.rewrite.share_roles_pass import ShareRolesPass, is_expressible
-from armour_surgery.rewrite.surgery import Part, Surgery, parts_of, run_passes
+from armour_surgery.surgery.conversion import convert
 from armour_surgery.traced import Atom, Layout
 
 # Layouts.

@@ -10,11 +10,11 @@ from tiny_hosts import case
 from torch import nn
 
 from armour_surgery import convert, load, save
-from armour_surgery.calibration import Images, _Data
-from armour_surgery.conversion import sensitivities, surgery_of
 from armour_surgery.errors import NothingToConvertError, UsageError
-from armour_surgery.selection import frontier, search
-from armour_surgery.sites import Sensitivity
+from armour_surgery.records import Sensitivity
+from armour_surgery.surgery.conversion import sensitivities, surgery_of
+from armour_surgery.surgery.new_weights import Images, _Data
+from armour_surgery.surgery.selection import frontier, search
 
 PARAMS = 10_000
 

@@ -14,9 +14,9 @@ from timm.utils import ModelEmaV3, reparameterize_model
 from tiny_hosts import CASES
 from torch import nn
 
-from armour_surgery.conversion import convert
 from armour_surgery.errors import AlreadyConvertedError, NothingToConvertError
 from armour_surgery.rewrite import ArmourAttention
+from armour_surgery.surgery.conversion import convert
 
 TIMM = [name for name in CASES if not name.startswith("hf")]
 HF = [name for name in CASES if name.startswith("hf")]

@@ -32,8 +32,8 @@ from armour_surgery.errors import (
     TrainingError,
     UsageError,
 )
+from armour_surgery.images.sources import Pictures
 from armour_surgery.recover import checkpoint
-from armour_surgery.recover.data import Pictures
 from armour_surgery.recover.distillation import (
     Objective,
     Teacher,

@@ -18,9 +18,9 @@ from test_trainer import ALONE, CLASSES, armour, case, losses, pictures, task
 from torch import nn
 
 from armour_surgery.hosts.preprocessing import Preprocessing
+from armour_surgery.images.sources import subset
 from armour_surgery.measure.held_out import held_out_scores
 from armour_surgery.recover import checkpoint
-from armour_surgery.recover.data import subset
 from armour_surgery.recover.distillation import Teacher
 from armour_surgery.recover.distributed import Process, distributed
 from armour_surgery.recover.loading import evaluation_batches

@@ -9,9 +9,9 @@ from rich.table import Table
 from armour_surgery.cli.tables import plain_table
 
 if TYPE_CHECKING:
-    from armour_surgery.measure.operators import Profile
-    from armour_surgery.measure.speed import PairSpeed
-    from armour_surgery.measure.speed_report import Benchmark
+    from armour_surgery.benchmarking.operators import Profile
+    from armour_surgery.benchmarking.results import Benchmark
+    from armour_surgery.benchmarking.speed import PairSpeed
 
 __all__ = ["environment_line", "model_table", "pair_table", "profile_table", "size_table"]
 
@@ -68,7 +68,7 @@ def model_table(found: "Benchmark") -> Table:
 
 def pair_table(found: "Benchmark") -> Table:
     """A row for each pair and batch size, the first model against its double beneath them."""
-    from armour_surgery.measure.intervals import CONFIDENCE
+    from armour_surgery.benchmarking.intervals import CONFIDENCE
 
     first = escape(found.costs[0].name)
     table = plain_table(f"How many times as fast as {first}")
@@ -90,7 +90,7 @@ def pair_table(found: "Benchmark") -> Table:
 
 def profile_table(profiles: "Sequence[Profile]") -> Table:
     """Milliseconds of the operators that take most, a column for each model."""
-    from armour_surgery.measure.operators import side_by_side
+    from armour_surgery.benchmarking.operators import side_by_side
 
     table = plain_table(f"Where the time goes, batch {profiles[0].batch_size}: ms in each operator itself")
     table.add_column("operator", overflow="ellipsis", no_wrap=True)

@@ -23,7 +23,7 @@ from armour_surgery.cli.progress import progress_bar
 from armour_surgery.cli.run import command, console_for, print_json
 
 if TYPE_CHECKING:
-    from armour_surgery.sites import SurgeryPlan
+    from armour_surgery.records import SurgeryPlan
 
 __all__ = ["convert"]
 
@@ -104,8 +104,8 @@ def convert(
         from armour_surgery import convert as convert_model
         from armour_surgery import plan as plan_conversion
         from armour_surgery import save
-        from armour_surgery.conversion import check_options, surgery_of
-        from armour_surgery.folder import check_output
+        from armour_surgery.saving.folder import check_output
+        from armour_surgery.surgery.conversion import check_options, surgery_of
 
         channels = _rank(rank)
         check_options(mode, init, calib, channels, reconstruct, max_loss)
@@ -113,7 +113,7 @@ def convert(
             check_output(out)
         if report is not None:
             # Only who draws waits for matplotlib.
-            from armour_surgery.measure.report import check_report, html_report, write_html
+            from armour_surgery.report.page import check_report, html_report, write_html
 
             check_report(report)
         host, source = read_model(model, pretrained and not dry_run, checkpoint, img_size, num_classes, in_chans)

@@ -14,8 +14,8 @@ from armour_surgery.cli.run import command, console_for, print_json
 from armour_surgery.errors import FolderError
 
 if TYPE_CHECKING:
-    from armour_surgery.measure.speed import PairSpeed
-    from armour_surgery.sites import SurgeryPlan
+    from armour_surgery.benchmarking.speed import PairSpeed
+    from armour_surgery.records import SurgeryPlan
 
 __all__ = ["demo"]
 
@@ -33,7 +33,7 @@ _RECIPE = "digits_recover"
 _FRESH = """
 import json, sys
 from armour_surgery import load
-from armour_surgery.demo import accuracy, digits_split
+from armour_surgery.demo.digits_vit import accuracy, digits_split
 _, _, images, labels = digits_split()
 print(json.dumps({name: accuracy(load(name), images, labels) for name in sys.argv[1:]}))
 """
@@ -71,10 +71,10 @@ def _story(console: Any, folder: Path) -> dict[str, Any]:
         import torch
 
         from armour_surgery import convert, inspect, save
+        from armour_surgery.benchmarking import speed
         from armour_surgery.cli.tables import site_table
-        from armour_surgery.conversion import surgery_of
-        from armour_surgery.demo import accuracy, digits_source, digits_split, load_digits_vit
-        from armour_surgery.measure import speed
+        from armour_surgery.demo.digits_vit import accuracy, digits_source, digits_split, load_digits_vit
+        from armour_surgery.surgery.conversion import surgery_of
 
         torch.manual_seed(0)
         model = load_digits_vit()
@@ -152,9 +152,9 @@ def _story(console: Any, folder: Path) -> dict[str, Any]:
 def _recover(console: Any, student: Path, folder: Path) -> dict[str, Any]:
     """`armour-surgery finetune STUDENT --recipe digits_recover`, and what the test images say of the result."""
     from armour_surgery import load
-    from armour_surgery.demo import accuracy, digits_split
-    from armour_surgery.finetuning import finetune
+    from armour_surgery.demo.digits_vit import accuracy, digits_split
     from armour_surgery.recover.distributed import distributed
+    from armour_surgery.recover.finetuning import finetune
     from armour_surgery.recover.recipe_files import load_recipe
 
     out = folder / f"{student.name}-recovered"
@@ -183,7 +183,7 @@ def _tell(
 ) -> None:
     """The table of it all, and what it shows."""
     from armour_surgery.cli.tables import change, millions, plain_table
-    from armour_surgery.conversion import CALIBRATION_IMAGES
+    from armour_surgery.surgery.conversion import CALIBRATION_IMAGES
 
     summary = plain_table("A ViT on scikit-learn's digits, 500 held-out images, no training")
     for column, side in (("model", "left"), ("init", "left"), ("accuracy", "right"), ("parameters", "right"),

@@ -10,7 +10,7 @@ from armour_surgery.cli.options import AsJson, Checkpoint, Model, Pretrained
 from armour_surgery.cli.run import command, console_for, print_json
 
 if TYPE_CHECKING:
-    from armour_surgery.evaluation import Evaluated
+    from armour_surgery.recover.evaluation import Evaluated
 
 __all__ = ["evaluate"]
 
@@ -68,9 +68,9 @@ def evaluate(
     console = console_for(as_json)
     console.quiet = os.environ.get("RANK", "0") != "0"
     with console.status("loading PyTorch"):
-        from armour_surgery.evaluation import Options
-        from armour_surgery.evaluation import evaluate as run
         from armour_surgery.recover.distributed import distributed
+        from armour_surgery.recover.evaluation import Options
+        from armour_surgery.recover.evaluation import evaluate as run
 
         options = Options(
             split=split,

@@ -13,7 +13,7 @@ from armour_surgery.cli.options import AsJson, Model
 from armour_surgery.cli.run import command, console_for, print_json
 
 if TYPE_CHECKING:
-    from armour_surgery.finetuning import Finetuned
+    from armour_surgery.recover.finetuning import Finetuned
     from armour_surgery.recover.recipe import Recipe
 
 __all__ = ["finetune"]
@@ -64,8 +64,8 @@ def finetune(
     console = console_for(as_json)
     console.quiet = quiet
     with console.status("loading PyTorch"):
-        from armour_surgery.finetuning import finetune as run
         from armour_surgery.recover.distributed import distributed
+        from armour_surgery.recover.finetuning import finetune as run
     _announce(console, chosen, recipe, target)
     with distributed(chosen.run.device) as process, _Display(console) as display:
         done = run(model, chosen, target, process, data=data, teacher=teacher, resume=resume, watch=display.update)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
-    from armour_surgery.sites import Sensitivity
+    from armour_surgery.records import Sensitivity
 
 __all__ = ["inspect"]
 
@@ -66,7 +66,7 @@ def inspect(
     if plot is not None and calib is None:
         raise UsageError("--plot draws what --calib measures; add --calib IMAGES, synthetic say")
     if plot is not None:
-        from armour_surgery.measure.figures import check_figure
+        from armour_surgery.report.figures import check_figure
 
         check_figure(plot)
     with console.status("building the model"):
@@ -78,7 +78,7 @@ def inspect(
         sites = inspect_model(host)
     measured = _measure(console, host, calib) if calib is not None else []
     if plot is not None:
-        from armour_surgery.measure.figures import save_figure, sensitivity_figure
+        from armour_surgery.report.figures import save_figure, sensitivity_figure
 
         save_figure(plot, sensitivity_figure(measured, model))
     if as_json:
@@ -110,7 +110,7 @@ def inspect(
 
 
 def _measure(console: "Console", model: "nn.Module", calib: str) -> "list[Sensitivity]":
-    from armour_surgery.conversion import sensitivities
+    from armour_surgery.surgery.conversion import sensitivities
 
     with progress_bar(console, "measuring sites") as tell:
         return sensitivities(model, calibration=calib, progress=tell)

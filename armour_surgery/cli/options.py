@@ -8,7 +8,7 @@ import typer
 if TYPE_CHECKING:
     from torch import nn
 
-    from armour_surgery.sites import Source
+    from armour_surgery.records import Source
 
 __all__ = [
     "AsJson",
@@ -58,8 +58,8 @@ def read_model(
         AlreadyConvertedError: MODEL is a folder that this tool saved.
     """
     from armour_surgery.errors import AlreadyConvertedError
-    from armour_surgery.folder import is_saved_folder, read_plan
     from armour_surgery.hosts import load_model
+    from armour_surgery.saving.folder import is_saved_folder, read_plan
 
     if is_saved_folder(name):
         plan = read_plan(name)

@@ -13,7 +13,7 @@ from armour_surgery.errors import UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from armour_surgery.measure.paper_views import View
+    from armour_surgery.paper.views import View
 
 __all__ = ["paper"]
 
@@ -41,7 +41,7 @@ def paper(
 
     console = console_for(as_json)
     if markdown is not None:
-        from armour_surgery.measure.output import check_target
+        from armour_surgery.report.whole_file import check_target
 
         if markdown.suffix.lower() != ".md":
             raise UsageError(f"--markdown: the page is Markdown, and {str(markdown)!r} does not end in .md; name it so")
@@ -52,29 +52,29 @@ def paper(
         def advance(done: int, total: int, name: str) -> None:
             progress.update(task, completed=done, total=total, description=name)
 
-        from armour_surgery.measure import paper_speed, paper_views
-        from armour_surgery.measure.paper import regenerate
-        from armour_surgery.measure.speed import keep_memory
+        from armour_surgery.benchmarking.speed import keep_memory
+        from armour_surgery.paper import throughput, views
+        from armour_surgery.paper.reproduction import regenerate
 
         if speed:
             keep_memory()
-        result = regenerate(advance, budget_s=budget, devices=paper_speed.devices() if speed else ())
+        result = regenerate(advance, budget_s=budget, devices=throughput.devices() if speed else ())
     if markdown is not None:
-        from armour_surgery.measure.output import write_whole
+        from armour_surgery.report.whole_file import write_whole
 
         options = ["--no-speed"] if not speed else [f"--budget {budget:g}"] if budget != _BUDGET else []
         shown = markdown.name if markdown.is_absolute() else str(markdown)
         written = " ".join(["armour-surgery paper", *options, f"--markdown {shlex.quote(shown)}"])
-        write_whole(markdown, paper_views.markdown_page(result, written).encode(), "page")
+        write_whole(markdown, views.markdown_page(result, written).encode(), "page")
     if as_json:
         print_json(result.to_dict())
         return
-    for view in paper_views.views(result):
+    for view in views.views(result):
         console.print(_table(view))
-    for number, note in enumerate(paper_views.notes(result), 1):
+    for number, note in enumerate(views.notes(result), 1):
         console.print(f"[{number}] {note}", style="dim", markup=False)
     console.print()
-    for line in paper_views.remarks(result):
+    for line in views.remarks(result):
         console.print(line, style="dim", markup=False)
     if markdown is not None:
         console.print(f"Written: {markdown}", markup=False, soft_wrap=True)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from armour_surgery.measure.redundancy import PairRedundancy, SiteRedundancy
+    from armour_surgery.likeness.pairs import PairRedundancy, SiteRedundancy
 
 __all__ = ["redundancy"]
 
@@ -62,19 +62,19 @@ def redundancy(
     """
     console = console_for(as_json)
     if out is not None:
-        from armour_surgery.measure.figures import check_figure
+        from armour_surgery.report.figures import check_figure
 
         check_figure(out)
     with console.status("loading the model"):
-        from armour_surgery.likeness import compare_layers
+        from armour_surgery.likeness.compare import compare_layers
 
         host, _ = read_model(model, pretrained, checkpoint, img_size, num_classes, in_chans)
     weights = str(checkpoint) if checkpoint is not None else "pretrained" if pretrained else "random"
     with progress_bar(console, "comparing weights") as tell:
         sites, detail = compare_layers(host, threshold=threshold, layer=layer, progress=tell)
     if out is not None:
-        from armour_surgery.measure.figures import save_figure
-        from armour_surgery.measure.redundancy_figure import redundancy_figure
+        from armour_surgery.likeness.figure import redundancy_figure
+        from armour_surgery.report.figures import save_figure
 
         title = f"{model}, {detail.fqn}" + (f"\n({_RANDOM})" if weights == "random" else "")
         save_figure(out, redundancy_figure(sites, detail.fqn, detail.weights, threshold, title))
@@ -106,8 +106,8 @@ def _table(sites: "Sequence[SiteRedundancy]", threshold: float) -> "Table":
     from rich.markup import escape
 
     from armour_surgery.cli.tables import plain_table
-    from armour_surgery.measure.figures import short_names
-    from armour_surgery.measure.redundancy import PAIRS
+    from armour_surgery.likeness.pairs import PAIRS
+    from armour_surgery.report.figures import short_names
 
     table = plain_table(f"Entries closer than {threshold:g} in % / by chance, and residuals")
     names, pattern = short_names([site.fqn for site in sites])

@@ -8,7 +8,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from armour_surgery.sites import AttentionSite, FrontierPoint, RefusedSite, Sensitivity, SitePlan, SurgeryPlan
+from armour_surgery.records import AttentionSite, FrontierPoint, RefusedSite, Sensitivity, SitePlan, SurgeryPlan
 
 __all__ = [
     "change",

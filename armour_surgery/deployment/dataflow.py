@@ -13,8 +13,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from armour_surgery.copies import meta_copy
 from armour_surgery.discover import could_not_run
-from armour_surgery.meta import meta_copy
 
 __all__ = ["Dataflow", "FunctionCall", "follow_model"]
 

@@ -3,9 +3,9 @@
 from torch import Tensor, nn
 
 from armour_surgery.deployment.dataflow import Dataflow, FunctionCall, follow_model
-from armour_surgery.deployment.edits import Removal, do_removals, survivors
 from armour_surgery.deployment.findings import Findings
 from armour_surgery.deployment.folding import Readers, fold_into_readers, readers_of, tensor_named
+from armour_surgery.deployment.removals import Removal, do_removals, survivors
 
 __all__ = ["fold_layer_norm"]
 

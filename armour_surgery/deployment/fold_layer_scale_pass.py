@@ -3,7 +3,6 @@
 from torch import Tensor, nn
 
 from armour_surgery.deployment.dataflow import Dataflow, FunctionCall, follow_model
-from armour_surgery.deployment.edits import Removal, do_removals, survivors
 from armour_surgery.deployment.findings import Findings
 from armour_surgery.deployment.folding import (
     Weights,
@@ -12,6 +11,7 @@ from armour_surgery.deployment.folding import (
     tensor_named,
     weights_of,
 )
+from armour_surgery.deployment.removals import Removal, do_removals, survivors
 
 __all__ = ["fold_layer_scale"]
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from armour_surgery.copies import alias
 from armour_surgery.deployment.attention import AttentionGraph
 from armour_surgery.discover import SELF, guard
-from armour_surgery.meta import alias
 from armour_surgery.traced import FunctionReference
 
 __all__ = ["precompute"]

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from armour_surgery.copies import meta_copy
 from armour_surgery.errors import ArmourError, ExampleInputError
-from armour_surgery.meta import meta_copy
 from armour_surgery.traced import Call
 
 __all__ = ["Recording", "could_not_run", "is_builtin", "record"]

@@ -25,11 +25,11 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.fx import _symbolic_trace
 
+from armour_surgery.copies import meta_copy
 from armour_surgery.discover.record import is_builtin
 from armour_surgery.discover.signature import bind
 from armour_surgery.errors import TraceError
 from armour_surgery.hosts.attention_interface import is_interface, traced_interfaces
-from armour_surgery.meta import meta_copy
 from armour_surgery.traced import Call, FunctionReference, Trace
 
 __all__ = ["SELF", "guard", "trace", "value_of"]

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 from armour_surgery.errors import CalibrationError
-from armour_surgery.hosts import example_input, library_of
+from armour_surgery.hosts.building import example_input, library_of
 from armour_surgery.hosts.hub import quiet
 
 __all__ = ["Preprocessing", "is_timm_dataset", "preprocessing", "timm_pictures"]

@@ -14,7 +14,7 @@ from torch import nn
 from armour_surgery.errors import ModelError, SchemaError, UnknownModelError, UsageError
 from armour_surgery.hosts.checkpoint import load_strictly, mismatch, read_weights
 from armour_surgery.hosts.hub import cached_revision, hub_or_cache, quiet, require_url, unreachable
-from armour_surgery.sites import Source
+from armour_surgery.records import Source
 
 __all__ = ["build", "example", "known_names", "load", "owns", "source_of"]
 

@@ -14,7 +14,7 @@ from armour_surgery.errors import ModelError, SchemaError, UnknownModelError, Us
 from armour_surgery.hosts.checkpoint import load_strictly, read_weights
 from armour_surgery.hosts.hub import offline, quiet, require_url, unreachable
 from armour_surgery.hosts.skeleton import first_difference, meta_parameters
-from armour_surgery.sites import Source
+from armour_surgery.records import Source
 
 __all__ = ["build", "example", "known_names", "load", "owns", "source_of"]
 

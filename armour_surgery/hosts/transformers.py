@@ -25,7 +25,7 @@ from armour_surgery.errors import (
 )
 from armour_surgery.hosts.checkpoint import mismatch_message, read_weights
 from armour_surgery.hosts.hub import hub_or_cache, offline, quiet, unreachable
-from armour_surgery.sites import Source
+from armour_surgery.records import Source
 
 __all__ = ["build", "example", "known_names", "load", "owns", "source_of"]
 

@@ -16,7 +16,7 @@ from armour_surgery.initialize.closed_form import (
     refit_output,
     symmetric,
 )
-from armour_surgery.initialize.gauge import Freedom
+from armour_surgery.initialize.freedom import Freedom
 from armour_surgery.initialize.weights import has_bias, locate, normalize, read, read_output, write
 from armour_surgery.traced import OutputProjection, Role
 

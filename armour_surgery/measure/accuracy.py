@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from armour_surgery.measure.output import write_whole
+from armour_surgery.report.whole_file import write_whole
 
 __all__ = ["Batch", "Choices", "agreement", "choices", "confusion", "draw_confusion", "real_hits", "top_hits"]
 

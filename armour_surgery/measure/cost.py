@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from armour_surgery.copies import meta_copy
 from armour_surgery.errors import ExampleInputError
-from armour_surgery.meta import meta_copy
 
 __all__ = ["CostReport", "count_folded_params", "count_macs", "count_params"]
 

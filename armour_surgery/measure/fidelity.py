@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from armour_surgery.sites import Fidelity
+from armour_surgery.records import Fidelity
 
 __all__ = ["compare_outputs"]
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from armour_surgery.errors import DataError
-from armour_surgery.recover.data import Pictures, Stream
+from armour_surgery.images.sources import Pictures, Stream
 
 __all__ = ["Batch", "Layout", "evaluation_batches", "positions", "seeded", "training_batches"]
 

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from armour_surgery.errors import DataError, DivergedError, InterruptedRunError, ResumeError, UsageError
+from armour_surgery.images.sources import Pictures, Stream
 from armour_surgery.recover import checkpoint
-from armour_surgery.recover.data import Pictures, Stream
 from armour_surgery.recover.distillation import Objective, Teacher
 from armour_surgery.recover.distributed import Process, no_sync, shard, wrapped
 from armour_surgery.recover.loading import Batch, seeded, training_batches
 from armour_surgery.recover.log import RunLog, draw_curves
-from armour_surgery.recover.plan import count_steps, identity, make_layout
 from armour_surgery.recover.recipe import Recipe
 from armour_surgery.recover.signals import noted_signals
 from armour_surgery.recover.student import Runner, freeze_norms, prepare, train_only
@@ -34,6 +33,7 @@ from armour_surgery.recover.timm_parts import (
     make_optimizer,
     make_scheduler,
 )
+from armour_surgery.recover.workload import count_steps, identity, make_layout
 
 __all__ = ["Judge", "Outcome", "Task", "Watch", "train"]
 

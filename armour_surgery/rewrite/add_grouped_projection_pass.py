@@ -5,8 +5,8 @@ import math
 from torch import fx
 
 from armour_surgery.errors import PostconditionError
+from armour_surgery.rewrite.contract import Block, Part, Surgery
 from armour_surgery.rewrite.edits import AddGrouped
-from armour_surgery.rewrite.surgery import Block, Part, Surgery
 
 __all__ = ["AddGroupedProjectionPass"]
 

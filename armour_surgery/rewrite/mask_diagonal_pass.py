@@ -7,7 +7,7 @@ from torch import fx
 
 from armour_surgery.errors import PostconditionError, TraceError
 from armour_surgery.hosts.attention_interface import is_interface
-from armour_surgery.rewrite.surgery import Surgery
+from armour_surgery.rewrite.contract import Surgery
 
 __all__ = ["MaskDiagonalPass", "diagonal_mask", "mask_diagonal_of"]
 

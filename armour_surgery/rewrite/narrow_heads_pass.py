@@ -4,10 +4,10 @@ from torch import fx
 
 from armour_surgery.errors import PostconditionError, TraceError
 from armour_surgery.hosts.attention_interface import is_interface
+from armour_surgery.rewrite.contract import Surgery
 from armour_surgery.rewrite.edits import KeepColumns
 from armour_surgery.rewrite.relayout import arrange
 from armour_surgery.rewrite.share_roles_pass import is_expressible
-from armour_surgery.rewrite.surgery import Surgery
 from armour_surgery.traced import Atom, Handover, OutputProjection
 
 __all__ = ["NarrowHeadsPass"]

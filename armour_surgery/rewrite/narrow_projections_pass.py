@@ -4,8 +4,8 @@ import torch
 from torch import fx
 
 from armour_surgery.errors import PostconditionError, TraceError
+from armour_surgery.rewrite.contract import Block, Part, Surgery
 from armour_surgery.rewrite.edits import KeepRows, Remove
-from armour_surgery.rewrite.surgery import Block, Part, Surgery
 from armour_surgery.traced import BiasPiece, Producer
 
 __all__ = ["NarrowProjectionsPass"]

@@ -5,8 +5,8 @@ import operator
 from torch import fx
 
 from armour_surgery.errors import TraceError
+from armour_surgery.rewrite.contract import Surgery
 from armour_surgery.rewrite.edits import KeepRows, Remove
-from armour_surgery.rewrite.surgery import Surgery
 
 __all__ = ["RemoveDeadNodesPass"]
 

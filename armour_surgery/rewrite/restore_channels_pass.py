@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from armour_surgery.errors import PostconditionError
+from armour_surgery.rewrite.contract import Surgery, kept_channels
 from armour_surgery.rewrite.share_roles_pass import is_expressible, wanted_parts
-from armour_surgery.rewrite.surgery import Surgery, kept_channels
 from armour_surgery.traced import Producer
 
 __all__ = ["RestoreChannelsPass"]

@@ -7,8 +7,8 @@ import torch
 from torch import fx
 
 from armour_surgery.errors import PostconditionError, TraceError
+from armour_surgery.rewrite.contract import Block, Part, Surgery, kept_channels
 from armour_surgery.rewrite.relayout import block_layout, relayout, separate
-from armour_surgery.rewrite.surgery import Block, Part, Surgery, kept_channels
 from armour_surgery.traced import Anchor, Atom, Layout, Producer
 
 __all__ = ["ShareRolesPass", "is_expressible", "wanted_parts"]

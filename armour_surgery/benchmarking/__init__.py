@@ -1,0 +1,1 @@
+"""Models treated alike, timed in turns, and what came of it: `bench`."""

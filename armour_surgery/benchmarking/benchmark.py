@@ -1,0 +1,280 @@
+"""How fast models are beside each other, all of them treated alike."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from armour_surgery.benchmarking.environment import environment
+from armour_surgery.benchmarking.memory import held_bytes, peak_growth
+from armour_surgery.benchmarking.operators import Profile, profile_call
+from armour_surgery.benchmarking.results import BatchSpeed, Benchmark, ModelCost, Settings
+from armour_surgery.benchmarking.speed import compare, keep_memory, many_compiled
+from armour_surgery.copies import full_copy
+from armour_surgery.errors import BenchmarkError, NothingToDeployError, UsageError
+from armour_surgery.measure.cost import count_macs, count_params
+from armour_surgery.surgery.targets import Example, example_of
+
+__all__ = ["DTYPES", "ROUNDS", "benchmark"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ROUNDS = 300
+
+_MIB = 2**20
+_PERCENT = 100
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A model as it is timed: `run` is `module`, compiled or not; `example` has meta tensors of what it takes."""
+
+    name: str
+    module: nn.Module
+    run: Callable[..., Any]
+    example: dict[str, Tensor]
+    device: torch.device
+
+    def caller(self, batch_size: int) -> Callable[[Tensor], Any]:
+        """The model as a function of images; a model that takes images of another size has its own."""
+        inputs = {name: _random(value, batch_size, self.device) for name, value in self.example.items()}
+        argument, own = next(iter(inputs.items()))
+
+        def call(images: Tensor) -> Any:
+            return self.run(**{**inputs, argument: images if images.shape == own.shape else own})
+
+        return call
+
+    def images(self, batch_size: int) -> Tensor:
+        """A batch of noise that fits the model."""
+        return _random(next(iter(self.example.values())), batch_size, self.device)
+
+
+def benchmark(
+    models: Mapping[str, nn.Module],
+    *,
+    batch_sizes: Sequence[int] = (16,),
+    device: torch.device | str = "cpu",
+    dtype: str = "fp32",
+    compile: bool = False,
+    deploy: bool = False,
+    profile: bool = False,
+    rounds: int = ROUNDS,
+    budget_s: float = 40.0,
+    threads: int | None = None,
+    example_input: Example | None = None,
+    keep_freed_memory: bool = False,
+    inplace: bool = False,
+    progress: Progress | None = None,
+) -> Benchmark:
+    """Time models in turns against the first of them, at every batch size and for one image alone.
+
+    Every model gets the same: eval mode, `deploy` (BatchNorm folded, and so on), the dtype, `torch.compile` for exactly
+    the sizes that are run, and images of noise. The first model also gets a double, a copy with memory of its own that
+    is treated and timed like the others: what those two differ by is noise. 16 times during the rounds all weights move
+    to other memory, so that a lucky place does not count for a model.
+
+    Args:
+        models: by name; they are copied, and stay as they are.
+        batch_sizes: 1 is added to them.
+        device: `cpu`, `cuda`, another that torch knows, or `auto`: CUDA where there is one.
+        dtype: `fp32`, `bf16` or `fp16`, of weights and inputs.
+        profile: also tell where the time goes at the largest batch size, operator by operator.
+        rounds: an even number, at most so many at each batch size.
+        budget_s: seconds of timing at each batch size.
+        threads: torch's threads inside an operator while it runs; as many as before if it is not given.
+        example_input: what all models take, for models of your own; see `convert`.
+        keep_freed_memory: change this process for good, so that freed memory is not given back; see
+            `measure.speed.keep_memory`. The ratios are much steadier.
+        inplace: use the models themselves instead of copies.
+        progress: called with what is being done, and with how much of how much is done, never while a model is timed.
+
+    Raises:
+        UsageError: there is no model, or a number, dtype or device is none that there is.
+        ExampleInputError: nobody knows what to feed a model.
+        BenchmarkError: a model does not compile or run with this dtype, device and batch size; the message names it.
+    """
+    tell = progress or (lambda what, done, total: None)
+    place = _check(models, batch_sizes, device, dtype, threads)
+    kept = keep_memory() if keep_freed_memory else False
+    settings = Settings(dtype, compile, deploy, rounds, budget_s, kept)
+    first = next(iter(models))
+    double = f"{first} again"
+    while double in models:
+        double += " again"
+    given = {name: model if inplace else full_copy(model) for name, model in models.items()}
+    given[double] = full_copy(models[first])
+    with _threads(threads), many_compiled() if compile else nullcontext():
+        subjects = [_subject(name, model, settings, place, example_input) for name, model in given.items()]
+        costs = []
+        for number, one in enumerate(subjects[:-1]):
+            tell("counting", number, len(models))
+            costs.append(ModelCost(one.name, count_params(one.module), count_macs(one.module, one.example).macs))
+        here = environment(place)
+        batches = [_at_batch(subjects, size, settings, tell) for size in sorted({1, *batch_sizes})]
+        largest = batches[-1].batch_size
+        timed = subjects[:-1] if profile else []
+        profiles = [_profile(one, largest, number, len(timed), tell) for number, one in enumerate(timed)]
+    return Benchmark(here, settings, tuple(costs), tuple(batches), tuple(profiles))
+
+
+def _check(
+    models: Mapping[str, nn.Module],
+    batch_sizes: Sequence[int],
+    device: torch.device | str,
+    dtype: str,
+    threads: int | None,
+) -> torch.device:
+    """Refuse what is never right; the device."""
+    if not models:
+        raise UsageError("nothing to time: no model was given")
+    wrong = [size for size in batch_sizes if size < 1]
+    if wrong:
+        raise UsageError(f"a batch size must be 1 or more, not {wrong[0]}")
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads must be 1 or more, not {threads}")
+    try:
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        message = str(error).strip().splitlines()[0]
+        raise UsageError(f"device {str(device)!r} cannot be used here: {message}; cpu always can") from error
+    return found
+
+
+def _subject(
+    name: str, model: nn.Module, settings: Settings, device: torch.device, example_input: Example | None
+) -> _Subject:
+    example = example_of(model, example_input)
+    if settings.deployed:
+        model = _deployed(model, settings.compiled, example)
+    dtype = DTYPES[settings.dtype]
+    # Training drops what a host computed and keeps for eval, which would stay in its old type (LeViT's biases).
+    model = model.to(device=device, dtype=dtype).train().eval()
+    example = {key: value.to(dtype) if value.is_floating_point() else value for key, value in example.items()}
+    # Without `dynamic=False` the second batch size would get code for any size, and the first code for its own.
+    run = torch.compile(model, dynamic=False) if settings.compiled else model
+    return _Subject(name, model, run, example, device)
+
+
+def _deployed(model: nn.Module, compiled: bool, example: dict[str, Tensor]) -> nn.Module:
+    if hasattr(model, "deployment"):
+        return model  # the caller did it
+    from armour_surgery import deploy
+
+    try:
+        deployed: nn.Module = deploy(model, compiled=compiled, example_input=example, inplace=True)
+    except NothingToDeployError:
+        return model  # nothing to fold is as good as folded
+    return deployed
+
+
+def _at_batch(subjects: Sequence[_Subject], size: int, settings: Settings, tell: Progress) -> BatchSpeed:
+    device = subjects[0].device
+    calls = {one.name: one.caller(size) for one in subjects}
+    images = subjects[0].images(size)
+    compile_s: dict[str, float] = {}
+    peak_mib: dict[str, float | None] = {}
+    for number, one in enumerate(subjects):
+        tell(f"{'compiling' if settings.compiled else 'trying'}, batch {size}", number, len(subjects))
+        compile_s[one.name] = _first_call(one, calls[one.name], images, settings)
+    for one in subjects:
+        with torch.inference_mode():
+            growth = peak_growth(partial(calls[one.name], images), device)
+        peak_mib[one.name] = None if growth is None else (held_bytes(one.module) + growth) / _MIB
+
+    def before_block(done: float) -> None:
+        tell(f"timing, batch {size}", int(_PERCENT * done), _PERCENT)
+        for one in subjects:
+            _move_weights(one.module)
+        for call in calls.values():
+            call(images)
+
+    tell(f"warming up, batch {size}", 0, _PERCENT)
+    report = compare(
+        calls,
+        lambda: torch.randn_like(images),
+        rounds=settings.rounds,
+        budget_s=settings.budget_s,
+        before_block=before_block,
+    )
+    *pairs, noise = report.pairs
+    return BatchSpeed(
+        size,
+        report.models[:-1],
+        tuple(pairs),
+        noise,
+        peak_mib,
+        compile_s if settings.compiled else {},
+    )
+
+
+def _first_call(subject: _Subject, call: Callable[[Tensor], Any], images: Tensor, settings: Settings) -> float:
+    """Run once, with whatever is compiled at that; the seconds."""
+    started = time.perf_counter()
+    try:
+        with torch.inference_mode():
+            call(images)
+            if subject.device.type != "cpu":
+                torch.accelerator.synchronize(subject.device)
+    except Exception as error:
+        # Compilers and kernels raise whatever they run into.
+        asked = f"on {subject.device.type} in {settings.dtype}, batch size {len(images)}"
+        hint = (
+            "leave compiling out" if settings.compiled else
+            "take fp32" if settings.dtype != "fp32" else
+            "a smaller batch may do if it was memory"
+        )  # fmt: skip
+        what = "compile and run" if settings.compiled else "run"
+        raise BenchmarkError(
+            f"{subject.name} does not {what} {asked}: {type(error).__name__}: {str(error).strip()[:400]}; {hint}"
+        ) from error
+    return time.perf_counter() - started
+
+
+def _profile(subject: _Subject, size: int, number: int, total: int, tell: Progress) -> Profile:
+    tell("profiling", number, total)
+    call = partial(subject.caller(size), subject.images(size))
+    return profile_call(subject.name, size, call, subject.device)
+
+
+def _move_weights(module: nn.Module) -> None:
+    """Copy all weights to other memory; what shares memory goes on sharing it."""
+    moved: dict[int, torch.UntypedStorage] = {}
+    with torch.inference_mode(mode=False), torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if type(tensor.data) is not Tensor or tensor.layout is not torch.strided or tensor.is_inference():
+                continue  # packed for a kernel, and not ours to take apart
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in moved:
+                moved[storage.data_ptr()] = storage.clone()  # type: ignore[no-untyped-call]
+            place = (moved[storage.data_ptr()], tensor.storage_offset(), tensor.shape, tensor.stride())
+            tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(*place)
+
+
+def _random(value: Tensor, batch_size: int, device: torch.device) -> Tensor:
+    shape = (batch_size, *value.shape[1:]) if value.ndim else ()
+    if value.is_floating_point():
+        return torch.randn(shape, dtype=value.dtype, device=device)
+    return torch.zeros(shape, dtype=value.dtype, device=device)  # 0 is a token, an index and a mask everywhere
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

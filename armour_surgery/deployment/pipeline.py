@@ -1,0 +1,187 @@
+"""Ready a model for inference: passes that keep what it computes within rounding and make it faster.
+
+Each pass is one file and can be run alone; it leaves a place as it is where it does not apply or does not pay, and
+says why on `model.deployment`.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from armour_surgery.copies import full_copy
+from armour_surgery.deployment.attention import AttentionPass, deploy_attention
+from armour_surgery.deployment.channels_last_pass import channels_last
+from armour_surgery.deployment.dataflow import follow_model
+from armour_surgery.deployment.drop_dead_tokens_pass import drop_dead_tokens
+from armour_surgery.deployment.drop_key_bias_pass import drop_key_bias
+from armour_surgery.deployment.findings import Findings
+from armour_surgery.deployment.fold_batch_norm_pass import fold_batch_norm
+from armour_surgery.deployment.fold_layer_norm_pass import fold_layer_norm
+from armour_surgery.deployment.fold_layer_scale_pass import fold_layer_scale
+from armour_surgery.deployment.fold_scale_pass import fold_scale
+from armour_surgery.deployment.fuse_attention_pass import fuse_attention
+from armour_surgery.deployment.precompute_pass import precompute
+from armour_surgery.deployment.remove_idle_modules_pass import remove_idle_modules
+from armour_surgery.errors import NothingToDeployError, PostconditionError, UsageError
+from armour_surgery.records import Deployment
+from armour_surgery.surgery.targets import Example, example_of, refuse_deployed
+
+__all__ = ["PASSES", "deploy"]
+
+ModelPass = Callable[[nn.Module, dict[str, Tensor], Findings], None]
+
+_MODEL_PASSES: dict[str, ModelPass] = {
+    "fold-batch-norm": fold_batch_norm,
+    "fold-layer-scale": fold_layer_scale,
+    "fold-layer-norm": fold_layer_norm,
+    "remove-idle-modules": remove_idle_modules,
+    "channels-last": channels_last,
+}
+_ATTENTION_PASSES: dict[str, AttentionPass] = {
+    "fuse-attention": fuse_attention,
+    "fold-scale": fold_scale,
+    "precompute": precompute,
+    "drop-key-bias": drop_key_bias,
+}
+_LAST_PASSES: dict[str, ModelPass] = {"drop-dead-tokens": drop_dead_tokens}
+PASSES = (*_MODEL_PASSES, *_ATTENTION_PASSES, *_LAST_PASSES)
+# The kernel of LayerNorm scales and shifts in the pass over memory that it makes anyway: nothing was won on a DeiT-Ti
+# (0.98 times as fast where the model against itself came out at 0.99), so that one runs only when it is asked for.
+_ONLY_WHEN_ASKED = ("fold-layer-norm",)
+
+# The largest relative difference of outputs that is rounding, by type.
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+
+
+def deploy(
+    model: nn.Module,
+    *,
+    passes: Iterable[str] | None = None,
+    compiled: bool = False,
+    example_input: Example | None = None,
+    inplace: bool = False,
+) -> nn.Module:
+    """Ready a model for inference, converted or not: the same function within rounding, with less work.
+
+    Returns a new model of the same class (the same object with `inplace`), in eval mode, whose attentions may be
+    instances of subclasses of their own class. It does not train: a forward in training mode is refused. What was
+    done, and what was left alone for which reason, is on `.deployment`. Its outputs were compared with the original's
+    on noise.
+
+    Args:
+        passes: names from `PASSES`, to run these only, also where they do not pay. None runs all that pay.
+        compiled: whether the model will go through torch.compile: some passes then do not pay.
+        example_input: what to run the (weightless) model on, if it is of no known library; as for `convert`.
+        inplace: change the model itself, and need no memory for another one.
+
+    Raises:
+        UsageError: a pass of that name does not exist.
+        AlreadyDeployedError: the model is deployed already.
+        NothingToDeployError: no pass found anything to do; the message says what they left alone and why.
+        ExampleInputError: the model's input is not known, or it did not run on it.
+        PostconditionError: the outputs differ by more than rounding. This is a bug of ours.
+    """
+    names = _chosen(passes)
+    refuse_deployed(model)
+    with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode do not count their changes
+        example = example_of(model, example_input)
+        result = model if inplace else full_copy(model)
+        result.eval()
+        follow_model(result, example)  # tells a user in their words when the example does not fit
+        noise = _noise(result, example)
+        expected = _run(result, noise)
+        findings = {name: Findings(name) for name in names}
+        for name in names:
+            if name in _MODEL_PASSES:
+                _MODEL_PASSES[name](result, example, findings[name])
+        attention = [(_ATTENTION_PASSES[name], findings[name]) for name in names if name in _ATTENTION_PASSES]
+        if attention:
+            deploy_attention(result, example, attention, compiled=compiled, forced=passes is not None)
+        for name in names:
+            if name in _LAST_PASSES:
+                _LAST_PASSES[name](result, example, findings[name])
+        error = _compare(type(model).__name__, expected, _run(result, noise))
+    report = Deployment(
+        names,
+        compiled,
+        tuple(place for one in findings.values() for place in one.done),
+        tuple(place for one in findings.values() for place in one.kept),
+        error,
+    )
+    if not report.done:
+        reasons = list(dict.fromkeys(f"{place.fqn}: {place.reason} ({place.name})" for place in report.kept))
+        listed = f": {'; '.join(reasons[:3])}" if reasons else ""
+        raise NothingToDeployError(
+            f"none of the passes {', '.join(names)} found anything to do in {type(model).__name__}{listed}. Use the "
+            "model as it is"
+        )
+    result.deployment = report  # type: ignore[assignment]
+    result.register_forward_pre_hook(_refuse_training)
+    return result
+
+
+def _chosen(passes: Iterable[str] | None) -> tuple[str, ...]:
+    if passes is None:
+        return tuple(name for name in PASSES if name not in _ONLY_WHEN_ASKED)
+    given = [passes] if isinstance(passes, str) else list(passes)
+    unknown = [name for name in given if name not in PASSES]
+    if unknown or not given:
+        what = f"there is no pass {unknown[0]!r}" if unknown else "passes is empty"
+        raise UsageError(f"{what}; choose from {', '.join(PASSES)}")
+    return tuple(name for name in PASSES if name in given)
+
+
+def _noise(model: nn.Module, example: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """Numbers in the shapes of the example; None where the model has no weights to try them with."""
+    parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    if not parameters or any(parameter.is_meta for parameter in parameters):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    like = parameters[0]
+    return {
+        name: torch.randn(value.shape, generator=generator).to(like.device, like.dtype)
+        if value.is_floating_point()
+        else torch.ones_like(value, device=like.device)
+        for name, value in example.items()
+    }
+
+
+def _run(model: nn.Module, noise: dict[str, Tensor] | None) -> list[Tensor]:
+    if noise is None:
+        return []
+    result: Any = model(**noise)
+    leaves = pytree.tree_leaves(result.to_tuple() if hasattr(result, "to_tuple") else result)
+    return [leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _compare(name: str, expected: list[Tensor], got: list[Tensor]) -> float | None:
+    """The largest difference, relative to the largest value.
+
+    Raises:
+        PostconditionError: it is more than rounding.
+    """
+    errors = [
+        float((a - b).abs().max() / a.abs().max().clamp_min(torch.finfo(a.dtype).tiny))
+        for a, b in zip(expected, got, strict=True)
+        if a.is_floating_point() and a.numel()
+    ]
+    if not errors:
+        return None
+    limit = _TOLERANCE.get(expected[0].dtype)
+    if limit is not None and not max(errors) <= limit:
+        raise PostconditionError(
+            f"the deployed {name} differs from the original by {max(errors):.1e} of its largest output, and rounding "
+            f"explains {limit:.0e}. Leave out passes one by one to find which (`passes=`), and report it"
+        )
+    return max(errors)
+
+
+def _refuse_training(model: nn.Module, _: Any) -> None:
+    if model.training:
+        raise UsageError(
+            f"this {type(model).__name__} is deployed: its norms and scales are folded away, and it does not train. "
+            "Call .eval(), or train the model that deploy() was given"
+        )

@@ -1,0 +1,42 @@
+"""Take a parameter out of a model, together with what is computed with it."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from armour_surgery.copies import meta_copy
+from armour_surgery.deployment.dataflow import follow_model
+from armour_surgery.errors import ExampleInputError
+
+__all__ = ["Removal", "do_removals", "survivors"]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A parameter to take out. `module` is the module that does nothing else but use it, if there is one."""
+
+    parameter: str
+    module: str | None = None
+
+
+def do_removals(model: nn.Module, removals: list[Removal]) -> None:
+    """Put an Identity in the place of a module, or None in the place of a parameter."""
+    for removal in removals:
+        parent, _, name = (removal.module or removal.parameter).rpartition(".")
+        owner = model.get_submodule(parent)
+        if removal.module is not None:
+            setattr(owner, name, nn.Identity())
+        else:
+            owner.register_parameter(name, None)
+
+
+def survivors(model: nn.Module, example: dict[str, Tensor], removals: list[Removal]) -> list[Removal]:
+    """Those of the removals after which the model does not run, found out on a copy without weights."""
+    tried = meta_copy(model)
+    bare = [removal for removal in removals if removal.module is None]
+    do_removals(tried, bare)
+    try:
+        follow_model(tried, example)
+    except ExampleInputError:
+        return bare
+    return []

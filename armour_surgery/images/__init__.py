@@ -1,0 +1,1 @@
+"""Images of any source: folders, datasets of timm, drawn ones, digits."""

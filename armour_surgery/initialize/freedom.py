@@ -1,0 +1,155 @@
+"""Which changes of basis leave an attention as it is: tried out, not inferred.
+
+A head with random weights is given another basis for Q and K, or for V and the output projection. If the module's
+output stays what it was, the basis is free, whatever the host does in between (scales, masks, relative positions);
+a q-norm, a rotation or an activation shows itself by changing the output.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from armour_surgery.copies import full_copy, meta_copy
+from armour_surgery.initialize.weights import Stored, locate, read, read_output, write, write_output
+from armour_surgery.traced import Call, OutputProjection, Role
+
+__all__ = ["Freedom", "probe", "works_narrow"]
+
+_TOLERANCE = 1e-8
+
+
+@dataclass(frozen=True)
+class Freedom:
+    """What may be done to a site's heads without changing it.
+
+    `logits`: any invertible change of Q's and K's basis. `values`: "linear" (any invertible change of V's basis),
+    "order" (V's channels may change places within a head), or "fixed".
+    """
+
+    logits: bool
+    values: str
+
+
+def probe(module: nn.Module, call: Call, q: Role, k: Role, v: Role, out: OutputProjection | None) -> Freedom:
+    """Try changes of basis on a copy of `module` with random weights, for one call of it (shapes and types matter)."""
+    site = _randomized(module)
+    args, kwargs = _random_inputs(call)
+    stored = {letter: locate(site, role, {}) for letter, role in (("q", q), ("k", k), ("v", v))}
+    matrices = {letter: read(site, place) for letter, place in stored.items()}
+    generator = torch.Generator().manual_seed(0)
+
+    def answer() -> Tensor:
+        with torch.no_grad():
+            leaves = pytree.tree_leaves(site(*args, **kwargs))
+        return next(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+    before = answer()
+
+    def unchanged() -> bool:
+        return bool((answer() - before).norm() <= _TOLERANCE * before.norm())
+
+    mix = _invertible(q.num_heads, q.head_dim, generator)
+    logits = False
+    if k.num_heads == q.num_heads:
+        _store(site, stored["q"], matrices["q"] @ mix)
+        _store(site, stored["k"], matrices["k"] @ torch.linalg.inv(mix).mT)
+        logits = unchanged()
+        _store(site, stored["q"], matrices["q"])
+        _store(site, stored["k"], matrices["k"])
+    if out is None:
+        return Freedom(logits, "fixed")
+    weight, offset = read_output(site, out)
+    moment = torch.eye(weight.shape[0] * weight.shape[1] + 1, dtype=torch.float64)
+    shuffle = torch.stack([torch.randperm(v.head_dim, generator=generator) for _ in range(v.num_heads)])
+    order = torch.nn.functional.one_hot(shuffle, v.head_dim).double()
+    for name, change in (("linear", _invertible(v.num_heads, v.head_dim, generator)), ("order", order)):
+        _store(site, stored["v"], matrices["v"] @ change)
+        write_output(site, out, torch.linalg.inv(change) @ weight, offset, moment)
+        if unchanged():
+            return Freedom(logits, name)
+    return Freedom(logits, "fixed")
+
+
+def works_narrow(
+    module: nn.Module,
+    call: Call,
+    roles: tuple[Role, Role, Role],
+    shared: Role,
+    rank: int,
+    narrow: Callable[[nn.Module], None],
+) -> bool:
+    """Whether a site computes what it did after `narrow(site)`, where its heads use `rank` channels only.
+
+    Tried on a copy with random weights in which V is what `shared` is, and all channels from `rank` on are zero.
+    """
+    site = _randomized(module)
+    stored = [locate(site, role, {}) for role in roles]
+    given = read(site, locate(site, shared, {}))
+    for role, place in zip(roles, stored, strict=True):
+        matrix = given.clone() if role is roles[2] else read(site, place)
+        matrix[..., rank:] = 0
+        matrix[:, -1] = 0  # not every role has biases, and equal roles have equal ones
+        _store(site, place, matrix)
+    args, kwargs = _random_inputs(call)
+    narrowed = full_copy(site)
+    narrow(narrowed)
+    with torch.no_grad():
+        wanted, got = (
+            next(leaf for leaf in pytree.tree_leaves(one(*args, **kwargs)) if isinstance(leaf, Tensor))
+            for one in (site, narrowed)
+        )
+    return wanted.shape == got.shape and bool((got - wanted).norm() <= _TOLERANCE * wanted.norm())
+
+
+def _store(site: nn.Module, stored: Stored, matrix: Tensor) -> None:
+    write(site, stored, matrix, torch.eye(matrix.shape[-2], dtype=torch.float64))
+
+
+def _invertible(count: int, size: int, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(count, size, size, generator=generator, dtype=torch.float64)
+    mix: Tensor = torch.eye(size, dtype=torch.float64) + 0.3 / size**0.5 * noise
+    return mix
+
+
+def _randomized(module: nn.Module) -> nn.Module:
+    """A copy on the CPU in float64 and eval mode, with random parameters and the module's own buffers."""
+    site = meta_copy(module, buffers=False)
+    generator = torch.Generator().manual_seed(1)
+    for child in site.modules():
+        for name, parameter in child._parameters.items():
+            if parameter is not None:
+                size = parameter[0].numel() if parameter.ndim > 1 else 1
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / size**0.5
+                child._parameters[name] = nn.Parameter(noise)
+        for name, buffer in child._buffers.items():
+            if buffer is not None and buffer.is_meta:  # a plan for a model without numbers
+                noise = torch.rand(buffer.shape, generator=generator, dtype=torch.float64)
+                child._buffers[name] = noise if buffer.is_floating_point() else torch.zeros_like(buffer, device="cpu")
+    site.cpu().double()
+    site.eval()  # timm's LeViT attention returns nothing here
+    return site
+
+
+def _random_inputs(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of the same kind; one tensor that was given twice (to self-attention, say) still is."""
+    done: dict[int, Any] = {}
+
+    def random(leaf: Any) -> Any:
+        return done.setdefault(id(leaf), _random_input(leaf))
+
+    args, kwargs = pytree.tree_map(random, (call.args, call.kwargs))
+    return args, kwargs
+
+
+def _random_input(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if leaf.is_floating_point():
+        return torch.randn(leaf.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    return (
+        torch.ones(leaf.shape, dtype=leaf.dtype) if leaf.dtype == torch.bool else torch.zeros_like(leaf, device="cpu")
+    )

@@ -1,0 +1,289 @@
+"""The paper's tables again: parameters and multiply-accumulates counted exactly, throughput measured, beside the paper.
+
+Networks are timed together with those that they are held against, and counted at the same time.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
+
+from torch import nn
+
+from armour_surgery.benchmarking.environment import Environment
+from armour_surgery.measure.cost import count_folded_params, count_macs, count_params
+from armour_surgery.paper.printed import CAPTIONS, COLUMNS, RECIPES, ROWS, PaperRow
+from armour_surgery.paper.throughput import Network, RowSpeed, time_group
+from armour_surgery.records import Source, SurgeryPlan
+
+__all__ = ["Cell", "ReproducedRow", "Reproduction", "regenerate"]
+
+# Our count gives the cell's number, another count that is told gives it, no count does, it was not run, or it was
+# measured here, on another machine than the paper's.
+SAME, EXPLAINED, DIFFERS, PAPER, MEASURED = "same", "explained", "differs", "paper", "measured"
+NOT_RUN = "not run"
+# The column of the paper in which a device's throughput stands.
+_COLUMNS = {"cpu": "cpu", "cuda": "gpu"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One printed number beside ours.
+
+    `ours` is rounded to the printed digits, or "not run". `status` is "same" (ours is what was printed),
+    "explained" (the printed number follows from another count, which `note` gives), "differs" (it does
+    not), "paper" (the paper's own measurement, which was not repeated), or "measured" (it was, on this machine).
+    """
+
+    column: str
+    printed: str
+    ours: str
+    status: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ReproducedRow:
+    """One row of the paper, rebuilt. `params` and `macs` (for one image) are exact.
+
+    `macs_ratio` is the baseline's MACs over this row's, the speed-up that arithmetic alone allows; None for a
+    baseline. `params_folded` is what is left of `params` after BatchNorm folding. `paper_ratio` is the paper's
+    throughput over that of the row it is held against, on its `gpu` and its `cpu`; `speed` is what was measured here,
+    by device. `recipe` names the shipped recipe that trains the row as the paper did, "" where there is none.
+    """
+
+    table: int
+    name: str
+    model: str
+    mode: str
+    params: int
+    params_folded: int
+    macs: int
+    macs_ratio: float | None
+    cells: tuple[Cell, ...]
+    recipe: str = ""
+    paper_ratio: dict[str, float] = field(default_factory=dict)
+    speed: dict[str, RowSpeed] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """Every row of Tables 1 to 4, in the paper's order. `environments` has each device that was timed on."""
+
+    rows: tuple[ReproducedRow, ...]
+    environments: dict[str, Environment] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary: the tables with their rows, the cells of each by column."""
+        return {
+            "paper": "arXiv 2108.01778",
+            "environment": {device: one.to_dict() for device, one in self.environments.items()},
+            "tables": [
+                {
+                    "table": table,
+                    "caption": caption,
+                    "rows": [_row_to_dict(row) for row in self.rows if row.table == table],
+                }
+                for table, caption in CAPTIONS.items()
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class _Cost:
+    params: int
+    folded: int
+    macs: int
+
+
+def regenerate(
+    progress: Callable[[int, int, str], None] | None = None,
+    *,
+    budget_s: float = 0.0,
+    devices: Sequence[str] = (),
+) -> Reproduction:
+    """Build the network of every row and count it; with `devices`, also time it there, for `budget_s` seconds in all.
+
+    To count, no weight is ever allocated; it takes under a minute. The budget is for timing alone, and a little more is
+    used where the slowest networks' two rounds need it. `progress` is called with the number of networks that are done,
+    their total, and the name of the next.
+    """
+    groups = _groups()
+    total, done = sum(map(len, groups.values())), 0
+    costs: dict[Network, _Cost] = {}
+    speeds: dict[Network, dict[str, RowSpeed]] = {}
+    environments: dict[str, Environment] = {}
+    left = budget_s
+    for members in groups.values():
+        networks: dict[Network, nn.Module] = {}
+        hosts: dict[str, nn.Module] = {}
+        for number, (name, mode) in enumerate(members):
+            if progress is not None:
+                progress(done + number, total, f"{name} {mode}".strip())
+            networks[name, mode], costs[name, mode] = _build(name, mode, hosts)
+        for place, device in enumerate(devices):
+            if progress is not None:
+                progress(done, total, f"timing {members[0][0]} on {device}")
+            # What one group leaves over is there for the others.
+            share = left * len(members) / ((total - done) * len(devices) - place * len(members))
+            started = time.perf_counter()
+            image, macs = _image(networks), costs[members[0]].macs
+            found, environments[device] = time_group(networks, image, macs, device, share)
+            left = max(0.0, left - (time.perf_counter() - started))
+            for network, speed in found.items():
+                speeds.setdefault(network, {})[device] = speed
+        done += len(members)
+    return Reproduction(tuple(_row(row, costs, speeds) for row in ROWS), environments)
+
+
+def _groups() -> dict[str, list[Network]]:
+    """Networks that are timed together, by the model of the first, which the others are held against."""
+    groups: dict[str, list[Network]] = {}
+    for row in ROWS:
+        members = groups.setdefault(_reference(row).model, [(_reference(row).model, "")])
+        if (row.model, row.mode) not in members:
+            members.append((row.model, row.mode))
+    return groups
+
+
+def _baseline(row: PaperRow) -> PaperRow:
+    return next(other for other in ROWS if (other.table, other.model, other.mode) == (row.table, row.model, ""))
+
+
+def _reference(row: PaperRow) -> PaperRow:
+    """What a row's throughput is held against: its baseline, or for a model of its own kind the table's first one."""
+    own = any(other.mode for other in ROWS if other.model == row.model)
+    return _baseline(row) if own else _baseline(next(other for other in ROWS if other.table == row.table))
+
+
+def _build(name: str, mode: str, hosts: dict[str, nn.Module]) -> tuple[nn.Module, _Cost]:
+    """A network without weights, and what it costs. `hosts` keeps unconverted ones, by name."""
+    # Imported here: of all measuring, only this needs what comes before it.
+    from armour_surgery.hosts import build, example_input
+    from armour_surgery.surgery.conversion import convert
+
+    source = Source(library="timm", architecture=name)
+    if name not in hosts:
+        hosts[name] = build(source)
+    model = hosts[name]
+    if mode:
+        model = convert(model, mode=mode, source=source)
+        macs = cast(SurgeryPlan, model.surgery).macs_after
+    else:
+        macs = count_macs(model, example_input(model, batch_size=1)).macs
+    return model, _Cost(count_params(model), count_folded_params(model), macs)
+
+
+def _image(networks: Mapping[Network, nn.Module]) -> tuple[int, ...]:
+    from armour_surgery.hosts import example_input
+
+    first = next(iter(networks.values()))
+    return tuple(next(iter(example_input(first).values())).shape[1:])
+
+
+def _row(row: PaperRow, costs: Mapping[Network, _Cost], speeds: Mapping[Network, dict[str, RowSpeed]]) -> ReproducedRow:
+    baseline, reference = _baseline(row), _reference(row)
+    cost, base = costs[row.model, row.mode], costs[baseline.model, ""]
+    speed = speeds.get((row.model, row.mode), {})
+    ratios = {
+        column: _number(getattr(row, column)) / _number(getattr(reference, column))
+        for column in _COLUMNS.values()
+        if getattr(row, column) and getattr(reference, column) and row is not reference
+    }
+    return ReproducedRow(
+        table=row.table,
+        name=row.name,
+        model=row.model,
+        mode=row.mode,
+        params=cost.params,
+        params_folded=cost.folded,
+        macs=cost.macs,
+        macs_ratio=base.macs / cost.macs if row.mode else None,
+        cells=tuple(_cell(column, row, baseline, cost, base, speed) for column in COLUMNS if getattr(row, column)),
+        recipe=RECIPES.get(row.name, "") if row.top1 else "",
+        paper_ratio=ratios,
+        speed=speed,
+    )
+
+
+def _cell(
+    column: str, row: PaperRow, baseline: PaperRow, cost: _Cost, base: _Cost, speed: Mapping[str, RowSpeed]
+) -> Cell:
+    printed: str = getattr(row, column)
+    if column == "params":
+        return _params_cell(printed, cost)
+    if column == "params_change":
+        return _params_change_cell(printed, row, baseline, cost, base)
+    if column.endswith("_change"):
+        source = column.removesuffix("_change")
+        return _throughput_change_cell(column, printed, getattr(baseline, source), getattr(row, source))
+    measured = next((one for device, one in speed.items() if _COLUMNS[device] == column), None)
+    if measured is not None:
+        return Cell(column, printed, f"{measured.images_per_s:,.1f}", MEASURED)
+    return Cell(column, printed, NOT_RUN, PAPER)
+
+
+def _params_cell(printed: str, cost: _Cost) -> Cell:
+    digits = _digits(printed)
+    ours = f"{cost.params / 1e6:.{digits}f}"
+    if ours == printed:
+        return Cell("params", printed, ours, SAME)
+    if f"{cost.folded / 1e6:.{digits}f}" == printed:
+        note = (
+            f"counted for inference, every BatchNorm folded into its neighbor as LeViT's speed test does: "
+            f"{cost.folded:,}; as trained: {cost.params:,}"
+        )
+        return Cell("params", printed, ours, EXPLAINED, note)
+    return Cell("params", printed, ours, DIFFERS, f"{cost.params:,} as trained, {cost.folded:,} with BatchNorm folded")
+
+
+def _params_change_cell(printed: str, row: PaperRow, baseline: PaperRow, cost: _Cost, base: _Cost) -> Cell:
+    change = cost.params / base.params - 1
+    ours = _percent(change)
+    if ours == printed:
+        return Cell("params_change", printed, ours, SAME)
+    rounded = _percent(_number(row.params) / _number(baseline.params) - 1)
+    exact = f"{cost.params - base.params:,} of {base.params:,} is {100 * change:.2f}%"
+    if rounded == printed:
+        note = f"worked out from the rounded cells ({row.params} and {baseline.params}); {exact}"
+        return Cell("params_change", printed, ours, EXPLAINED, note)
+    return Cell("params_change", printed, ours, DIFFERS, exact)
+
+
+def _throughput_change_cell(column: str, printed: str, before: str, after: str) -> Cell:
+    """Whether a printed speed-up is the ratio of the two printed throughputs, or could be before rounding."""
+    ours = _percent(_number(after) / _number(before) - 1)
+    if ours == printed:
+        return Cell(column, printed, ours, SAME, "from the paper's own throughputs")
+    half_before, half_after = (0.5 * 10 ** -_digits(text) for text in (before, after))
+    low = 100 * ((_number(after) - half_after) / (_number(before) + half_before) - 1)
+    high = 100 * ((_number(after) + half_after) / (_number(before) - half_before) - 1)
+    target, half = float(printed.rstrip("%")), 0.5 * 10 ** -_digits(printed)
+    note = (
+        f"the paper's own throughputs, {before} and {after}, give {ours}; "
+        f"before rounding, from {low:+.2f}% to {high:+.2f}%"
+    )
+    explained = low < target + half and high > target - half
+    return Cell(column, printed, ours, EXPLAINED if explained else DIFFERS, note)
+
+
+def _percent(change: float) -> str:
+    return f"{100 * change:+.1f}%"
+
+
+def _number(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+def _digits(text: str) -> int:
+    return len(text.rstrip("%").partition(".")[2])
+
+
+def _row_to_dict(row: ReproducedRow) -> dict[str, Any]:
+    data = asdict(row)
+    del data["table"]
+    data["cells"] = {
+        cell.column: {"printed": cell.printed, "ours": cell.ours, "status": cell.status, "note": cell.note}
+        for cell in row.cells
+    }
+    return data

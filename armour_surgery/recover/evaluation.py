@@ -1,0 +1,164 @@
+"""Accuracy of any MODEL on labelled images, over all processes, and beside another model."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from armour_surgery.errors import DataError, UsageError
+from armour_surgery.hosts.preprocessing import preprocessing
+from armour_surgery.images.sources import Pictures, Stream, check_labels, open_pictures, open_stream
+from armour_surgery.measure.accuracy import Choices, agreement, choices, confusion, draw_confusion, real_hits, top_hits
+from armour_surgery.recover.distributed import Process
+from armour_surgery.recover.finetuning import adapted, head_size, load_any
+from armour_surgery.recover.loading import evaluation_batches
+from armour_surgery.recover.recipe import DataPart
+from armour_surgery.recover.student import Runner, evaluating
+from armour_surgery.recover.timm_parts import imagenet_real_labels
+
+__all__ = ["Evaluated", "Options", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to evaluate: which split, what to change about the model's preprocessing, what else to count or draw."""
+
+    split: str | None = None
+    crop_pct: float | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    real: bool = False
+    confusion: Path | None = None
+    batch_size: int = 64
+    workers: int = 0
+    pretrained: bool = True
+    checkpoint: Path | None = None
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Accuracies in percent of `images`. `agreement` with `vs` is the share of the same first choice, in percent."""
+
+    model: str
+    images: int
+    top1: float
+    top5: float
+    real: dict[str, Any] | None = None
+    vs: "Evaluated | None" = None
+    agreement: float | None = None
+    unreadable: list[str] = field(default_factory=list)
+    confusion: Path | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form: the contract's keys first."""
+        other = self.vs
+        beside = None
+        if other is not None:
+            beside = {
+                "model": other.model,
+                "top1": other.top1,
+                "top5": other.top5,
+                "agreement": self.agreement,
+                "real": other.real,
+            }
+        return {
+            "model": self.model,
+            "top1": self.top1,
+            "top5": self.top5,
+            "images": self.images,
+            "vs": beside,
+            "real": self.real,
+            "unreadable": self.unreadable,
+            "confusion": str(self.confusion) if self.confusion is not None else None,
+        }
+
+
+def evaluate(
+    model: str, data: str, process: Process, *, vs: str | None = None, options: Options | None = None
+) -> Evaluated:
+    """Count a model's right choices on the `val` images of a source, each image once, on any number of processes.
+
+    Raises:
+        ModelError, FolderError: a model cannot be loaded.
+        DataError: there are no labelled images, or of other classes than the model has.
+        UsageError: an option does not fit the model or the data.
+    """
+    options = options or Options()
+    made, found = _one(model, data, process, options, options.checkpoint)
+    if vs is None:
+        return found
+    theirs, other = _one(vs, data, process, Options(**{**vars(options), "confusion": None}), None)
+    same, counted = process.sum(agreement(made, theirs))
+    return Evaluated(**{**vars(found), "vs": other, "agreement": 100 * same / max(1, counted)})
+
+
+def _one(
+    name: str, data: str, process: Process, options: Options, checkpoint: Path | None
+) -> tuple[Choices, Evaluated]:
+    model, _ = load_any(name, pretrained=options.pretrained, checkpoint=checkpoint)
+    part = DataPart(crop_pct=options.crop_pct, mean=options.mean, std=options.std)
+    prep = adapted(preprocessing(model), part)
+    opened = open_stream(data, "val", named_split=options.split, batch_size=options.batch_size, seed=0)
+    pictures = opened or open_pictures(data, "val", size=prep.size, labelled=True, named_split=options.split)
+    classes = head_size(model)
+    if isinstance(pictures, Pictures):
+        check_labels(pictures, classes)
+    runner = Runner(model).to(process.device)
+    batches = evaluation_batches(
+        pictures,
+        prep.tensor,
+        options.batch_size,
+        rank=process.rank,
+        world=process.world,
+        workers=options.workers,
+    )
+    with evaluating(runner):
+        made = choices(lambda images: _logits(runner, images.to(process.device), name), batches)
+    first, five = top_hits(made)
+    _check_labels_seen(made, classes, data)
+    images, one, top5 = process.sum([len(made.labels), first, five])
+    if not images:
+        raise DataError(f"no image of {data} could be read; the first: {(made.broken or ['there is none'])[0]}")
+    real = _real(made, pictures, process) if options.real else None
+    if options.confusion is not None:
+        counts = torch.tensor(process.sum(confusion(made, classes).flatten().tolist())).reshape(classes, classes)
+        if process.first:
+            names = pictures.classes if isinstance(pictures, Pictures) else ()
+            draw_confusion(counts, names or tuple(map(str, range(classes))), options.confusion)
+    return made, Evaluated(
+        name,
+        int(images),
+        100 * one / images,
+        100 * top5 / images,
+        real,
+        unreadable=made.broken,
+        confusion=options.confusion,
+    )
+
+
+def _logits(runner: nn.Module, images: Tensor, name: str) -> Tensor:
+    logits: Tensor | None = runner(images).logits
+    if logits is None:
+        raise UsageError(f"{name} has no head for classes, so it has no accuracy; name a classifier")
+    return logits
+
+
+def _check_labels_seen(made: Choices, classes: int, data: str) -> None:
+    if len(made.labels) and not 0 <= int(made.labels.min()) <= int(made.labels.max()) < classes:
+        raise DataError(
+            f"labels of {data} run from {int(made.labels.min())} to {int(made.labels.max())}, and the model's head has "
+            f"{classes} classes; name the data that it was trained for"
+        )
+
+
+def _real(made: Choices, pictures: Pictures | Stream, process: Process) -> dict[str, Any]:
+    if isinstance(pictures, Stream):
+        raise UsageError("--real knows images by their file names, and this data is read in order; name a folder")
+    first, five, images = process.sum(real_hits(made, pictures.name, imagenet_real_labels(None)))
+    if not images:
+        raise UsageError(
+            "--real: no image is called like ImageNet's validation images (ILSVRC2012_val_00000001.JPEG); leave it out"
+        )
+    return {"top1": 100 * first / images, "top5": 100 * five / images, "images": int(images)}

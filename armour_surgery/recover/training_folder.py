@@ -1,0 +1,110 @@
+"""The folder of a training run: ours from the start, and in the end a model with the weights that were kept."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from armour_surgery import hosts
+from armour_surgery.errors import UsageError
+from armour_surgery.hosts.preprocessing import Preprocessing, preprocessing
+from armour_surgery.recover.log import write_text
+from armour_surgery.recover.recipe import Recipe
+from armour_surgery.recover.recipe_files import to_yaml
+from armour_surgery.recover.timm_parts import save_pretrained
+from armour_surgery.recover.trainer import Outcome
+from armour_surgery.saving.folder import TRAINING, save
+from armour_surgery.surgery.conversion import surgery_of
+
+__all__ = ["check_saveable", "open_folder", "write_result"]
+
+RECIPE = "recipe.yaml"
+
+
+def check_saveable(model: nn.Module) -> None:
+    """Before hours go by: whether the model can be written in the end.
+
+    Raises:
+        UsageError: it is not converted, and neither timm's nor transformers'.
+    """
+    if not hasattr(model, "surgery") and hosts.library_of(model) not in ("timm", "transformers"):
+        raise UsageError(
+            f"{type(model).__name__} is not converted, and of such models only timm's and transformers' can be saved; "
+            "convert it first, or set model.mode=auto"
+        )
+
+
+def open_folder(out: Path, recipe: Recipe) -> None:
+    """Make the folder ours from the start, with the resolved recipe in it."""
+    out.mkdir(parents=True, exist_ok=True)
+    header = [f"effective learning rate {recipe.effective_lr:g} (base {recipe.optimizer.lr:g})"]
+    write_text(out / RECIPE, to_yaml(recipe, header))
+    _write_record(out, {"status": "running"})
+
+
+def _write_record(out: Path, values: Mapping[str, Any]) -> None:
+    record = {"tool": "armour-surgery", **values}
+    write_text(out / TRAINING, json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+def write_result(
+    model: nn.Module,
+    out: Path,
+    recipe: Recipe,
+    outcome: Outcome,
+    prep: Preprocessing,
+    judged_on: str,
+) -> None:
+    """Write the model with the weights that were kept, and a record of the run."""
+    record = {
+        "status": "done",
+        "steps": outcome.steps,
+        "kept": outcome.kept,
+        "average": outcome.average,
+        "judged_on": judged_on,
+        "start": outcome.start,
+        "end": outcome.end,
+        "images": outcome.images,
+        "seconds": round(outcome.seconds, 1),
+        "unreadable": len(outcome.broken),
+    }
+    library, surgery = hosts.library_of(model), getattr(model, "surgery", None)
+    overlay = _data_config(model, prep) if library == "timm" else {}
+    if surgery is not None:
+        if outcome.kept != "start":
+            model.surgery = replace(surgery_of(model), fidelity=None, trained=_sentence(outcome, judged_on))  # type: ignore[assignment]
+        earlier = surgery.source.arguments.get("pretrained_cfg_overlay", {}) if surgery.source is not None else {}
+        save(model, out, model_args={"pretrained_cfg_overlay": {**earlier, **overlay}} if overlay else None)
+    elif library == "timm":
+        model.pretrained_cfg = {**_config_of(model), **overlay}  # type: ignore[assignment]
+        arguments = hosts.outline(model, recipe.model.args).arguments
+        save_pretrained(model, str(out), {k: v for k, v in arguments.items() if k != "pretrained_cfg_overlay"})
+    else:
+        model.save_pretrained(out)  # type: ignore[operator]
+    _write_record(out, record)
+
+
+def _config_of(model: nn.Module) -> dict[str, Any]:
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    return dict(config)
+
+
+def _data_config(model: nn.Module, prep: Preprocessing) -> dict[str, Any]:
+    """What timm has to know about images from now on, where the recipe changed it."""
+    own = preprocessing(model)
+    names = ("mean", "std", "crop_pct", "interpolation")
+    changed = {name: getattr(prep, name) for name in names if getattr(prep, name) != getattr(own, name)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
+
+
+def _sentence(outcome: Outcome, judged_on: str) -> str:
+    """What the model card says about training."""
+    scores = ", ".join(f"{name} {value:.4g}" for name, value in outcome.end.items())
+    which = "the moving average of the weights" if outcome.average else "the weights"
+    return (
+        f"Trained for {outcome.steps:,} steps ({outcome.images:,} images); kept: {which} of "
+        f"{'the last step' if outcome.kept == 'last' else outcome.kept}. On {judged_on}: {scores}."
+    )

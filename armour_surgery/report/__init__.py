@@ -1,0 +1,1 @@
+"""What is written for people to look at: pages, figures, and the words they share."""

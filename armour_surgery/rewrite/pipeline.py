@@ -1,0 +1,103 @@
+"""Rewrite a traced attention for a mode: graph passes first, edits to the module's tensors after."""
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from armour_surgery.modes import Mode
+from armour_surgery.rewrite.add_grouped_projection_pass import AddGroupedProjectionPass
+from armour_surgery.rewrite.contract import Part, Pass, Surgery, parts_of, run_passes
+from armour_surgery.rewrite.edits import AddGrouped, Edit, KeepRows, apply_edits, edited_names, removed_name
+from armour_surgery.rewrite.emit import ArmourAttention, Variant, make_class, render, write_forward
+from armour_surgery.rewrite.mask_diagonal_pass import MaskDiagonalPass
+from armour_surgery.rewrite.narrow_heads_pass import NarrowHeadsPass
+from armour_surgery.rewrite.narrow_projections_pass import NarrowProjectionsPass
+from armour_surgery.rewrite.remove_dead_nodes_pass import RemoveDeadNodesPass
+from armour_surgery.rewrite.residual import Share, residual
+from armour_surgery.rewrite.restore_channels_pass import RestoreChannelsPass
+from armour_surgery.rewrite.share_roles_pass import ShareRolesPass
+from armour_surgery.traced import Results, TracedSite
+
+__all__ = [
+    "AddGrouped",
+    "ArmourAttention",
+    "Edit",
+    "KeepRows",
+    "Rewritten",
+    "Variant",
+    "apply_edits",
+    "edited_names",
+    "make_class",
+    "removed_name",
+    "render",
+    "residual",
+    "rewrite",
+    "write_forward",
+]
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A rewritten graph, the edits that its module needs, and which weights took the place of which.
+
+    `key` and `value` say what K and V are made of now.
+    """
+
+    graph: fx.Graph
+    edits: list[Edit]
+    shares: list[Share]
+    key: tuple[Part, ...]
+    value: tuple[Part, ...]
+
+
+def rewrite(traced: TracedSite, mode: Mode, rank: int | None = None, results: Results | None = None) -> Rewritten:
+    """Rewrite the graph of a site, in place, and list what its module needs for it.
+
+    With `rank`, every head has that many channels; `results` then says how its result is read.
+
+    Raises:
+        TraceError: the site does something that this rewrite cannot keep; meant for users.
+        PostconditionError: a pass did not keep its promise.
+    """
+    sizes = {letter: rank or getattr(traced, letter).head_dim for letter in ("q", "k", "v")}
+    graph = traced.trace.graph
+    surgery = Surgery(
+        traced=traced,
+        mode=mode,
+        graph=graph,
+        query=Part("q", 0, sizes["q"]),
+        key=parts_of(mode.key, "k", sizes),
+        value=parts_of(mode.value, "v", sizes),
+        results=results,
+    )
+    passes: list[Pass] = [
+        AddGroupedProjectionPass(),
+        NarrowProjectionsPass(),
+        ShareRolesPass(),
+        NarrowHeadsPass(),
+        RestoreChannelsPass(),
+        MaskDiagonalPass(),
+        RemoveDeadNodesPass(graph),
+    ]
+    run_passes(surgery, passes)
+    return Rewritten(graph, surgery.edits, _shares(surgery), surgery.key, surgery.value)
+
+
+def _shares(surgery: Surgery) -> list[Share]:
+    """For K and V, where they changed: the rows they had and the rows that serve now."""
+    grouped = {edit.rows: edit for edit in surgery.edits if isinstance(edit, AddGrouped)}
+    shares = []
+    for letter, parts in (("k", surgery.key), ("v", surgery.value)):
+        role = surgery.role(letter)
+        if parts == (Part(letter, 0, role.head_dim),):
+            continue
+        filled = 0
+        for part in parts:
+            rows = tuple(c for head in role.channels for c in head[filled : filled + part.size])
+            filled += part.size
+            source = tuple(surgery.channels(part))
+            edit = grouped.get(source)
+            weight = surgery.role(part.letter).producer.weight
+            groups, shuffle = (edit.groups, edit.shuffle) if edit else (1, False)
+            shares.append(Share(role.producer.weight, rows, weight, source, groups, shuffle))
+    return shares

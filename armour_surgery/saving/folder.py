@@ -1,0 +1,358 @@
+"""The folder format: `model.safetensors`, `surgery.json`, `README.md`. No pickle anywhere.
+
+Loading rebuilds the host on the meta device from its library alone, does the surgery again from the plan, and fills in
+the weights strictly. A folder comes from anywhere: nothing in it is believed before it is checked.
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from armour_surgery import hosts
+from armour_surgery.errors import (
+    ArmourError,
+    CorruptFileError,
+    FolderError,
+    KeyMismatchError,
+    NotOursError,
+    SchemaError,
+)
+from armour_surgery.hosts.skeleton import changed_attributes, first_difference
+from armour_surgery.records import Source, SurgeryPlan
+from armour_surgery.saving.model_card import model_card
+from armour_surgery.saving.staging import CARD, PLAN, STAGE, WEIGHTS, digest_of, names_weights, written_aside
+from armour_surgery.surgery.conversion import replay, surgery_of
+from armour_surgery.surgery.targets import refuse_deployed
+
+__all__ = ["SCHEMA_VERSION", "TRAINING", "check_output", "is_saved_folder", "load", "read_plan", "save"]
+
+SCHEMA_VERSION = 1
+TOOL = "armour-surgery"
+# A training run's record; it makes a folder ours before there is a model in it.
+TRAINING = "training.json"
+
+
+@dataclass(frozen=True)
+class _Document:
+    """`surgery.json`: every key is there, and of its type, or the file is refused."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
+    schema_version: int
+    tool: str
+    versions: dict[str, str]
+    weights: str
+    sha256: str
+    tied: dict[str, str]
+    buffer_dtypes: dict[str, str]
+    plan: SurgeryPlan
+
+
+def is_saved_folder(path: str | Path) -> bool:
+    """Whether a path is a folder with a `surgery.json` in it."""
+    return (Path(path) / PLAN).is_file()
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a folder's `surgery.json`, or the record of a run, says that this tool wrote it."""
+    for name in (PLAN, TRAINING):
+        try:
+            document = json.loads((path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(document, dict) and document.get("tool") == TOOL:
+            return True
+    return False
+
+
+def check_output(path: str | Path) -> None:
+    """Make sure that a folder may be written at `path`: nothing is there, an empty folder, or one of ours.
+
+    Raises:
+        NotOursError: something else is there.
+    """
+    target = Path(path)
+    if target.is_dir() and (_is_ours(target) or not any(target.iterdir())):
+        return
+    if target.exists() or target.is_symlink():
+        what = "is a folder with other things in it" if target.is_dir() else "exists and is not a folder"
+        raise NotOursError(f"{target} {what}, so nothing was written; name another --out")
+
+
+def save(model: nn.Module, path: str | Path, *, model_args: Mapping[str, Any] | None = None) -> Path:
+    """Write a converted model to a folder; `load` gives back a model with bit-identical outputs.
+
+    The folder appears whole or not at all: it is written beside its place and renamed. A folder of ours that is there
+    already is replaced, and keeps what else lies in it.
+
+    Args:
+        model: what `convert` returned, trained or not.
+        model_args: builder arguments that the model itself does not show (timm and torchvision keywords, config
+            entries of transformers).
+
+    Raises:
+        UsageError: the model is not converted.
+        AlreadyDeployedError: it is deployed; save it first, and deploy it after loading.
+        FolderError: it cannot be rebuilt from its library (the message says what differs),
+            or could not be written.
+        NotOursError: `path` exists and is not ours.
+    """
+    refuse_deployed(model)
+    surgery = surgery_of(model)
+    target = Path(path)
+    check_output(target)
+    target = target.resolve()  # a link stays a link, and the folder behind it is written
+    surgery = replace(surgery, source=_rebuildable(model, surgery, dict(model_args or {})))
+    tensors, tied = _tensors(model)
+    try:
+        with written_aside(target) as folder:
+            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+            os.chmod(folder / WEIGHTS, 0o644)
+            document = {
+                "schema_version": SCHEMA_VERSION,
+                "tool": TOOL,
+                "versions": _versions(),
+                "weights": WEIGHTS,
+                "sha256": digest_of(folder / WEIGHTS),
+                "tied": tied,
+                "buffer_dtypes": _buffer_dtypes(model),
+                "plan": surgery.to_dict(),
+            }
+            (folder / CARD).write_text(model_card(surgery, target.name), encoding="utf-8")
+            (folder / PLAN).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise FolderError(f"could not write {target}: {error}; what was there before is untouched") from error
+    return target
+
+
+def load(path: str | Path) -> nn.Module:
+    """Rebuild a saved model, in eval mode, with bit-identical outputs.
+
+    Raises:
+        SchemaError: no such folder, or `surgery.json` is unreadable, of another schema, or names what it must not.
+        CorruptFileError: the weights are truncated or were changed after saving.
+        KeyMismatchError: tensors are missing, left over or of the wrong shape.
+    """
+    folder = Path(path)
+    document = _read(folder)
+    surgery = document.plan
+    if surgery.source is None:
+        raise SchemaError(f"{folder / PLAN} does not say how to build the model: its source is missing")
+    weights = _weights_path(folder, document)
+    tensors = _read_weights(weights, document.sha256)
+    try:
+        model = replay(hosts.build(surgery.source), surgery)
+    except Exception as error:
+        # Whatever a plan that was edited makes a host or torch run into, it is the plan that is wrong.
+        kind = "" if isinstance(error, ArmourError) else f"{type(error).__name__}: "
+        raise SchemaError(f"{folder / PLAN} does not fit its own model: {kind}{error}") from error
+    _fill(model, tensors, document.tied, weights)
+    for name, type_name in document.buffer_dtypes.items():
+        owner, _, attribute = name.rpartition(".")
+        buffer, dtype = dict(model.named_buffers()).get(name), getattr(torch, type_name, None)
+        if buffer is None or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise SchemaError(f"{folder / PLAN} names a buffer {name!r} of type {type_name!r}, which there is not")
+        setattr(model.get_submodule(owner), attribute, buffer.to(dtype))
+    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if left:
+        raise KeyMismatchError(f"{weights} leaves {left[0]} and {len(left) - 1} more tensors of the model empty")
+    return model.eval()
+
+
+def read_plan(path: str | Path) -> SurgeryPlan:
+    """The plan of a saved folder, without its weights.
+
+    Raises:
+        SchemaError: see `load`.
+    """
+    return _read(Path(path)).plan
+
+
+def _rebuildable(model: nn.Module, surgery: SurgeryPlan, model_args: dict[str, Any]) -> Source:
+    """A source from which the host is rebuilt, and after the surgery equals the model in all but weights."""
+    candidates: list[Source] = []
+    if surgery.source is not None:
+        given = surgery.source
+        candidates.append(replace(given, arguments={**given.arguments, **model_args}))
+    try:
+        # After the conversion the head may have changed: read the arguments off the model as it is.
+        base = surgery.source.arguments if surgery.source is not None else {}
+        candidates.append(hosts.outline(model, model_args))
+        candidates.append(hosts.outline(model, {**base, **model_args}))
+    except FolderError as error:
+        if not candidates:
+            raise FolderError(
+                f"{error}; a saved folder could not build it again. Save its state_dict instead"
+            ) from error
+    problem = ""
+    for candidate in candidates:
+        try:
+            built = replay(hosts.build(replace(candidate, attributes={})), surgery)
+        except ArmourError as error:
+            problem = problem or str(error)
+            continue
+        difference = first_difference(built, model)
+        if difference is None:
+            return replace(candidate, attributes=changed_attributes(built, model))
+        problem = problem or difference
+    raise FolderError(
+        f"{type(model).__name__} could not be rebuilt from its library: {problem}. Pass "
+        "model_args={...}: the arguments that the model was built with"
+    )
+
+
+def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """What goes into the file, each storage once, and which other names share one."""
+    tensors: dict[str, torch.Tensor] = {}
+    tied: dict[str, str] = {}
+    places: dict[tuple[Any, ...], str] = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise FolderError(f"{name} is on the meta device: the model has no weights to save")
+        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if tensor.numel() and place in places:
+            tied[name] = places[place]
+        else:
+            places[place] = name
+            tensors[name] = tensor.detach().cpu().contiguous().clone()
+    return tensors, tied
+
+
+def _buffer_dtypes(model: nn.Module) -> dict[str, str]:
+    """Types of the floating buffers that are not in the state dict: they are rebuilt in float32."""
+    saved = set(model.state_dict())
+    return {
+        name: str(buffer.dtype)[6:]
+        for name, buffer in model.named_buffers()
+        if name not in saved and buffer.is_floating_point() and buffer.dtype is not torch.float32
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("armour-surgery", "torch", "timm", "transformers", "torchvision", "safetensors"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _read(folder: Path) -> _Document:
+    path = folder / PLAN
+    if not path.is_file():
+        raise SchemaError(f"{folder} is not a folder saved by armour-surgery: there is no {PLAN} in it")
+    try:
+        text = path.read_text(encoding="utf-8")
+        head = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise SchemaError(f"{path} is not readable JSON ({error}); save the model again") from error
+    if not isinstance(head, dict) or head.get("tool") != TOOL:
+        raise SchemaError(f"{path} was not written by armour-surgery")
+    version = head.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise SchemaError(
+            f"{path} has schema version {version!r}, and this armour-surgery reads {SCHEMA_VERSION}; "
+            "use the version that wrote it"
+        )
+    try:
+        document = TypeAdapter(_Document).validate_json(text)
+        _check_plan(document.plan)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        more = f", and {error.error_count() - 1} more" if error.error_count() > 1 else ""
+        raise SchemaError(
+            f"{path}: {where} is {first['input']!r}: {first['msg']}{more}; save the model again"
+        ) from error
+    except ValueError as error:
+        raise SchemaError(f"the plan in {path} is not one: {error}") from error
+    return document
+
+
+def _check_plan(surgery: SurgeryPlan) -> None:
+    """What types cannot say about the parts that are used before the surgery is done again.
+
+    Raises:
+        ValueError: an example that cannot be, or a site that is named twice.
+    """
+    for name, shape, dtype in surgery.example:
+        if not all(size > 0 for size in shape) or math.prod(shape) > 2**31:
+            raise ValueError(f"an example {name!r} of shape {shape} is not possible")
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"example type {dtype!r} is unknown")
+    names = [site.fqn for site in surgery.sites]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"site {twice[0]!r} is named twice")
+
+
+def _weights_path(folder: Path, document: _Document) -> Path:
+    path = folder / WEIGHTS
+    if document.weights != WEIGHTS or not path.resolve().is_relative_to(folder.resolve()):
+        raise SchemaError(
+            f"{folder / PLAN} takes its weights from {document.weights!r}, and only {WEIGHTS} in its own folder is "
+            "read, nothing outside"
+        )
+    staged = folder / STAGE / WEIGHTS
+    if staged.is_file() and names_weights(folder, staged):
+        return staged  # saving was cut short after the new surgery.json had been put in place
+    if not path.is_file():
+        raise CorruptFileError(f"{path} is missing; copy the whole folder again")
+    return path
+
+
+def _read_weights(path: Path, digest: str) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(path, framework="pt") as stream:
+            tensors = {name: stream.get_tensor(name) for name in list(stream.keys())}
+    except (SafetensorError, OSError) as error:
+        raise CorruptFileError(f"{path} is truncated or damaged ({error}); copy it again") from error
+    if digest_of(path) != digest:
+        raise CorruptFileError(f"{path} is not the file that was saved (its sha256 differs); copy it again")
+    return tensors
+
+
+def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], tied: dict[str, str], path: Path) -> None:
+    """Put the tensors in, all of them and nothing else, and tie again what was tied."""
+    wanted = model.state_dict()
+    missing = [name for name in wanted if name not in tensors and name not in tied]
+    extra = [name for name in tensors if name not in wanted] + [name for name in tied if name not in wanted]
+    loose = [name for name in tied.values() if name not in tensors]
+    double = [name for name in tied if name in tensors]
+    wrong = [
+        f"{name} {tuple(tensor.shape)} instead of {tuple(wanted[name].shape)}"
+        for name, tensor in tensors.items()
+        if name in wanted and tensor.shape != wanted[name].shape
+    ]
+    wrong += [
+        f"{name}, tied to {other}: {tuple(tensors[other].shape)} instead of {tuple(wanted[name].shape)}"
+        for name, other in tied.items()
+        if name in wanted and other in tensors and tensors[other].shape != wanted[name].shape
+    ]
+    problems = [
+        ("lacks", missing),
+        ("has in full what is tied:", double),
+        ("has left over", extra),
+        ("ties to absent", loose),
+        ("has the wrong shape for", wrong),
+    ]
+    found = [f"{verb} {', '.join(names[:3])}{' and more' * (len(names) > 3)}" for verb, names in problems if names]
+    if found:
+        raise KeyMismatchError(f"{path} {'; '.join(found)}: it does not belong to this surgery.json")
+    model.load_state_dict({**tensors, **{name: tensors[other] for name, other in tied.items()}}, assign=True)
+    for name, other in tied.items():
+        owner, _, attribute = name.rpartition(".")
+        source, _, original = other.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, getattr(model.get_submodule(source), original))
