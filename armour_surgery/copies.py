@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["alias", "full_copy", "meta_copy"]
+__all__ = ["alias", "copy_weights", "full_copy", "meta_copy"]
 
 _CALL_HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name and "state_dict" not in name)
 # What deepcopy hands over as it is: nothing behind these is copied, so nothing behind them needs replacing.
@@ -85,3 +85,11 @@ def _stand_in(tensor: Tensor, buffers: bool) -> Tensor:
     # deepcopy refuses tensors that a computation made (an eval-time cache holds such); these are leaves.
     plain = torch.empty_like(tensor, device="meta") if buffers else tensor.detach().clone()
     return plain.requires_grad_(tensor.requires_grad)
+
+
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Parameters and buffers of one model into another of equal structure, in the other's types."""
+    with torch.no_grad():
+        tensors = {**dict(source.named_parameters()), **dict(source.named_buffers())}
+        for name, tensor in [*target.named_parameters(), *target.named_buffers()]:
+            tensor.copy_(tensors[name])

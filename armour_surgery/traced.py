@@ -13,12 +13,15 @@ from typing import Any
 
 from torch import fx
 
+from armour_surgery.records import AttentionSite
+
 __all__ = [
     "Anchor",
     "Atom",
     "BiasPiece",
     "Call",
     "Core",
+    "FoundSite",
     "FunctionReference",
     "Handover",
     "Layout",
@@ -211,3 +214,18 @@ class TracedSite:
     q: Role
     k: Role
     v: Role
+
+
+@dataclass(frozen=True)
+class FoundSite:
+    """A site, the call it was seen in, and its graph (None where it could not be followed).
+
+    `around` names the site's own submodules that computed part of the attention. Sites with equal `fingerprint` have
+    equal structure and were called alike; they share `traced`.
+    """
+
+    site: AttentionSite
+    call: Call
+    around: frozenset[str]
+    traced: TracedSite | None
+    fingerprint: str

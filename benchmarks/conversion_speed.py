@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from armour_surgery import benchmark, convert
-from armour_surgery.benchmarking.results import Benchmark, markdown
+from armour_surgery.benchmarking.files import markdown
+from armour_surgery.benchmarking.results import Benchmark
 from armour_surgery.hosts import load_model
 
 # Model, modes to hold against it, and whether to compile.

@@ -27,11 +27,11 @@ from armour_surgery import convert
 from armour_surgery.hosts.preprocessing import Preprocessing
 from armour_surgery.images.sources import Pictures, held_out, open_pictures
 from armour_surgery.measure.accuracy import choices, top_hits
-from armour_surgery.recover.distillation import Teacher
 from armour_surgery.recover.distributed import Process
 from armour_surgery.recover.loading import evaluation_batches
 from armour_surgery.recover.recipe_files import load_recipe
 from armour_surgery.recover.student import evaluating
+from armour_surgery.recover.teacher import Teacher
 from armour_surgery.recover.timm_parts import training_transform
 from armour_surgery.recover.trainer import Task, train
 

@@ -20,7 +20,8 @@ from armour_surgery.initialize.problem import Problem, has_biases, read_head, wi
 from armour_surgery.initialize.taps import Taps, tokens
 from armour_surgery.initialize.weights import read_output, write_output
 from armour_surgery.measure.cost import count_params
-from armour_surgery.surgery.operation import prepare, problems_of
+from armour_surgery.surgery.operation import prepare
+from armour_surgery.surgery.problems import problems_of
 
 Example = dict[str, Tensor]
 Call = Callable[[nn.Module, Tensor], Any]

@@ -4,9 +4,9 @@ from torch import Tensor, nn
 
 from armour_surgery.copies import full_copy
 from armour_surgery.initialize.site import SiteResult
-from armour_surgery.surgery.conversion import CALIBRATION_IMAGES
-from armour_surgery.surgery.new_weights import Images, choose_weights
+from armour_surgery.surgery.new_weights import choose_weights
 from armour_surgery.surgery.operation import Operation, operate
+from armour_surgery.surgery.order import CALIBRATION_IMAGES, Images
 
 __all__ = ["initialized"]
 

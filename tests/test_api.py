@@ -28,7 +28,7 @@ from armour_surgery.errors import (
     UsageError,
 )
 from armour_surgery.modes import MODES
-from armour_surgery.surgery.conversion import INITS
+from armour_surgery.surgery.order import INITS
 
 
 def vit(**arguments: Any) -> nn.Module:

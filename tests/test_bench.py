@@ -29,16 +29,16 @@ from armour_surgery.benchmarking import benchmark as benchmarking
 from armour_surgery.benchmarking import environment as surroundings
 from armour_surgery.benchmarking import intervals, operators, speed
 from armour_surgery.benchmarking.figure import speed_figure
+from armour_surgery.benchmarking.files import markdown
 from armour_surgery.benchmarking.intervals import FASTER, NO_DIFFERENCE, SLOWER, TOO_FEW, median_interval, verdict
 from armour_surgery.benchmarking.memory import held_bytes, peak_growth
 from armour_surgery.benchmarking.operators import OperatorTime, Profile, side_by_side
-from armour_surgery.benchmarking.results import markdown
 from armour_surgery.benchmarking.speed import compare
 from armour_surgery.cli.bench import bench
 from armour_surgery.cli.bench_tables import model_table, pair_table, size_table
 from armour_surgery.errors import BenchmarkError, UsageError
 from armour_surgery.measure.cost import count_macs, count_params
-from armour_surgery.recover.finetuning import load_any
+from armour_surgery.saving.any_model import load_any
 
 ARGUMENTS: dict[str, Any] = {
     "img_size": 32,

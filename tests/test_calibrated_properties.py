@@ -15,8 +15,8 @@ from armour_surgery.copies import meta_copy
 from armour_surgery.discover import FoundSite, find_output, find_sites
 from armour_surgery.initialize.site import SiteResult
 from armour_surgery.initialize.weights import locate, read, read_output, write, write_output
-from armour_surgery.surgery.conversion import INITS
 from armour_surgery.surgery.operation import Operation, prepare
+from armour_surgery.surgery.order import INITS
 
 EVERYWHERE = [(name, mode) for name, one in CASES.items() for mode in one.modes]
 # One host for each answer to which bases are free: both, V's only, neither and V's order.

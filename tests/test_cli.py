@@ -818,7 +818,8 @@ def test_what_the_demo_leaves_can_be_trained_as_the_recipe_says(
 
 
 def test_demo_numbers_are_measured_again(demo: tuple[dict[str, Any], str, Path]) -> None:
-    from armour_surgery.demo.digits_vit import accuracy, digits_split, load_digits_vit
+    from armour_surgery.demo.digits_vit import accuracy, load_digits_vit
+    from armour_surgery.images.digits import digits_split
 
     found, _, out = demo
     _, _, images, labels = digits_split()

@@ -4,8 +4,9 @@ import sys
 import pytest
 import torch
 
-from armour_surgery.demo.digits_vit import RECORD, WEIGHTS, accuracy, digits_split, load_digits_vit
+from armour_surgery.demo.digits_vit import RECORD, WEIGHTS, accuracy, load_digits_vit
 from armour_surgery.errors import ArmourError
+from armour_surgery.images.digits import digits_split
 
 pytest.importorskip("sklearn")
 

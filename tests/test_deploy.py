@@ -228,7 +228,8 @@ def test_a_model_that_answers_differently_each_time_is_not_handed_out() -> None:
 
 def test_trained_weights_answer_the_same() -> None:
     pytest.importorskip("sklearn")
-    from armour_surgery.demo.digits_vit import digits_split, load_digits_vit
+    from armour_surgery.demo.digits_vit import load_digits_vit
+    from armour_surgery.images.digits import digits_split
 
     _, _, images, _ = digits_split()
     for model in (load_digits_vit(), convert(load_digits_vit(), "qv")):

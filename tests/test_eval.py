@@ -16,11 +16,12 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from armour_surgery import convert, save
-from armour_surgery.demo.digits_vit import accuracy, digits_split, load_digits_vit
+from armour_surgery.demo.digits_vit import accuracy, load_digits_vit
+from armour_surgery.images.digits import digits_split
 from armour_surgery.images.sources import Pictures
 from armour_surgery.measure.accuracy import Choices, agreement, choices, confusion, real_hits, top_hits
-from armour_surgery.recover.finetuning import load_any
 from armour_surgery.recover.loading import evaluation_batches
+from armour_surgery.saving.any_model import load_any
 
 ARGUMENTS: dict[str, Any] = {
     "img_size": 32,

@@ -22,9 +22,10 @@ from armour_surgery import convert, load, save
 from armour_surgery.errors import DataError, TeacherError, UsageError
 from armour_surgery.hosts.preprocessing import preprocessing
 from armour_surgery.recover.distributed import Process
-from armour_surgery.recover.finetuning import finetune, load_any
+from armour_surgery.recover.finetuning import finetune
 from armour_surgery.recover.recipe import Recipe
 from armour_surgery.recover.recipe_files import load_recipe, recipe_names
+from armour_surgery.saving.any_model import load_any
 from armour_surgery.saving.folder import read_plan
 
 ARGUMENTS: dict[str, Any] = {

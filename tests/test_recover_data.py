@@ -174,7 +174,7 @@ def test_fashion_mnist_files(tmp_path: Path) -> None:
 
 
 def test_digits_are_those_of_the_demo() -> None:
-    from armour_surgery.demo.digits_vit import digits_split
+    from armour_surgery.images.digits import digits_split
 
     train_x, train_y, test_x, _ = digits_split()
     train, test = opened("digits"), opened("digits", "val")

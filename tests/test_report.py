@@ -16,15 +16,9 @@ from matplotlib.figure import Figure
 
 from armour_surgery.errors import FolderError, UsageError
 from armour_surgery.records import Fidelity, FrontierPoint, RefusedSite, Sensitivity, SitePlan, Source, SurgeryPlan
-from armour_surgery.report.figures import (
-    check_figure,
-    frontier_figure,
-    inline_svg,
-    save_figure,
-    sensitivity_figure,
-    short_names,
-)
+from armour_surgery.report.figures import frontier_figure, sensitivity_figure
 from armour_surgery.report.page import check_report, html_report, write_html
+from armour_surgery.report.style import check_figure, inline_svg, save_figure, short_names
 
 VOID = {"meta", "br", "path", "use", "rect", "line", "circle", "image", "hr", "img", "link"}
 

@@ -12,8 +12,9 @@ from torch import nn
 from armour_surgery import convert, load, save
 from armour_surgery.errors import NothingToConvertError, UsageError
 from armour_surgery.records import Sensitivity
+from armour_surgery.surgery.calibration_images import CalibrationData
 from armour_surgery.surgery.conversion import sensitivities, surgery_of
-from armour_surgery.surgery.new_weights import Images, _Data
+from armour_surgery.surgery.order import Images
 from armour_surgery.surgery.selection import frontier, search
 
 PARAMS = 10_000
@@ -178,7 +179,7 @@ def test_options_that_cannot_be_are_refused(option: dict[str, object], message: 
 def test_steps_by_gradient_see_no_image_that_judges(count: int) -> None:
     model = case("vit").build()
     batches = [torch.full((2, 3, 32, 32), float(number)) for number in range(count)]
-    data = _Data(model, case("vit").batches()[0], Images(batches, 2 * count), None)
+    data = CalibrationData(model, case("vit").batches()[0], Images(batches, 2 * count), None)
     seen = [int(batch[0, 0, 0, 0]) for batch in itertools.islice(data.fresh(count), 3 * count)]
     every = min(8, count)
     assert set(seen) == {number for number in range(count) if number % every != every - 1}

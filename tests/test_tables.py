@@ -7,8 +7,9 @@ import pytest
 from rich.console import Console  # noqa: TID251
 from rich.table import Table  # noqa: TID251
 
-from armour_surgery.cli.tables import fidelity_lines, frontier_table, grouped_names, sensitivity_table
+from armour_surgery.cli.tables import fidelity_lines, frontier_table, sensitivity_table
 from armour_surgery.records import Fidelity, FrontierPoint, Sensitivity, SitePlan, SurgeryPlan
+from armour_surgery.report.wording import grouped_names
 from armour_surgery.saving.model_card import model_card
 
 

@@ -36,7 +36,6 @@ from armour_surgery.images.sources import Pictures
 from armour_surgery.recover import checkpoint
 from armour_surgery.recover.distillation import (
     Objective,
-    Teacher,
     learned_weights,
     relative_error,
     soft_distillation,
@@ -46,6 +45,7 @@ from armour_surgery.recover.distributed import Process
 from armour_surgery.recover.recipe import LossPart, OptimizerPart, Recipe, SchedulePart
 from armour_surgery.recover.recipe_files import load_recipe
 from armour_surgery.recover.student import Runner, evaluating, freeze_norms, prepare, train_only
+from armour_surgery.recover.teacher import Teacher
 from armour_surgery.recover.timm_parts import make_optimizer, make_scheduler, set_drop_path
 from armour_surgery.recover.trainer import Outcome, Task, train
 

@@ -21,10 +21,10 @@ from armour_surgery.hosts.preprocessing import Preprocessing
 from armour_surgery.images.sources import subset
 from armour_surgery.measure.held_out import held_out_scores
 from armour_surgery.recover import checkpoint
-from armour_surgery.recover.distillation import Teacher
 from armour_surgery.recover.distributed import Process, distributed
 from armour_surgery.recover.loading import evaluation_batches
 from armour_surgery.recover.student import evaluating
+from armour_surgery.recover.teacher import Teacher
 from armour_surgery.recover.trainer import Task, train
 
 WORLD = 2

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from armour_surgery.report.figures import LEGEND, RULE, SERIES, blank_figure, plain, tidy
+from armour_surgery.report.style import LEGEND, RULE, SERIES, blank_figure, plain, tidy
 
 __all__ = ["speed_figure"]
 

@@ -71,7 +71,7 @@ def bench(
     console = console_for(as_json)
     with console.status("loading PyTorch"):
         from armour_surgery.benchmarking.benchmark import benchmark
-        from armour_surgery.benchmarking.results import check_speed_file, write_speed_file
+        from armour_surgery.benchmarking.files import check_speed_file, write_speed_file
 
     for path in out or ():
         check_speed_file(path)
@@ -105,7 +105,7 @@ def bench(
 
 def _load(names: Sequence[str], pretrained: bool) -> "dict[str, nn.Module]":
     """The models by name; one that is named again gets a number."""
-    from armour_surgery.recover.finetuning import load_any
+    from armour_surgery.saving.any_model import load_any
 
     models: dict[str, nn.Module] = {}
     for name in names:

@@ -73,7 +73,8 @@ def _story(console: Any, folder: Path) -> dict[str, Any]:
         from armour_surgery import convert, inspect, save
         from armour_surgery.benchmarking import speed
         from armour_surgery.cli.tables import site_table
-        from armour_surgery.demo.digits_vit import accuracy, digits_source, digits_split, load_digits_vit
+        from armour_surgery.demo.digits_vit import accuracy, digits_source, load_digits_vit
+        from armour_surgery.images.digits import digits_split
         from armour_surgery.surgery.conversion import surgery_of
 
         torch.manual_seed(0)
@@ -152,7 +153,8 @@ def _story(console: Any, folder: Path) -> dict[str, Any]:
 def _recover(console: Any, student: Path, folder: Path) -> dict[str, Any]:
     """`armour-surgery finetune STUDENT --recipe digits_recover`, and what the test images say of the result."""
     from armour_surgery import load
-    from armour_surgery.demo.digits_vit import accuracy, digits_split
+    from armour_surgery.demo.digits_vit import accuracy
+    from armour_surgery.images.digits import digits_split
     from armour_surgery.recover.distributed import distributed
     from armour_surgery.recover.finetuning import finetune
     from armour_surgery.recover.recipe_files import load_recipe
@@ -182,8 +184,9 @@ def _tell(
     pairs: "dict[str, PairSpeed]",
 ) -> None:
     """The table of it all, and what it shows."""
-    from armour_surgery.cli.tables import change, millions, plain_table
-    from armour_surgery.surgery.conversion import CALIBRATION_IMAGES
+    from armour_surgery.cli.tables import millions, plain_table
+    from armour_surgery.report.wording import change
+    from armour_surgery.surgery.order import CALIBRATION_IMAGES
 
     summary = plain_table("A ViT on scikit-learn's digits, 500 held-out images, no training")
     for column, side in (("model", "left"), ("init", "left"), ("accuracy", "right"), ("parameters", "right"),

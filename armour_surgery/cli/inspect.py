@@ -66,7 +66,7 @@ def inspect(
     if plot is not None and calib is None:
         raise UsageError("--plot draws what --calib measures; add --calib IMAGES, synthetic say")
     if plot is not None:
-        from armour_surgery.report.figures import check_figure
+        from armour_surgery.report.style import check_figure
 
         check_figure(plot)
     with console.status("building the model"):
@@ -78,7 +78,8 @@ def inspect(
         sites = inspect_model(host)
     measured = _measure(console, host, calib) if calib is not None else []
     if plot is not None:
-        from armour_surgery.report.figures import save_figure, sensitivity_figure
+        from armour_surgery.report.figures import sensitivity_figure
+        from armour_surgery.report.style import save_figure
 
         save_figure(plot, sensitivity_figure(measured, model))
     if as_json:

@@ -62,7 +62,7 @@ def redundancy(
     """
     console = console_for(as_json)
     if out is not None:
-        from armour_surgery.report.figures import check_figure
+        from armour_surgery.report.style import check_figure
 
         check_figure(out)
     with console.status("loading the model"):
@@ -74,7 +74,7 @@ def redundancy(
         sites, detail = compare_layers(host, threshold=threshold, layer=layer, progress=tell)
     if out is not None:
         from armour_surgery.likeness.figure import redundancy_figure
-        from armour_surgery.report.figures import save_figure
+        from armour_surgery.report.style import save_figure
 
         title = f"{model}, {detail.fqn}" + (f"\n({_RANDOM})" if weights == "random" else "")
         save_figure(out, redundancy_figure(sites, detail.fqn, detail.weights, threshold, title))
@@ -107,7 +107,7 @@ def _table(sites: "Sequence[SiteRedundancy]", threshold: float) -> "Table":
 
     from armour_surgery.cli.tables import plain_table
     from armour_surgery.likeness.pairs import PAIRS
-    from armour_surgery.report.figures import short_names
+    from armour_surgery.report.style import short_names
 
     table = plain_table(f"Entries closer than {threshold:g} in % / by chance, and residuals")
     names, pattern = short_names([site.fqn for site in sites])
@@ -140,7 +140,7 @@ def _residual(pair: "PairRedundancy | None") -> str:
 
 def _notes(sites: "Sequence[SiteRedundancy]") -> list[str]:
     """What a reader has to know about the table; each line once."""
-    from armour_surgery.cli.tables import grouped_names
+    from armour_surgery.report.wording import grouped_names
 
     lines = [
         "By chance: the same entries in random order. Residual: what the best shared weight (joint-svd, from the "

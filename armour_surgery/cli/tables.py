@@ -1,6 +1,5 @@
 """Tables that a person enjoys reading: sites that are alike share a row."""
 
-import re
 from collections.abc import Sequence
 from statistics import median
 
@@ -9,13 +8,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from armour_surgery.records import AttentionSite, FrontierPoint, RefusedSite, Sensitivity, SitePlan, SurgeryPlan
+from armour_surgery.report.wording import change, grouped_names, way
 
 __all__ = [
-    "change",
     "cost_table",
     "fidelity_lines",
     "frontier_table",
-    "grouped_names",
     "millions",
     "plain_table",
     "refused_lines",
@@ -36,36 +34,6 @@ def plain_table(title: str | None = None) -> Table:
 def millions(count: int) -> str:
     """A count in millions or billions, as papers print it."""
     return f"{count / 1e9:,.4f} G" if count >= 1e9 else f"{count / 1e6:,.3f} M"
-
-
-def change(before: float, after: float) -> str:
-    """A relative change in percent."""
-    return f"{100 * (after - before) / before:+.1f} %" if before else "-"
-
-
-def grouped_names(names: Sequence[str]) -> str:
-    """`blocks.0.attn`, `blocks.1.attn`, ... as `blocks.0-1.attn`; numbers that are not in a row stay a list."""
-    groups: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
-    for name in names:
-        groups.setdefault(tuple(re.split(r"\d+", name)), []).append(tuple(map(int, re.findall(r"\d+", name))))
-    return ", ".join(_one_group(texts, numbers) for texts, numbers in groups.items())
-
-
-def _one_group(texts: tuple[str, ...], numbers: list[tuple[int, ...]]) -> str:
-    name = texts[0]
-    for place, text in enumerate(texts[1:]):
-        name += _span(sorted({entry[place] for entry in numbers})) + text
-    return name
-
-
-def _span(values: list[int]) -> str:
-    runs: list[list[int]] = []
-    for value in values:
-        if runs and value == runs[-1][1] + 1:
-            runs[-1][1] = value
-        else:
-            runs.append([value, value])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def _alike(site: AttentionSite) -> tuple[object, ...]:
@@ -130,7 +98,7 @@ def cost_table(surgery: SurgeryPlan) -> Table:
         table.add_column(column, justify=side)  # type: ignore[arg-type]
     groups: dict[str, list[SitePlan]] = {}
     for site in surgery.sites:
-        groups.setdefault(_way(site.mode, site.rank), []).append(site)
+        groups.setdefault(way(site.mode, site.rank), []).append(site)
     for label, chosen in groups.items():
         table.add_row(f"{grouped_names([site.fqn for site in chosen])}  ({label})", "", "", "")
         before, after = sum(s.params_before for s in chosen), sum(s.params_after for s in chosen)
@@ -173,7 +141,7 @@ def sensitivity_table(sensitivities: Sequence[Sensitivity]) -> Table:
     for one in sensitivities:
         table.add_row(
             escape(one.fqn) if one.fqn != named else "",
-            escape(_way(one.mode, one.rank)),
+            escape(way(one.mode, one.rank)),
             f"{one.params_saved:,}",
             f"{one.residual:.4f}",
             f"{one.loss:.5f}",
@@ -215,12 +183,8 @@ def _converted(point: FrontierPoint) -> str:
     """`blocks.0-3.attn (qv), blocks.7.attn (qv, rank 32)`, or `nothing`."""
     ways: dict[str, list[str]] = {}
     for fqn, mode, rank in point.sites:
-        ways.setdefault(_way(mode, rank), []).append(fqn)
+        ways.setdefault(way(mode, rank), []).append(fqn)
     return "; ".join(f"{grouped_names(names)} ({way})" for way, names in ways.items()) or "nothing"
-
-
-def _way(mode: str, rank: int | None) -> str:
-    return f"{mode}, rank {rank}" if rank is not None else mode
 
 
 def _bar(value: float, largest: float) -> str:

@@ -11,16 +11,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from armour_surgery.errors import ArmourError
 from armour_surgery.records import Source
 
-__all__ = ["accuracy", "digits_source", "digits_split", "load_digits_vit"]
+__all__ = ["accuracy", "digits_source", "load_digits_vit"]
 
 WEIGHTS = Path(__file__).with_name("digits_vit.safetensors")
 RECORD = WEIGHTS.with_suffix(".json")
-
-TEST_IMAGES = 500
-SPLIT_SEED = 0
 
 
 def digits_source() -> Source:
@@ -39,28 +35,6 @@ def load_digits_vit() -> nn.Module:
     return model.eval()
 
 
-def digits_split() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """scikit-learn's digits, always split the same way: 1,297 to train on and 500 to test on, stratified.
-
-    Returns `(train_x, train_y, test_x, test_y)`: images are float32 `[n, 1, 8, 8]` in [-1, 1], labels int64.
-
-    Raises:
-        ArmourError: scikit-learn is not installed.
-    """
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise ArmourError(
-            'the digits come with scikit-learn, which is not installed; run: pip install "armour-surgery[demo]"'
-        ) from error
-    pixels, labels = load_digits(return_X_y=True)
-    train_x, test_x, train_y, test_y = train_test_split(
-        pixels, labels, test_size=TEST_IMAGES, stratify=labels, random_state=SPLIT_SEED
-    )
-    return _images(train_x), torch.as_tensor(train_y).long(), _images(test_x), torch.as_tensor(test_y).long()
-
-
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """The percentage of images `x` for which the model's first choice is `y`, measured in eval mode."""
@@ -69,8 +43,3 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     correct = int((model(x).argmax(dim=-1) == y).sum())
     model.train(was_training)
     return 100 * correct / len(y)
-
-
-def _images(pixels: object) -> Tensor:
-    """Rows of 64 gray values from 0 to 16 as images in [-1, 1]."""
-    return torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1

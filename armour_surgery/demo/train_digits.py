@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from armour_surgery.demo.digits_vit import RECORD, WEIGHTS, accuracy, digits_split
+from armour_surgery.demo.digits_vit import RECORD, WEIGHTS, accuracy
 from armour_surgery.hosts import build
+from armour_surgery.images.digits import digits_split
 from armour_surgery.records import Source
 
 __all__ = ["augment", "initialize", "main", "train"]

@@ -3,7 +3,7 @@
 Nothing here knows a class or an attribute of any model.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,11 +19,10 @@ from armour_surgery.discover.trace import SELF, guard, trace, value_of
 from armour_surgery.errors import NoAttentionError, TraceError
 from armour_surgery.modes import MODES, judge
 from armour_surgery.records import AttentionSite, Projection
-from armour_surgery.traced import Call, Role, Trace, TracedSite
+from armour_surgery.traced import Call, FoundSite, Role, Trace, TracedSite
 
 __all__ = [
     "SELF",
-    "FoundSite",
     "could_not_run",
     "find_output",
     "find_results",
@@ -33,21 +32,6 @@ __all__ = [
     "trace_call",
     "value_of",
 ]
-
-
-@dataclass(frozen=True)
-class FoundSite:
-    """A site, the call it was seen in, and its graph (None where it could not be followed).
-
-    `around` names the site's own submodules that computed part of the attention. Sites with equal `fingerprint` have
-    equal structure and were called alike; they share `traced`.
-    """
-
-    site: AttentionSite
-    call: Call
-    around: frozenset[str]
-    traced: TracedSite | None
-    fingerprint: str
 
 
 def trace_call(module: nn.Module, call: Call, around: frozenset[str]) -> TracedSite:

@@ -1,16 +1,20 @@
 """From the attention core forward to the projection that reads its result."""
 
+from contextlib import suppress
+
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from armour_surgery.copies import meta_copy
 from armour_surgery.discover.layout import Flow, follow
 from armour_surgery.discover.match import find_core, is_tensor, result_of
 from armour_surgery.discover.trace import trace
-from armour_surgery.traced import Call, OutputProjection, Role
+from armour_surgery.errors import TraceError
+from armour_surgery.traced import Call, FoundSite, OutputProjection, Role
 
-__all__ = ["find_output"]
+__all__ = ["find_output", "output_of"]
 
 _CONVOLUTIONS = {F.conv1d, F.conv2d, torch.conv1d, torch.conv2d}
 
@@ -117,4 +121,14 @@ def _norm_after(graph: fx.Graph, node: fx.Node, modules: dict[str, nn.Module]) -
             return str(other.target)
         if other not in flow.pure:
             return None
+    return None
+
+
+def output_of(module: nn.Module, found: FoundSite) -> OutputProjection | None:
+    """The projection that reads the heads' results; None where it is not inside the module."""
+    assert found.traced is not None
+    copied = meta_copy(module)
+    copied.eval()  # timm's LeViT attention returns nothing here
+    with suppress(TraceError), torch.no_grad():
+        return find_output(copied, found.call, found.traced.v)
     return None

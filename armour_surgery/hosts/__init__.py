@@ -4,17 +4,10 @@ All that is known about a library is here, and nothing about attention. A librar
 of it is asked for, and not before.
 """
 
-from armour_surgery.hosts.building import (
-    build,
-    describe,
-    example_input,
-    features,
-    library_of,
-    load_model,
-    mark_converted,
-    outline,
-    suggest,
-)
+from armour_surgery.hosts.building import build, describe, mark_converted, outline
+from armour_surgery.hosts.libraries import library_of
+from armour_surgery.hosts.naming import load_model, suggest
+from armour_surgery.hosts.running import example_input, features
 
 __all__ = [
     "build",

@@ -1,13 +1,10 @@
-"""What a model wants done to an image before it sees it, and the datasets that timm can open."""
+"""What a model wants done to an image before it sees it."""
 
-import contextlib
-import importlib.util
-import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +15,10 @@ from PIL import Image
 from torch import nn
 
 from armour_surgery.errors import CalibrationError
-from armour_surgery.hosts.building import example_input, library_of
-from armour_surgery.hosts.hub import quiet
+from armour_surgery.hosts.libraries import library_of
+from armour_surgery.hosts.running import example_input
 
-__all__ = ["Preprocessing", "is_timm_dataset", "preprocessing", "timm_pictures"]
+__all__ = ["Preprocessing", "preprocessing"]
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # PIL's numbers, which the image processors of transformers store.
@@ -29,8 +26,6 @@ INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "b
 CROP_PCT = 0.875
 # transformers' LevitImageProcessor resizes to this times what its size says.
 LEVIT_RESIZE = 256 / 224
-# A prefix of timm's dataset names, and the package that it needs.
-DATASETS = {"hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow_datasets", "wds": "webdataset", "torch": ""}
 
 Config = Mapping[str, Any]
 
@@ -114,59 +109,6 @@ def preprocessing(model: nn.Module, example: Mapping[str, torch.Tensor] | None =
         float(config.get("crop_pct") or CROP_PCT),
         str(config.get("crop_mode") or "center"),
     )
-
-
-def is_timm_dataset(name: str) -> bool:
-    """Whether the name has one of timm's prefixes for datasets (`torch/cifar10`, `hfds/ORG/NAME`)."""
-    return name.partition("/")[0].lower() in DATASETS and "/" in name
-
-
-def timm_pictures(name: str) -> Callable[[np.random.Generator], Iterator[tuple[int, int, Callable[[], Image.Image]]]]:
-    """Open the training split of `PREFIX/NAME` or `PREFIX/NAME:FOLDER`, with `timm.data.create_dataset`.
-
-    What is returned makes one pass over it: per picture its number, how many there are (0: not known), and a function
-    that reads it. A dataset that is indexed comes in an order drawn from the generator, a stream in its own. Nothing is
-    downloaded for `torch/`.
-
-    Raises:
-        CalibrationError: timm cannot open it; the message says why.
-    """
-    prefix = name.partition("/")[0].lower()
-    package = DATASETS[prefix]
-    if package and importlib.util.find_spec(package) is None:
-        raise CalibrationError(
-            f"{name} needs the Python package {package}, which is not installed; install it, or give a folder of images"
-        )
-    bare, _, root = name.partition(":")
-    try:
-        from timm.data import create_dataset
-
-        # timm and what it imports print advice; stdout belongs to the command.
-        with quiet(), contextlib.redirect_stdout(io.StringIO()):
-            dataset = create_dataset(bare, root=root or None, split="train", input_img_mode=None)
-    except Exception as error:
-        # Every kind of dataset fails in its own way, an assertion among them.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CalibrationError(
-            f"timm cannot open the dataset {bare} {f'in {root}' if root else 'without a folder'}: {reason}; write "
-            f"{prefix}/NAME:FOLDER, or give a folder of images"
-        ) from error
-    return partial(_one_pass, dataset)
-
-
-def _one_pass(dataset: Any, rng: np.random.Generator) -> Iterator[tuple[int, int, Callable[[], Image.Image]]]:
-    if isinstance(dataset, torch.utils.data.IterableDataset):
-        for number, item in enumerate(dataset):
-            yield number, 0, lambda item=item: item[0]  # type: ignore[misc]
-        return
-    for index in rng.permutation(len(dataset)):
-        yield int(index), len(dataset), partial(_item, dataset, int(index))
-
-
-def _item(dataset: Any, index: int) -> Image.Image:
-    with quiet():
-        image: Image.Image = dataset[index][0]
-    return image
 
 
 @lru_cache(maxsize=8)

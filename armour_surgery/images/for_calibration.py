@@ -18,15 +18,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from armour_surgery.errors import CalibrationError
-from armour_surgery.hosts.preprocessing import Preprocessing, is_timm_dataset, timm_pictures
+from armour_surgery.hosts.preprocessing import Preprocessing
+from armour_surgery.images.files import SUFFIXES, open_image, pictures_by_folder
 from armour_surgery.images.synthetic import synthetic_images
+from armour_surgery.images.timm_datasets import is_timm_dataset, timm_pictures
 
 __all__ = ["CalibrationBatches", "calibration_batches"]
 
 SYNTHETIC = "synthetic"
-SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm")
-)
 # A crop of a photo that was seen before has this share of its area at least.
 SMALLEST_CROP = 0.3
 
@@ -172,31 +171,13 @@ def _images(
             f"the calibration folder {part} does not exist; check the path, or use {SYNTHETIC} for images that need no "
             "files"
         )
-    folders = _listing(path)
+    folders = pictures_by_folder(path)
     if not folders:
         raise CalibrationError(
             f"no images in {part} or below it (looked for {', '.join(sorted(SUFFIXES))}); pass another folder, or "
             f"{SYNTHETIC}"
         )
     return _photos(partial(_files, folders), part, prep, seeds, tally, apart)
-
-
-def _listing(root: Path) -> list[tuple[Path, list[str]]]:
-    """Each folder at or below `root` and the names of the images in it, in a fixed order. Follows links once."""
-    found: list[tuple[Path, list[str]]] = []
-    seen: set[str] = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        # Macs leave ._photo.jpg beside photo.jpg; it is no image.
-        pictures = sorted(n for n in names if not n.startswith(".") and Path(n).suffix.lower() in SUFFIXES)
-        if pictures:
-            found.append((Path(folder), pictures))
-    return found
 
 
 def _files(folders: list[tuple[Path, list[str]]], rng: np.random.Generator) -> Iterator[tuple[int, int, Reader]]:
@@ -213,12 +194,7 @@ def _files(folders: list[tuple[Path, list[str]]], rng: np.random.Generator) -> I
             return
         for place in rng.permutation(len(waiting)):
             folder, order, names, first = waiting[place]
-            yield first + int(order[turn]), total, partial(_read, folder / names[order[turn]])
-
-
-def _read(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image)
+            yield first + int(order[turn]), total, partial(open_image, folder / names[order[turn]])
 
 
 def _photos(

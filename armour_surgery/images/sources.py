@@ -6,7 +6,6 @@ it by. Datasets that can only be read in order become a `Stream`.
 
 import gzip
 import math
-import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -18,15 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from armour_surgery.errors import DataError
-from armour_surgery.hosts.preprocessing import is_timm_dataset
+from armour_surgery.images.files import SUFFIXES, images_below, open_image
+from armour_surgery.images.timm_datasets import is_timm_dataset
 
 __all__ = ["Pictures", "Stream", "check_labels", "has_split", "held_out", "open_pictures", "open_stream", "subset"]
 
 DIGITS, SYNTHETIC = "digits", "synthetic"
-SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"))
 # Which folders, and which names of timm's datasets, hold a split; a user may name another.
 FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
 NAMED = {"train": "train", "val": "validation"}
@@ -154,7 +153,7 @@ def open_stream(source: str, split: str, *, named_split: str | None, batch_size:
     """
     if source.partition("/")[0].lower() not in STREAMS or not is_timm_dataset(source):
         return None
-    from armour_surgery.recover.timm_parts import open_timm_stream
+    from armour_surgery.images.timm_datasets import open_timm_stream
 
     name, _, root = source.partition(":")
 
@@ -221,7 +220,7 @@ def _array(source: str, images: NDArray[np.uint8], labels: NDArray[np.int64], cl
 
 
 def _digits(split: str) -> Pictures:
-    from armour_surgery.demo.digits_vit import digits_split
+    from armour_surgery.images.digits import digits_split
 
     train_x, train_y, test_x, test_y = digits_split()
     images, labels = (train_x, train_y) if split == "train" else (test_x, test_y)
@@ -255,7 +254,7 @@ def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
 
 
 def _of_timm(source: str, named_split: str) -> Pictures:
-    from armour_surgery.recover.timm_parts import open_timm_dataset
+    from armour_surgery.images.timm_datasets import open_timm_dataset
 
     name, _, root = source.partition(":")
     dataset = open_timm_dataset(name, root or None, named_split, training=False, batch_size=1, seed=0)
@@ -303,32 +302,12 @@ def has_split(source: str, split: str, named: str | None) -> bool:
     )
 
 
-def _images_below(root: Path) -> list[Path]:
-    """Image files at or below a folder, in a fixed order, without hidden ones (Macs leave ._photo.jpg)."""
-    found = []
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [
-            Path(folder, name)
-            for name in sorted(names)
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
-        ]
-    return found
-
-
-def _open(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        turned = ImageOps.exif_transpose(image)
-        turned.load()
-        return turned
-
-
 def _read_file(paths: Sequence[Path], labels: Sequence[int], index: int) -> tuple[Image.Image, int]:
-    return _open(paths[index]), labels[index]
+    return open_image(paths[index]), labels[index]
 
 
 def _any_folder(root: Path) -> Pictures:
-    paths = _images_below(root)
+    paths = images_below(root)
     if not paths:
         raise DataError(
             f"no images in {root} or below it (looked for {', '.join(sorted(SUFFIXES))}); name another folder"
@@ -355,7 +334,7 @@ def _labelled_folder(root: Path, classes: tuple[str, ...]) -> Pictures:
         )
     paths, labels = [], []
     for name in folders:
-        below = _images_below(root / name)
+        below = images_below(root / name)
         if not below and not classes:
             raise DataError(f"the class folder {root / name} has no images in it; remove it, or fill it")
         paths += below

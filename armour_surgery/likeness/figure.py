@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from armour_surgery.likeness.pairs import PAIRS, SiteRedundancy, differences
-from armour_surgery.report.figures import INK, LEGEND, MUTED, RULE, SERIES, blank_figure, plain, short_names, tidy
+from armour_surgery.report.style import INK, LEGEND, MUTED, RULE, SERIES, blank_figure, plain, short_names, tidy
 
 __all__ = ["redundancy_figure"]
 

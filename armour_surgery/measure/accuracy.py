@@ -1,6 +1,5 @@
 """First and fifth choices on labelled images: accuracy, agreement of two models, ReaL accuracy, a confusion plot."""
 
-import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from armour_surgery.report.whole_file import write_whole
-
-__all__ = ["Batch", "Choices", "agreement", "choices", "confusion", "draw_confusion", "real_hits", "top_hits"]
+__all__ = ["Batch", "Choices", "agreement", "choices", "confusion", "real_hits", "top_hits"]
 
 TOP = 5
 # Runs a model on images: logits [B, classes].
@@ -100,29 +97,3 @@ def confusion(made: Choices, classes: int) -> Tensor:
     """`[classes, classes]`: how many images of class i (rows) were taken for class j."""
     pairs = made.labels * classes + made.top[:, 0] if len(made.labels) else made.labels
     return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
-
-
-def draw_confusion(counts: Tensor, names: Sequence[str], path: Path) -> None:
-    """A picture of a confusion matrix, each row in percent of its class."""
-    from matplotlib.figure import Figure
-
-    share = 100 * counts.double() / counts.sum(1, keepdim=True).clamp(min=1)
-    classes = len(counts)
-    figure = Figure(figsize=(7, 6.2), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100)
-    figure.colorbar(image, label="percent of the class")
-    axes.set_xlabel("first choice")
-    axes.set_ylabel("label")
-    if classes <= 30:
-        axes.set_xticks(range(classes), names, rotation=90)
-        axes.set_yticks(range(classes), names)
-    if classes <= 12:
-        for row in range(classes):
-            for column in range(classes):
-                value = float(share[row, column])
-                color = "white" if value > 50 else "black"
-                axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=color, fontsize=7)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    write_whole(path, picture.getvalue(), "confusion plot")

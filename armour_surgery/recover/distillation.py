@@ -16,8 +16,9 @@ from torch.utils.hooks import RemovableHandle
 from armour_surgery.errors import TeacherError
 from armour_surgery.recover.recipe import LossPart
 from armour_surgery.recover.student import Outputs, Runner, block_of
+from armour_surgery.recover.teacher import Teacher
 
-__all__ = ["Objective", "Teacher", "learned_weights", "relative_error", "soft_distillation", "token_error"]
+__all__ = ["Objective", "learned_weights", "relative_error", "soft_distillation", "token_error"]
 
 _TINY = 1e-12
 # As in calibration: what a class token holds is what a head looks at, and it is one among hundreds.
@@ -70,32 +71,6 @@ def learned_weights(stream: Tensor) -> Tensor | None:
     if not 0 < count < len(learned):
         return None
     return torch.where(learned, max(1.0, _LEARNED * (len(learned) - count) / count), 1.0)
-
-
-class Teacher:
-    """A frozen model in eval mode that sees the student's images in its own normalization.
-
-    No module of the student's, so that it is in no state dict, no optimizer and no checkpoint.
-    """
-
-    def __init__(self, model: nn.Module, affine: tuple[Tensor, Tensor] | None = None) -> None:
-        self.runner = Runner(model.eval().requires_grad_(False))
-        self._affine = affine
-
-    def to(self, device: torch.device) -> "Teacher":
-        """Move it, in place."""
-        self.runner.to(device)
-        if self._affine is not None:
-            self._affine = (self._affine[0].to(device), self._affine[1].to(device))
-        return self
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor, want_features: bool) -> Outputs:
-        """What it says about images that are normalized for the student."""
-        if self._affine is not None:
-            images = images * self._affine[0] + self._affine[1]
-        outputs: Outputs = self.runner(images, want_features)
-        return outputs
 
 
 class Objective(nn.Module):

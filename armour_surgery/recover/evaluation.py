@@ -9,14 +9,16 @@ from torch import Tensor, nn
 
 from armour_surgery.errors import DataError, UsageError
 from armour_surgery.hosts.preprocessing import preprocessing
+from armour_surgery.hosts.running import head_size
 from armour_surgery.images.sources import Pictures, Stream, check_labels, open_pictures, open_stream
-from armour_surgery.measure.accuracy import Choices, agreement, choices, confusion, draw_confusion, real_hits, top_hits
+from armour_surgery.images.timm_datasets import imagenet_real_labels
+from armour_surgery.measure.accuracy import Choices, agreement, choices, confusion, real_hits, top_hits
 from armour_surgery.recover.distributed import Process
-from armour_surgery.recover.finetuning import adapted, head_size, load_any
 from armour_surgery.recover.loading import evaluation_batches
 from armour_surgery.recover.recipe import DataPart
+from armour_surgery.recover.splits import adapted
 from armour_surgery.recover.student import Runner, evaluating
-from armour_surgery.recover.timm_parts import imagenet_real_labels
+from armour_surgery.saving.any_model import load_any
 
 __all__ = ["Evaluated", "Options", "evaluate"]
 
@@ -125,6 +127,9 @@ def _one(
     if options.confusion is not None:
         counts = torch.tensor(process.sum(confusion(made, classes).flatten().tolist())).reshape(classes, classes)
         if process.first:
+            # Only who draws waits for matplotlib.
+            from armour_surgery.report.figures import draw_confusion
+
             names = pictures.classes if isinstance(pictures, Pictures) else ()
             draw_confusion(counts, names or tuple(map(str, range(classes))), options.confusion)
     return made, Evaluated(

@@ -1,14 +1,12 @@
 """Everything that the trainer takes from timm and torchvision; the only file of `recover/` that imports them."""
 
-import contextlib
-import io
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import timm
 import torch
 from PIL import Image
-from timm.data import Mixup, create_dataset
+from timm.data import Mixup
 from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_interp_mode, str_to_pil_interp
@@ -19,7 +17,7 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 from torchvision import transforms
 
-from armour_surgery.errors import DataError, UsageError
+from armour_surgery.errors import UsageError
 from armour_surgery.hosts.preprocessing import Preprocessing
 from armour_surgery.recover.recipe import AugmentPart, EmaPart, LossPart, OptimizerPart, SchedulePart
 
@@ -27,11 +25,9 @@ __all__ = [
     "average_of",
     "build_untrained",
     "clip_gradients",
-    "imagenet_real_labels",
     "make_mixer",
     "make_optimizer",
     "make_scheduler",
-    "open_timm_dataset",
     "save_pretrained",
     "set_drop_path",
     "training_transform",
@@ -195,52 +191,3 @@ def save_pretrained(model: nn.Module, folder: str, arguments: dict[str, Any]) ->
     from timm.models import save_for_hf
 
     save_for_hf(model, folder, model_args=arguments or None, safe_serialization=True)
-
-
-def open_timm_dataset(name: str, root: str | None, split: str, *, training: bool, batch_size: int, seed: int) -> Any:
-    """`timm.data.create_dataset`, without its advice on stdout.
-
-    Raises:
-        DataError: timm cannot open it; the message says why.
-    """
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            options: dict[str, Any] = {} if name.startswith("torch/") else {"seed": seed, "input_img_mode": None}
-            if name.startswith("hfds/") or not name:
-                options.pop("seed", None)
-            return create_dataset(name, root=root, split=split, is_training=training, batch_size=batch_size, **options)
-    except Exception as error:
-        # Every kind of dataset fails in its own way, an assertion among them.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        where = f"{name} in {root}" if root and name else name or root
-        raise DataError(
-            f"timm cannot open the {split!r} split of {where}: {reason}; "
-            "write PREFIX/NAME:FOLDER, and name splits with --set data.train_split=... and data.val_split=..."
-        ) from error
-
-
-def open_timm_stream(name: str, root: str | None, split: str, *, training: bool, batch_size: int, seed: int) -> Any:
-    """`open_timm_dataset` for a dataset that is read in order; one to judge by gives every process all of its images.
-
-    timm's readers note when they are made which process they are in, give it its share, and repeat or leave out images
-    so that shares are equal. That is right for training; judging counts every image once.
-    """
-    dataset = open_timm_dataset(name, root, split, training=training, batch_size=batch_size, seed=seed)
-    if not training:
-        dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
-    return dataset
-
-
-def imagenet_real_labels(path: str | None) -> dict[str, list[int]]:
-    """ReaL labels (arXiv 2006.07159) by file name of ImageNet's validation images, from a file or as timm ships them.
-
-    Raises:
-        DataError: the file is not a JSON list of 50,000 lists.
-    """
-    from timm.data import RealLabelsImagenet
-
-    try:
-        known = RealLabelsImagenet([""] * 50_000, real_json=path).real_labels
-    except (OSError, ValueError, AssertionError, TypeError) as error:
-        raise DataError(f"ReaL labels {path} are not a JSON list with 50,000 lists of labels: {error}") from error
-    return dict(known)

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from armour_surgery.errors import DataError, DivergedError, InterruptedRunError, ResumeError, UsageError
 from armour_surgery.images.sources import Pictures, Stream
 from armour_surgery.recover import checkpoint
-from armour_surgery.recover.distillation import Objective, Teacher
+from armour_surgery.recover.distillation import Objective
 from armour_surgery.recover.distributed import Process, no_sync, shard, wrapped
 from armour_surgery.recover.loading import Batch, seeded, training_batches
 from armour_surgery.recover.log import RunLog, draw_curves
 from armour_surgery.recover.recipe import Recipe
 from armour_surgery.recover.signals import noted_signals
 from armour_surgery.recover.student import Runner, freeze_norms, prepare, train_only
+from armour_surgery.recover.teacher import Teacher
 from armour_surgery.recover.timm_parts import (
     average_of,
     clip_gradients,

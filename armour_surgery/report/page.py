@@ -7,7 +7,8 @@ from html import escape
 from pathlib import Path
 
 from armour_surgery.records import Fidelity, FrontierPoint, Sensitivity, SitePlan, SurgeryPlan
-from armour_surgery.report.figures import frontier_figure, inline_svg, sensitivity_figure
+from armour_surgery.report.figures import frontier_figure, sensitivity_figure
+from armour_surgery.report.style import inline_svg
 from armour_surgery.report.whole_file import check_target, write_whole
 
 __all__ = ["check_report", "html_report", "write_html"]

@@ -4,7 +4,7 @@
 none of the others.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -13,20 +13,17 @@ from torch import nn
 from armour_surgery import hosts
 from armour_surgery.copies import meta_copy
 from armour_surgery.discover import find_sites
-from armour_surgery.errors import ArmourError, NothingToConvertError, SchemaError, UsageError
-from armour_surgery.modes import AUTO, choose_rank, get_mode
+from armour_surgery.errors import ArmourError, NothingToConvertError
+from armour_surgery.modes import AUTO
 from armour_surgery.records import AttentionSite, Sensitivity, Source, SurgeryPlan
-from armour_surgery.surgery.new_weights import Images, Progress
-from armour_surgery.surgery.operation import Operation, Outcomes, layout_of, operate, prepare, rewrite_alike
-from armour_surgery.surgery.perform import Order, perform, surgery_of
+from armour_surgery.surgery.operation import prepare
+from armour_surgery.surgery.order import CALIBRATION_IMAGES, SYNTHETIC, Images, Order, Progress, check_options
+from armour_surgery.surgery.perform import perform, surgery_of
 from armour_surgery.surgery.selection import convert_within, measure_sites
 from armour_surgery.surgery.targets import Example, Rank, check_names, example_of, refuse_converted, select_sites
 
-__all__ = ["INITS", "check_options", "convert", "inspect", "plan", "replay", "sensitivities", "surgery_of"]
+__all__ = ["convert", "inspect", "plan", "sensitivities", "surgery_of"]
 
-INITS = ("wq", "wq-refit", "joint-svd", "calibrated")
-CALIBRATION_IMAGES = 256
-SYNTHETIC = "synthetic"
 Calibration = str | Iterable[Any]
 
 
@@ -193,81 +190,6 @@ def sensitivities(
             "inspect` lists the modes that fit"
         )
     return options
-
-
-def replay(host: nn.Module, surgery: SurgeryPlan) -> nn.Module:
-    """Do a recorded surgery again on a freshly built host, in place; its weights come afterwards.
-
-    Raises:
-        SchemaError: the plan names a site that the host does not have, or a mode that does not fit there.
-        UsageError: the plan gives a site a rank that it cannot have.
-    """
-    own = next((p.dtype for p in host.parameters() if p.is_floating_point()), torch.float32)
-    example = {}
-    for name, shape, recorded in surgery.example:
-        # A fresh build is in float32, whatever the converted model was cast to.
-        dtype: torch.dtype = getattr(torch, recorded)
-        example[name] = torch.empty(shape, dtype=own if dtype.is_floating_point else dtype, device="meta")
-    found = {one.site.fqn: one for one in find_sites(host, example)}
-    done: Outcomes = {}
-    operations = []
-    for site in surgery.sites:
-        one = found.get(site.fqn)
-        if one is None or site.mode not in one.site.modes:
-            reason = one.site.refused.get(site.mode, "there is no such mode") if one else "it has no such attention"
-            raise SchemaError(f"the plan converts {site.fqn!r} to {site.mode!r}, but in {type(host).__name__} {reason}")
-        rank = choose_rank(one.site, site.mode, site.rank)
-        rewritten, cls = rewrite_alike(host, one, site.mode, rank, done, check=False)
-        if layout_of(rewritten) != site.layout:
-            raise SchemaError(
-                f"the plan keeps the channels of {site.fqn!r} in an order that this version of armour-surgery does not "
-                "produce; load the folder with the version that saved it"
-            )
-        operations.append(Operation(site.fqn, site.mode, rank, rewritten, cls, one))
-    for operation in operations:
-        operate(host, operation, surgery.init)
-    host.surgery = surgery  # type: ignore[assignment]
-    hosts.mark_converted(host)
-    return host
-
-
-def check_options(
-    mode: str,
-    init: str,
-    calibration: object = None,
-    rank: object = None,
-    reconstruct: object = 0,
-    max_loss: object = None,
-) -> None:
-    """Check what can be checked without a model.
-
-    Raises:
-        UsageError: there is no such mode or init, the init uses no images and is given some or what needs them, the
-            mode has no rank and is given one, or a number is none that makes sense.
-    """
-    if calibration is not None and init in INITS and init != "calibrated":
-        raise UsageError(
-            f"init {init!r} uses no images; use init 'calibrated' with calibration images, or leave them out"
-        )
-    needs_images = {"rank auto": rank == "auto", "reconstruct": bool(reconstruct), "max_loss": max_loss is not None}
-    for option, given in needs_images.items():
-        if given and init in INITS and init != "calibrated":
-            raise UsageError(
-                f"{option} needs images to measure with, and init {init!r} uses none; add init 'calibrated'"
-            )
-    if isinstance(reconstruct, bool) or not isinstance(reconstruct, int) or reconstruct < 0:
-        raise UsageError(f"reconstruct {reconstruct!r} is not a number of steps; 60, say, or 0 for none")
-    if max_loss is not None and (not isinstance(max_loss, int | float) or not 0 < max_loss < 2):
-        raise UsageError(f"max_loss {max_loss!r} is not between 0 and 2 (1 - cosine of the final features); 0.02, say")
-    if mode != AUTO:
-        get_mode(mode)
-    if init not in INITS:
-        raise UsageError(f"unknown init {init!r}; choose one of {', '.join(INITS)}")
-    if rank is not None and mode != AUTO and not get_mode(mode).has_rank:
-        raise UsageError(f"mode {mode!r} has no rank to choose; give a rank with qv or kv, or leave it out")
-    for value in rank.values() if isinstance(rank, Mapping) else [rank]:
-        if rank is not None and rank != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise UsageError(f"rank {value!r} is not a whole number from 1 to key_dim; 48, say")
 
 
 def _describe(model: nn.Module) -> Source | None:

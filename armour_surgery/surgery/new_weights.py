@@ -1,39 +1,26 @@
 """Between the spine and the initializers: which images, in which precision, and what came of it."""
 
-import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from armour_surgery import hosts
-from armour_surgery.copies import alias, full_copy
-from armour_surgery.errors import CalibrationError
-from armour_surgery.hosts.preprocessing import preprocessing
-from armour_surgery.images.for_calibration import calibration_batches
-from armour_surgery.initialize import HELD_OUT, Problem, SiteResult, calibrate, from_weights, reconstruct
+from armour_surgery.copies import alias, copy_weights, full_copy
+from armour_surgery.initialize import Problem, SiteResult, calibrate, from_weights, reconstruct
 from armour_surgery.initialize.walk import units_of
 from armour_surgery.measure.fidelity import compare_outputs
 from armour_surgery.records import Fidelity
-from armour_surgery.surgery.operation import Operation, problems_of
+from armour_surgery.surgery.calibration_images import CalibrationData
+from armour_surgery.surgery.operation import Operation
+from armour_surgery.surgery.order import Images, Progress
+from armour_surgery.surgery.problems import problems_of
 
-__all__ = ["Effect", "Images", "Progress", "choose_weights", "copy_weights", "measure_alone", "to_read_again"]
+__all__ = ["Effect", "choose_weights", "measure_alone", "to_read_again"]
 
-Progress = Callable[[str, int, int], None]
-_BATCH = 16
 _EXACT = (torch.float32, torch.float64)
-
-
-@dataclass(frozen=True)
-class Images:
-    """Where calibration images come from, and how many to use at most."""
-
-    source: str | Iterable[Any]
-    count: int
 
 
 @dataclass(frozen=True)
@@ -69,7 +56,7 @@ def choose_weights(
             dtype = next(p.dtype for p in before.parameters() if p.is_floating_point())
             given = {name: value.to(dtype) if value.is_floating_point() else value for name, value in example.items()}
             return from_weights(before, after, problems, init, lambda model: model(**given)), None
-        data = _Data(before, example, images, progress)
+        data = CalibrationData(before, example, images, progress)
         results, batches = calibrate(
             before, after, problems, data.batches(), data.call, data.counter("calibrating", len(problems))
         )
@@ -105,7 +92,7 @@ def measure_alone(
     """Calibrate every site as if no other were converted, and measure what the model loses by it alone."""
     with _precise(original, converted) as (before, after):
         problems = problems_of(before, operations)
-        data = _Data(before, example, images, progress)
+        data = CalibrationData(before, example, images, progress)
         done = data.counter("measuring sites", 2 * len(problems))
         results, batches = calibrate(before, after, problems, data.batches(), data.call, done, alone=True)
         effects = []
@@ -126,7 +113,9 @@ def to_read_again(model: nn.Module, example: dict[str, Tensor], images: Images) 
     Raises:
         CalibrationError: see `calibration_batches`.
     """
-    return images if isinstance(images.source, str | os.PathLike) else _Data(model, example, images, None).once()
+    return (
+        images if isinstance(images.source, str | os.PathLike) else CalibrationData(model, example, images, None).once()
+    )
 
 
 def _per_channel(model: nn.Module, problem: Problem) -> int:
@@ -163,98 +152,3 @@ def _precise(original: nn.Module, converted: nn.Module) -> Iterator[tuple[nn.Mod
             copy_weights(after, converted)
         for name, module in converted.named_modules():
             module.training = modes[name]
-
-
-class _Data:
-    """The images of one calibration, and how a model is run on them."""
-
-    def __init__(self, model: nn.Module, example: dict[str, Tensor], images: Images, progress: Progress | None) -> None:
-        name = next((name for name, value in example.items() if value.is_floating_point() and value.ndim == 4), None)
-        if name is None:
-            raise CalibrationError(
-                f"calibration knows models that take images [B, C, H, W], and {type(model).__name__} takes "
-                f"{', '.join(example)}; use init 'joint-svd'"
-            )
-        self.name = name
-        self.source = images.source if isinstance(images.source, str) else "images given in Python"
-        self._images = images
-        self._progress = progress
-        self._like = next(p for p in model.parameters() if p.is_floating_point())
-        self._prep = preprocessing(model, example)
-        self._size = max(1, min(_BATCH, images.count // 4))
-
-    def call(self, model: nn.Module, batch: Tensor) -> Any:
-        """Run a model."""
-        return model(**{self.name: batch})
-
-    def features(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A model's final features and its logits."""
-        return hosts.features(model, {self.name: batch})
-
-    def counter(self, what: str, total: int) -> Callable[..., None]:
-        """Something to call whenever one more of `total` is done."""
-        numbers = itertools.count(1)
-
-        def done(*_: object) -> None:
-            if self._progress is not None:
-                self._progress(what, next(numbers), total)
-
-        return done
-
-    def batches(self) -> Iterator[Tensor]:
-        """The images, every so-many-th batch of pictures that are in no other."""
-        count = self._images.count
-        drawn = calibration_batches(
-            self._images.source,
-            self._prep,
-            images=count,
-            batch_size=self._size,
-            apart=min(HELD_OUT, -(-count // self._size)),
-        )
-        for number, batch in enumerate(drawn, start=1):
-            if self._progress is not None:
-                self._progress("reading images", min(number * self._size, count), count)
-            yield batch.to(self._like)
-
-    def once(self) -> Images:
-        """The images, read once and kept, so that they may be asked for again."""
-        count = self._images.count
-        read = calibration_batches(self._images.source, self._prep, images=count, batch_size=self._size)
-        return Images(list(read), count)
-
-    def fresh(self, count: int) -> Iterator[Tensor]:
-        """Batches without end, none of pictures that judge: other crops and drawings, or what a caller gave once more.
-
-        `count` batches were read before. Where they cannot be read again, images are drawn.
-        """
-        source = self._images.source
-        if isinstance(source, str | Iterator):
-            drawn: Iterable[Tensor] = calibration_batches(
-                source if isinstance(source, str) else "synthetic",
-                self._prep,
-                images=2**40,
-                batch_size=self._size,
-                seed=1,
-                apart=HELD_OUT,
-            )
-            count = HELD_OUT
-        else:
-            passes = (
-                itertools.islice(
-                    calibration_batches(source, self._prep, images=self._images.count, batch_size=self._size), count
-                )
-                for _ in itertools.count()
-            )
-            drawn = itertools.chain.from_iterable(passes)
-        every = min(HELD_OUT, count)
-        for number, batch in enumerate(drawn):
-            if number % count % every != every - 1:
-                yield batch.to(self._like)
-
-
-def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """Parameters and buffers of one model into another of equal structure, in the other's types."""
-    with torch.no_grad():
-        tensors = {**dict(source.named_parameters()), **dict(source.named_buffers())}
-        for name, tensor in [*target.named_parameters(), *target.named_buffers()]:
-            tensor.copy_(tensors[name])

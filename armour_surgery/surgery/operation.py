@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,30 +10,25 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from armour_surgery.copies import meta_copy
-from armour_surgery.discover import FoundSite, find_output, find_results, trace_call
-from armour_surgery.errors import ArmourError, ConversionError, PostconditionError, SpecializationError, TraceError
-from armour_surgery.initialize.freedom import Freedom, probe, works_narrow
-from armour_surgery.initialize.problem import Problem
+from armour_surgery.discover import FoundSite, find_results, trace_call
+from armour_surgery.discover.output import output_of
+from armour_surgery.errors import ArmourError, PostconditionError, SpecializationError, TraceError
 from armour_surgery.measure.cost import count_params
 from armour_surgery.modes import Mode, choose, choose_rank, get_mode
 from armour_surgery.records import RefusedSite, SitePlan
 from armour_surgery.rewrite import (
-    AddGrouped,
-    Edit,
-    KeepRows,
     Rewritten,
     Variant,
     apply_edits,
-    edited_names,
     make_class,
-    removed_name,
     render,
     residual,
     rewrite,
 )
+from armour_surgery.surgery.refusals import refuse_bound_channels, refuse_changed, refuse_shared, try_out
 from armour_surgery.traced import Call, OutputProjection, TracedSite
 
-__all__ = ["Operation", "Outcomes", "layout_of", "operate", "prepare", "problems_of", "rewrite_alike"]
+__all__ = ["Operation", "Outcomes", "layout_of", "operate", "prepare", "rewrite_alike"]
 
 # What came of rewriting a site, for each mode and fingerprint: sites with the same two need it only once.
 Outcomes = dict[str, tuple[Rewritten, type[nn.Module]] | TraceError]
@@ -76,7 +70,7 @@ def prepare(
         try:
             rank = choose_rank(one.site, name, ranks)
             rewritten, cls = rewrite_alike(model, one, name, rank, done, check=True)
-            _refuse_shared(model, one.site.fqn, rewritten.edits)
+            refuse_shared(model, one.site.fqn, rewritten.edits)
         except TraceError as error:
             refused.append(RefusedSite(one.site.fqn, str(error)))
         else:
@@ -107,30 +101,15 @@ def rewrite_alike(
     return outcome
 
 
-def _refuse_shared(model: nn.Module, fqn: str, edits: list[Edit]) -> None:
-    """Refuse a site whose projections must stay as they are, because something outside the site has them too."""
-    site = model.get_submodule(fqn)
-    own = [name for name, module in model.named_modules(remove_duplicate=False) if module is site]
-    tensors = {
-        id(tensor): name
-        for name, tensor in [*site.named_parameters(), *site.named_buffers()]
-        if any(name in edited_names(edit) or name.startswith(f"{removed_name(edit)}.") for edit in edits)
-    }
-    everywhere = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    for name, tensor in everywhere:
-        if id(tensor) in tensors and not any(name.startswith(f"{prefix}.") or not prefix for prefix in own):
-            raise TraceError(f"its {tensors[id(tensor)]} is shared with {name}, outside this attention")
-
-
 def _rewrite_site(
     module: nn.Module, found: FoundSite, name: str, rank: int | None, check: bool
 ) -> tuple[Rewritten, type[nn.Module]]:
     """The edits and the class for one site, for eval and train mode, tried out on a weightless copy."""
     skeleton = meta_copy(module)
     mode = get_mode(name)
-    out = _output_of(skeleton, found) if rank else None
+    out = output_of(skeleton, found) if rank else None
     if rank:
-        _refuse_bound_channels(module, found, out, check)
+        refuse_bound_channels(module, found, out, check)
     results: list[Rewritten] = []
     variants: list[Variant] = []
     for training in (False, True):
@@ -161,7 +140,7 @@ def _rewrite_site(
 
     cls = make_class(host, name, variants, specialize)
     try:
-        _try_out(skeleton, found.call, results[0], cls)
+        try_out(skeleton, found.call, results[0], cls)
     except (RuntimeError, ValueError, ArmourError) as error:
         if rank is None:
             raise
@@ -169,7 +148,7 @@ def _rewrite_site(
             f"its forward counts on {found.site.key_dim} channels a head ({error}); leave out rank"
         ) from error
     if rank and check:
-        _refuse_changed(module, found, rank, results[0], cls)
+        refuse_changed(module, found, rank, results[0], cls)
     return results[0], cls
 
 
@@ -178,65 +157,6 @@ def _rewrite_traced(
 ) -> Rewritten:
     results = find_results(traced, dict(module.named_modules()), out) if rank and out else None
     return rewrite(traced, mode, rank, results)
-
-
-def _output_of(module: nn.Module, found: FoundSite) -> OutputProjection | None:
-    """The projection that reads the heads' results; None where it is not inside the module."""
-    assert found.traced is not None
-    copied = meta_copy(module)
-    copied.eval()  # timm's LeViT attention returns nothing here
-    with suppress(TraceError), torch.no_grad():
-        return find_output(copied, found.call, found.traced.v)
-    return None
-
-
-def _refuse_bound_channels(module: nn.Module, found: FoundSite, out: OutputProjection | None, check: bool) -> None:
-    """Refuse a site whose heads need all their channels, because no basis but their own is as good.
-
-    Raises:
-        TraceError: see above.
-    """
-    traced, size = found.traced, found.site.key_dim
-    assert traced is not None
-    if out is None:
-        raise TraceError(
-            "the projection that reads its heads' results is not inside this module (or is not a single one), and "
-            "with a rank it has to become narrower too; leave out rank"
-        )
-    if not check:
-        return
-    freedom = probe(module, found.call, traced.q, traced.k, traced.v, out)
-    if not freedom.logits:
-        raise TraceError(
-            f"its output depends on the basis of queries and keys (a norm of them, a rotary position), so they need "
-            f"all {size} channels of a head; leave out rank"
-        )
-    if freedom.values != "linear":
-        raise TraceError(
-            f"between its heads and {out.weight} stands something that is not linear (an activation, a norm, a gate), "
-            f"so values need all {size} channels; leave out rank"
-        )
-
-
-def _refuse_changed(module: nn.Module, found: FoundSite, rank: int, rewritten: Rewritten, cls: type[nn.Module]) -> None:
-    """Refuse a site that computes something else with narrow heads, in a case where nothing is lost.
-
-    Raises:
-        TraceError: see above.
-    """
-    traced = found.traced
-    assert traced is not None
-    shared = traced.k if rewritten.value[0].letter == "k" else traced.q
-
-    def narrow(copied: nn.Module) -> None:
-        apply_edits(copied, rewritten.edits)
-        object.__setattr__(copied, "__class__", cls)
-
-    if not works_narrow(module, found.call, (traced.q, traced.k, traced.v), shared, rank, narrow):
-        raise TraceError(
-            f"its forward depends on the number of channels a head has ({found.site.key_dim}) in a way that could not "
-            "be followed; leave out rank"
-        )
 
 
 def _copy_flags(converted: nn.Module, fqn: str, child: nn.Module) -> None:
@@ -257,24 +177,6 @@ def _on_meta(call: Call) -> Call:
     return Call(pytree.tree_map(move, call.args), pytree.tree_map(move, call.kwargs))
 
 
-def _try_out(skeleton: nn.Module, call: Call, rewritten: Rewritten, cls: type[nn.Module]) -> None:
-    """Run the rewritten module once, without weights: its output must have the original's shapes."""
-    original, converted = meta_copy(skeleton), meta_copy(skeleton)
-    apply_edits(converted, rewritten.edits)
-    object.__setattr__(converted, "__class__", cls)
-    with torch.no_grad():
-        wanted, got = (
-            [
-                tuple(leaf.shape)
-                for leaf in pytree.tree_leaves(module(*call.args, **call.kwargs))
-                if hasattr(leaf, "shape")
-            ]
-            for module in (original, converted)
-        )
-    if wanted != got:
-        raise PostconditionError(f"{cls.__name__} returns {got}, and its original {wanted}")
-
-
 def operate(model: nn.Module, operation: Operation, init: str) -> SitePlan:
     """Do one site's surgery on the model itself."""
     module = model.get_submodule(operation.fqn)
@@ -292,49 +194,3 @@ def operate(model: nn.Module, operation: Operation, init: str) -> SitePlan:
 def layout_of(rewritten: Rewritten) -> str:
     """A digest of which rows stay, in which order."""
     return hashlib.sha256(repr(rewritten.edits).encode()).hexdigest()[:16]
-
-
-def problems_of(model: nn.Module, operations: list[Operation]) -> list[Problem]:
-    """The operations as the initializers see them. `model` is the one that is not converted, with its weights.
-
-    Raises:
-        ConversionError: several heads of Q share one of K, and closed forms take them head by head.
-    """
-    for operation in operations:
-        q, k = operation.found.site.q, operation.found.site.k
-        if q is not None and k is not None and q.num_heads != k.num_heads:
-            raise ConversionError(
-                f"{operation.fqn} has {q.num_heads} heads of Q for {k.num_heads} of K, and only init 'wq' is there for "
-                f"that; use it and train, or leave the site out with exclude={operation.fqn!r}"
-            )
-    done: dict[str, tuple[OutputProjection | None, Freedom]] = {}
-    return [_problem(model, operation, done) for operation in operations]
-
-
-def _problem(
-    model: nn.Module, operation: Operation, done: dict[str, tuple[OutputProjection | None, Freedom]]
-) -> Problem:
-    found, traced = operation.found, operation.found.traced
-    assert traced is not None
-    module = model.get_submodule(operation.fqn)
-    if found.fingerprint not in done:
-        out = _output_of(module, found)
-        done[found.fingerprint] = out, probe(module, found.call, traced.q, traced.k, traced.v, out)
-    edits = operation.rewritten.edits
-    key, value = (
-        tuple((part.letter, part.start, part.stop) for part in parts)
-        for parts in (operation.rewritten.key, operation.rewritten.value)
-    )
-    return Problem(
-        operation.fqn,
-        traced.q,
-        traced.k,
-        traced.v,
-        *done[found.fingerprint],
-        key,
-        value,
-        {name: edit.rows for edit in edits if isinstance(edit, KeepRows) for name in edit.tensors},
-        next((edit.name for edit in edits if isinstance(edit, AddGrouped)), None),
-        found.site.reads["q"] == found.site.reads["k"],
-        operation.rank,
-    )

@@ -1,32 +1,20 @@
 """Do the operations that were prepared, choose the new weights, and keep the plan on the model."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from armour_surgery import hosts
 from armour_surgery.copies import full_copy
 from armour_surgery.errors import UsageError
 from armour_surgery.measure.cost import CostReport, count_macs, count_params
-from armour_surgery.records import RefusedSite, SitePlan, Source, SurgeryPlan
-from armour_surgery.surgery.new_weights import Images, Progress, choose_weights
+from armour_surgery.records import RefusedSite, SitePlan, SurgeryPlan
+from armour_surgery.surgery.new_weights import choose_weights
 from armour_surgery.surgery.operation import Operation, operate
+from armour_surgery.surgery.order import Order
 
-__all__ = ["Order", "perform", "surgery_of"]
-
-
-@dataclass(frozen=True)
-class Order:
-    """How an operation is done: the arguments of `convert`, checked."""
-
-    mode: str
-    init: str
-    images: Images | None
-    steps: int
-    example: dict[str, Tensor]
-    source: Source | None
-    progress: Progress | None
+__all__ = ["perform", "surgery_of"]
 
 
 def perform(

@@ -12,15 +12,16 @@ import torch
 from torch import nn
 
 from armour_surgery import hosts
-from armour_surgery.copies import full_copy
+from armour_surgery.copies import copy_weights, full_copy
 from armour_surgery.discover import FoundSite
 from armour_surgery.errors import NothingToConvertError
 from armour_surgery.measure.cost import count_params
 from armour_surgery.modes import AUTO, choose
 from armour_surgery.records import FrontierPoint, RefusedSite, Sensitivity
-from armour_surgery.surgery.new_weights import Effect, Progress, copy_weights, measure_alone, to_read_again
+from armour_surgery.surgery.new_weights import Effect, measure_alone, to_read_again
 from armour_surgery.surgery.operation import Operation, operate, prepare
-from armour_surgery.surgery.perform import Order, perform, surgery_of
+from armour_surgery.surgery.order import Order, Progress
+from armour_surgery.surgery.perform import perform, surgery_of
 
 __all__ = ["Choice", "convert_within", "frontier", "measure_sites", "search"]
 

@@ -1,0 +1,135 @@
+"""MODEL, as users write it, and the model that it names."""
+
+import difflib
+import json
+from pathlib import Path
+
+from torch import nn
+
+from armour_surgery.errors import ModelError, UnknownModelError, UsageError
+from armour_surgery.hosts.libraries import adapter
+from armour_surgery.records import Source
+
+__all__ = ["load_model", "suggest"]
+
+PREFIXES = {
+    "timm": "timm",
+    "hf-hub": "timm",
+    "local-dir": "timm",
+    "hf": "transformers",
+    "torchvision": "torchvision",
+}
+GRAMMAR = "NAME or timm:NAME, hf-hub:ORG/NAME, local-dir:DIR, hf:ID_OR_DIR, torchvision:NAME"
+
+
+def load_model(
+    name: str,
+    *,
+    pretrained: bool = True,
+    checkpoint: str | Path | None = None,
+    img_size: int | None = None,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+) -> tuple[nn.Module, Source]:
+    """The model that MODEL names, in float32 and eval mode, and how to build it again.
+
+    `checkpoint` is a file of weights which replaces the pretrained ones; every key in it has to fit.
+    Weights come
+    from there, from the library's cache, from the hub, or (`pretrained=False`) are random.
+
+    Raises:
+        UsageError: a size is below 1, or the architecture does not take it.
+        UnknownModelError: no library knows the name; the message suggests up to three.
+        HubUnreachableError: config or weights are not on this machine and the hub does not answer.
+        CheckpointError: the file is unreadable, could run code, or belongs to another architecture.
+        ModelError: the name is ambiguous, has no weights, or the library refused it.
+    """
+    given = {"img_size": img_size, "num_classes": num_classes, "in_chans": in_chans}
+    sizes = {option: value for option, value in given.items() if value is not None}
+    for option, value in sizes.items():
+        if value < 1:
+            raise UsageError(f"{option} must be 1 or more, not {value}; see --{option.replace('_', '-')}")
+    library, rest = _parse(name)
+    loaded: tuple[nn.Module, Source]
+    try:
+        loaded = adapter(library).load(rest, pretrained=pretrained, checkpoint=checkpoint, sizes=sizes)
+    except UnknownModelError as error:
+        close = suggest(name)
+        if not close:
+            raise
+        raise UnknownModelError(f"{error}; did you mean {' or '.join(close)}?") from error
+    return loaded
+
+
+def suggest(name: str) -> list[str]:
+    """Up to three MODEL strings that look like `name`, the closest first. Empty for paths and hub ids."""
+    prefix, _, rest = name.rpartition(":")
+    if "/" in rest or prefix not in ("", "timm", "torchvision"):
+        return []
+    known: dict[str, str] = {}
+    if prefix != "timm":
+        known.update({found: f"torchvision:{found}" for found in adapter("torchvision").known_names()})
+    if prefix != "torchvision":
+        known.update({found: found for found in adapter("timm").known_names()})
+    bare = rest.partition(".")[0]
+    if bare in known:
+        return [known[bare]] if known[bare] != name else []
+    return [known[found] for found in difflib.get_close_matches(bare, known, n=3) if known[found] != name]
+
+
+def _parse(name: str) -> tuple[str, str]:
+    """The library and what its adapter calls the model."""
+    prefix, colon, rest = name.partition(":")
+    if colon and prefix in PREFIXES:
+        if not rest:
+            raise UsageError(f"MODEL {name!r} ends at its prefix; write {GRAMMAR}")
+        library = PREFIXES[prefix]
+        return library, name if prefix in ("hf-hub", "local-dir") else rest
+    if not name.strip():
+        raise UsageError(f"MODEL is empty; write {GRAMMAR}")
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise UnknownModelError(
+            f"{name} is a file; name its architecture as MODEL and pass the file with --checkpoint {name}"
+        )
+    if path.is_dir():
+        return _parse_folder(name, path)
+    if colon:
+        raise UnknownModelError(f"MODEL {name!r} has the unknown prefix {prefix!r}; write {GRAMMAR}")
+    if "/" not in name:
+        return "timm", name
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UnknownModelError(f"{name}: there is no such folder; check the path, or write {GRAMMAR}")
+    if name.startswith("timm/"):
+        return "timm", f"hf-hub:{name}"
+    raise ModelError(
+        f"{name} is not a folder here, and on the hub it could be of two libraries; write hf:{name} for "
+        "transformers or "
+        f"hf-hub:{name} for timm"
+    )
+
+
+def _parse_folder(name: str, path: Path) -> tuple[str, str]:
+    """A folder of transformers or timm, told apart by its config.json."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        config = {}
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{path / 'config.json'} cannot be read as JSON ({error}); copy or download it again"
+        ) from error
+    keys = config if isinstance(config, dict) else {}
+    for key, prefix in (("model_type", "hf"), ("architecture", "local-dir")):
+        if key not in keys:
+            continue
+        if "/" not in name and name in adapter("timm").known_names():
+            raise ModelError(f"{name} is a folder here and a timm model; write {prefix}:./{name} or timm:{name}")
+        return PREFIXES[prefix], str(path) if prefix == "hf" else f"local-dir:{path}"
+    if "/" not in name and name in adapter("timm").known_names():
+        return "timm", name
+    raise UnknownModelError(
+        f"{name} is a folder without surgery.json and without a config.json of transformers or timm; name a "
+        "folder that "
+        f"save, save_pretrained or this tool wrote, or write {GRAMMAR}"
+    )

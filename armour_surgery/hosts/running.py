@@ -1,0 +1,72 @@
+"""How a model is fed, and what it gives back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+
+from armour_surgery.errors import ExampleInputError, UsageError
+from armour_surgery.hosts.libraries import adapter, library_of
+
+__all__ = ["example_input", "features", "head_size"]
+
+
+def head_size(model: nn.Module) -> int:
+    """The size of a model's head; 0 without one."""
+    for name in ("num_classes", "num_labels"):
+        found = getattr(model, name, getattr(getattr(model, "config", None), name, None))
+        if isinstance(found, int):
+            return found
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return linears[-1].out_features if linears else 0
+
+
+def example_input(model: nn.Module, batch_size: int = 2) -> dict[str, torch.Tensor]:
+    """Keyword arguments for `model.forward`: meta tensors of the size that the model was built for.
+
+    Raises:
+        UsageError: batch_size is below 1.
+        ExampleInputError: the model is of no known library, or takes something other than images.
+    """
+    if batch_size < 1:
+        raise UsageError(f"batch_size must be 1 or more, not {batch_size}")
+    library = library_of(model)
+    if library is None:
+        raise ExampleInputError(
+            f"{type(model).__module__}.{type(model).__qualname__} is not a model of timm, transformers or "
+            "torchvision, so "
+            "its input is not known; pass example_input={name: tensor}"
+        )
+    floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return {
+        name: torch.empty(batch_size, *shape, dtype=floating if dtype.is_floating_point else dtype, device="meta")
+        for name, (shape, dtype) in adapter(library).example(model).items()
+    }
+
+
+def features(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A model's final features with channels last, and its logits `[B, classes]`, or None if it has no head.
+
+    timm tells them by `forward_features`, transformers by `last_hidden_state` or the last of `hidden_states`; of any
+    other model the first tensor of the output is taken for both.
+    """
+    library = library_of(model)
+    if library == "timm" and hasattr(model, "forward_features"):
+        (image,) = inputs.values()
+        found: torch.Tensor = model.forward_features(image)  # type: ignore[operator]
+        classes = getattr(model, "num_classes", 0)
+        logits = model.forward_head(found) if classes else None  # type: ignore[operator]
+        wide = found.ndim == 4 and found.shape[1] == getattr(model, "num_features", None)
+        return (found.movedim(1, -1) if wide else found), logits
+    if library == "transformers":
+        output = model(**inputs, output_hidden_states=True)
+        hidden: Any = getattr(output, "last_hidden_state", None)
+        if hidden is None and getattr(output, "hidden_states", None):
+            hidden = output.hidden_states[-1]
+        scores: Any = getattr(output, "logits", None)
+        if hidden is not None or scores is not None:
+            return (scores if hidden is None else hidden), scores
+    first = next(leaf for leaf in pytree.tree_leaves(model(**inputs)) if isinstance(leaf, torch.Tensor))
+    return first, first if first.ndim == 2 else None

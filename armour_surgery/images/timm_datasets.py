@@ -1,0 +1,124 @@
+"""Datasets that timm opens: one way in for calibration and for training."""
+
+import contextlib
+import importlib.util
+import io
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from armour_surgery.errors import CalibrationError, DataError
+from armour_surgery.hosts.hub import quiet
+
+__all__ = ["imagenet_real_labels", "is_timm_dataset", "open_timm_dataset", "open_timm_stream", "timm_pictures"]
+
+# A prefix of timm's dataset names, and the package that it needs.
+DATASETS = {"hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow_datasets", "wds": "webdataset", "torch": ""}
+
+
+def is_timm_dataset(name: str) -> bool:
+    """Whether the name has one of timm's prefixes for datasets (`torch/cifar10`, `hfds/ORG/NAME`)."""
+    return name.partition("/")[0].lower() in DATASETS and "/" in name
+
+
+def timm_pictures(name: str) -> Callable[[np.random.Generator], Iterator[tuple[int, int, Callable[[], Image.Image]]]]:
+    """Open the training split of `PREFIX/NAME` or `PREFIX/NAME:FOLDER`, with `timm.data.create_dataset`.
+
+    What is returned makes one pass over it: per picture its number, how many there are (0: not known), and a function
+    that reads it. A dataset that is indexed comes in an order drawn from the generator, a stream in its own. Nothing is
+    downloaded for `torch/`.
+
+    Raises:
+        CalibrationError: timm cannot open it; the message says why.
+    """
+    prefix = name.partition("/")[0].lower()
+    package = DATASETS[prefix]
+    if package and importlib.util.find_spec(package) is None:
+        raise CalibrationError(
+            f"{name} needs the Python package {package}, which is not installed; install it, or give a folder of images"
+        )
+    bare, _, root = name.partition(":")
+    try:
+        from timm.data import create_dataset
+
+        # timm and what it imports print advice; stdout belongs to the command.
+        with quiet(), contextlib.redirect_stdout(io.StringIO()):
+            dataset = create_dataset(bare, root=root or None, split="train", input_img_mode=None)
+    except Exception as error:
+        # Every kind of dataset fails in its own way, an assertion among them.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CalibrationError(
+            f"timm cannot open the dataset {bare} {f'in {root}' if root else 'without a folder'}: {reason}; write "
+            f"{prefix}/NAME:FOLDER, or give a folder of images"
+        ) from error
+    return partial(_one_pass, dataset)
+
+
+def _one_pass(dataset: Any, rng: np.random.Generator) -> Iterator[tuple[int, int, Callable[[], Image.Image]]]:
+    if isinstance(dataset, torch.utils.data.IterableDataset):
+        for number, item in enumerate(dataset):
+            yield number, 0, lambda item=item: item[0]  # type: ignore[misc]
+        return
+    for index in rng.permutation(len(dataset)):
+        yield int(index), len(dataset), partial(_item, dataset, int(index))
+
+
+def _item(dataset: Any, index: int) -> Image.Image:
+    with quiet():
+        image: Image.Image = dataset[index][0]
+    return image
+
+
+def open_timm_dataset(name: str, root: str | None, split: str, *, training: bool, batch_size: int, seed: int) -> Any:
+    """`timm.data.create_dataset`, without its advice on stdout.
+
+    Raises:
+        DataError: timm cannot open it; the message says why.
+    """
+    from timm.data import create_dataset
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            options: dict[str, Any] = {} if name.startswith("torch/") else {"seed": seed, "input_img_mode": None}
+            if name.startswith("hfds/") or not name:
+                options.pop("seed", None)
+            return create_dataset(name, root=root, split=split, is_training=training, batch_size=batch_size, **options)
+    except Exception as error:
+        # Every kind of dataset fails in its own way, an assertion among them.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        where = f"{name} in {root}" if root and name else name or root
+        raise DataError(
+            f"timm cannot open the {split!r} split of {where}: {reason}; "
+            "write PREFIX/NAME:FOLDER, and name splits with --set data.train_split=... and data.val_split=..."
+        ) from error
+
+
+def open_timm_stream(name: str, root: str | None, split: str, *, training: bool, batch_size: int, seed: int) -> Any:
+    """`open_timm_dataset` for a dataset that is read in order; one to judge by gives every process all of its images.
+
+    timm's readers note when they are made which process they are in, give it its share, and repeat or leave out images
+    so that shares are equal. That is right for training; judging counts every image once.
+    """
+    dataset = open_timm_dataset(name, root, split, training=training, batch_size=batch_size, seed=seed)
+    if not training:
+        dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
+    return dataset
+
+
+def imagenet_real_labels(path: str | None) -> dict[str, list[int]]:
+    """ReaL labels (arXiv 2006.07159) by file name of ImageNet's validation images, from a file or as timm ships them.
+
+    Raises:
+        DataError: the file is not a JSON list of 50,000 lists.
+    """
+    from timm.data import RealLabelsImagenet
+
+    try:
+        known = RealLabelsImagenet([""] * 50_000, real_json=path).real_labels
+    except (OSError, ValueError, AssertionError, TypeError) as error:
+        raise DataError(f"ReaL labels {path} are not a JSON list with 50,000 lists of labels: {error}") from error
+    return dict(known)

@@ -1,0 +1,108 @@
+"""Whom a student learns from."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from armour_surgery import hosts
+from armour_surgery.errors import ArmourError, TeacherError, UsageError
+from armour_surgery.hosts.preprocessing import Preprocessing, preprocessing
+from armour_surgery.records import SurgeryPlan
+from armour_surgery.recover.recipe import Recipe
+from armour_surgery.recover.student import Outputs, Runner
+from armour_surgery.saving.any_model import load_any
+
+__all__ = ["Teacher", "find_teacher"]
+
+
+class Teacher:
+    """A frozen model in eval mode that sees the student's images in its own normalization.
+
+    No module of the student's, so that it is in no state dict, no optimizer and no checkpoint.
+    """
+
+    def __init__(self, model: nn.Module, affine: tuple[Tensor, Tensor] | None = None) -> None:
+        self.runner = Runner(model.eval().requires_grad_(False))
+        self._affine = affine
+
+    def to(self, device: torch.device) -> "Teacher":
+        """Move it, in place."""
+        self.runner.to(device)
+        if self._affine is not None:
+            self._affine = (self._affine[0].to(device), self._affine[1].to(device))
+        return self
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, want_features: bool) -> Outputs:
+        """What it says about images that are normalized for the student."""
+        if self._affine is not None:
+            images = images * self._affine[0] + self._affine[1]
+        outputs: Outputs = self.runner(images, want_features)
+        return outputs
+
+
+def find_teacher(
+    student: nn.Module,
+    surgery: SurgeryPlan | None,
+    recipe: Recipe,
+    own: Preprocessing,
+    prep: Preprocessing,
+    given: str | nn.Module | None,
+) -> Teacher | None:
+    """The teacher that was given, the recipe's, or the original; None where nothing asks for one."""
+    if not recipe.loss.needs_teacher:
+        if given is not None:
+            raise UsageError("--teacher is given, and no weight in the recipe's loss asks for one; set loss.logits=0.5")
+        return None
+    named = given if given is not None else recipe.teacher
+    if isinstance(named, nn.Module):
+        model = named
+    elif named is not None:
+        model, _ = load_any(named)
+    else:
+        model = _original(student, surgery)
+    theirs = preprocessing(model)
+    if theirs.size[0] != prep.size[0]:
+        raise TeacherError(f"the teacher takes {theirs.size[0]} channels and the student {prep.size[0]}; name another")
+    if (theirs.mean, theirs.std) == (own.mean, own.std):
+        return Teacher(model)
+    mean, std = torch.tensor(prep.mean), torch.tensor(prep.std)
+    their_mean, their_std = torch.tensor(theirs.mean), torch.tensor(theirs.std)
+    scale, shift = std / their_std, (mean - their_mean) / their_std
+    return Teacher(model, (scale[:, None, None], shift[:, None, None]))
+
+
+def _original(student: nn.Module, surgery: SurgeryPlan | None) -> nn.Module:
+    """The model that the student was converted from, with the weights that it had."""
+    advice = "name it with --teacher"
+    if surgery is None or surgery.source is None:
+        raise TeacherError(f"nobody knows which model {type(student).__name__} was converted from; {advice}")
+    source = surgery.source
+    if source.name == "digits_vit":
+        from armour_surgery.demo.digits_vit import load_digits_vit
+
+        return load_digits_vit()
+    sizes: dict[str, Any] = {name: source.arguments.get(name) for name in ("img_size", "num_classes", "in_chans")}
+    sizes = {name: size[0] if isinstance(size, list) else size for name, size in sizes.items() if size}
+    try:
+        model, _ = hosts.load_model(source.name, **sizes)
+    except ArmourError as error:
+        raise TeacherError(
+            f"the original, {source.name or 'a model built in Python'}, cannot be loaded: {error}; {advice}"
+        ) from error
+    if surgery.trained is None and not _share_weights(model, student):
+        raise TeacherError(
+            f"{source.name} has other weights than the model that the student was converted from (was that given "
+            f"--checkpoint or --no-pretrained?); {advice}"
+        )
+    return model
+
+
+def _share_weights(first: nn.Module, second: nn.Module) -> bool:
+    """Whether any matrix that is not constant is the same in both: a conversion leaves most as they are."""
+    theirs = dict(second.named_parameters())
+    return any(
+        value.ndim > 1 and name in theirs and torch.equal(value, theirs[name]) and bool(value.std() > 0)
+        for name, value in first.named_parameters()
+    )
