@@ -4,7 +4,7 @@ Shapes and words: B batch, N tokens, D embed_dim, H num_heads, d key_dim (per he
 A *site* is one module whose forward holds an attention core; its *projections* are the modules that make q, k and v.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ __all__ = [
     "Fidelity",
     "FrontierPoint",
     "KeptPlace",
+    "Progress",
     "Projection",
     "RefusedSite",
     "Sensitivity",
@@ -22,6 +23,9 @@ __all__ = [
     "Source",
     "SurgeryPlan",
 ]
+
+# Told while long work goes on: what is being done, how much of it is done, and how much there is.
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

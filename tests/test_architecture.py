@@ -12,9 +12,19 @@ import armour_surgery
 PACKAGE = Path(armour_surgery.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]
-STAGES = ("discover", "rewrite", "hosts", "measure", "initialize", "recover")
-DATA_OF_OTHERS = ("armour_surgery.initialize.synthetic.synthetic_images", "armour_surgery.demo.digits_split")
-FOUNDATION = ("sites", "modes", "errors", "meta", "traced", "hosts")
+# From the top down: whoever stands on a floor imports from the floors below it, and from nobody else.
+FLOORS = (
+    ("__main__",),
+    ("cli",),
+    ("paper",),
+    ("recover", "benchmarking"),
+    ("saving", "likeness", "deployment"),
+    ("surgery", "demo"),
+    ("images", "initialize", "rewrite", "discover"),
+    ("hosts", "measure", "report", "modes", "traced"),
+    ("errors", "records", "copies"),
+)
+LEVELS = {room: level for level, floor in enumerate(FLOORS) for room in floor}
 
 
 def module_name(path: Path) -> str:
@@ -57,16 +67,29 @@ def roots(path: Path, lazy: bool | None = None) -> set[str]:
 
 
 def inner(path: Path) -> Iterator[tuple[str, str, bool]]:
-    """What a file imports of this package: the part (`discover`, `errors`), the full name, and whether lazily."""
+    """What a file imports of this package: the room (`discover`, `errors`), the full name, and whether lazily."""
     for name, later in imports(path):
         parts = name.split(".")
-        if parts[0] == "armour_surgery":
-            # `from armour_surgery import hosts` and `from armour_surgery import convert` look alike.
-            known = len(parts) > 1 and ((PACKAGE / parts[1]).is_dir() or (PACKAGE / f"{parts[1]}.py").exists())
-            yield parts[1] if known else "", name, later
+        if parts[0] != "armour_surgery" or name == "armour_surgery.__version__":
+            continue
+        if parts[1] in armour_surgery._HOME:  # `from armour_surgery import hosts, convert`: a room, and a public name
+            home = armour_surgery._HOME[parts[1]]
+            yield home.partition(".")[0], f"armour_surgery.{home}.{parts[1]}", later
+        else:
+            yield parts[1], name, later
 
 
-def part_of(path: Path) -> str:
+def file_of(name: str) -> Path:
+    """The file that the import of a full name reads: `armour_surgery.hosts.hub.quiet` is in `hosts/hub.py`."""
+    path = PACKAGE
+    for part in name.split(".")[1:]:
+        if not (path / part).is_dir():
+            return path / f"{part}.py" if (path / f"{part}.py").exists() else path / "__init__.py"
+        path = path / part
+    return path / "__init__.py"
+
+
+def room_of(path: Path) -> str:
     parts = path.relative_to(PACKAGE).parts
     return parts[0] if len(parts) > 1 else path.stem
 
@@ -91,64 +114,79 @@ def test_the_reader_of_imports_sees_them() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_only_the_command_line_imports_typer_and_rich(path: Path) -> None:
-    if part_of(path) != "cli":
+    if room_of(path) != "cli":
         assert not roots(path) & {"typer", "rich", "click"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_only_hosts_imports_the_model_libraries(path: Path) -> None:
-    if path == PACKAGE / "recover" / "timm_parts.py":
+    if path in (PACKAGE / "recover" / "timm_parts.py", PACKAGE / "images" / "timm_datasets.py"):
         assert not roots(path) & {"transformers", "huggingface_hub"}
-    elif part_of(path) != "hosts":
+    elif room_of(path) != "hosts":
         assert not roots(path) & {"timm", "transformers", "torchvision", "huggingface_hub"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_nobody_imports_the_command_line(path: Path) -> None:
-    if part_of(path) not in ("cli", "__main__"):
+    if room_of(path) not in ("cli", "__main__"):
         assert "cli" not in {part for part, _, _ in inner(path)}
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if part_of(path) in STAGES], ids=str)
-def test_stages_do_not_import_each_other(path: Path) -> None:
-    own = part_of(path)
-    for part, name, lazy in inner(path):
-        if part in (own, "sites", "modes", "errors", "meta", "traced"):
-            continue
-        if own in ("discover", "rewrite") and name.startswith("armour_surgery.hosts.attention_interface."):
-            continue
-        # The model's own preprocessing, and the datasets that a library opens.
-        if own == "initialize" and name.startswith("armour_surgery.hosts.preprocessing."):
-            continue
-        # The trainer asks hosts how a model is fed; drawn images and the demo's digits are data like any other.
-        if own == "recover" and (part == "hosts" or (lazy and name in DATA_OF_OTHERS)):
-            continue
-        if path == PACKAGE / "measure" / "paper.py" and lazy and part in ("conversion", "hosts"):
-            continue
-        pytest.fail(f"{path.relative_to(PACKAGE)} imports {name}")
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_imports_point_down(path: Path) -> None:
+    own = room_of(path)
+    for room, name, _ in inner(path):
+        if room != own and path != PACKAGE / "__init__.py":
+            assert LEVELS[room] > LEVELS[own], f"{own} stands beside or below {room}, and imports {name}"
 
 
-@pytest.mark.parametrize("name", ["sites", "modes", "errors", "meta", "traced"])
-def test_the_foundation_imports_nothing_above_it(name: str) -> None:
-    allowed = {"sites", "modes", "errors", "meta", "traced"}
-    assert {part for part, _, _ in inner(PACKAGE / f"{name}.py")} <= allowed
+def test_every_room_stands_on_one_floor() -> None:
+    rooms = [room for floor in FLOORS for room in floor]
+    assert len(rooms) == len(set(rooms))
+    assert set(rooms) == {room_of(path) for path in FILES} - {"__init__"}
 
 
-def test_the_spine_does_not_know_the_folder_and_nobody_lower_knows_the_spine() -> None:
-    assert "folder" not in {part for part, _, _ in inner(PACKAGE / "conversion.py")}
-    for path in FILES:
-        if part_of(path) in ("cli", "__init__", "folder", "demo", "conversion", "finetuning", "training_folder"):
+def test_no_file_imports_its_way_back_to_itself() -> None:
+    below = {path: {file_of(name) for _, name, _ in inner(path)} - {path} for path in FILES}
+    del below[PACKAGE / "__init__.py"]  # it hands on names of all rooms, and asks for them when they are asked for
+    left = dict(below)
+    while left:
+        leaves = [path for path, imported in left.items() if not imported & left.keys()]
+        assert leaves, f"a circle is among {sorted(str(path.relative_to(PACKAGE)) for path in left)}"
+        for path in leaves:
+            del left[path]
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.name == "__init__.py"], ids=str)
+def test_faces_hand_names_on_and_define_nothing(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree)
+    for node in tree.body[1:]:
+        if isinstance(node, ast.ImportFrom) or _is_type_checking(node):
             continue
-        eager = {part for part, _, lazy in inner(path) if not lazy}
-        assert not eager & {"conversion", "folder"}, path
+        name = getattr(node, "name", None) or ast.unparse(getattr(node, "targets", [node])[0])
+        lazy = path == PACKAGE / "__init__.py" and name in ("__version__", "_HOME", "__getattr__")
+        assert name == "__all__" or lazy, f"{path} defines {name}"
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if part_of(path) == "cli"], ids=lambda path: path.name)
+@pytest.mark.parametrize("room", ["recover", "images", "report", "measure", "benchmarking", "paper", "demo"])
+def test_faces_that_light_commands_meet_are_empty(room: str) -> None:
+    assert len(ast.parse((PACKAGE / room / "__init__.py").read_text(encoding="utf-8")).body) == 1
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if room_of(path) == "cli"], ids=lambda path: path.name)
 def test_commands_import_the_heavy_things_inside(path: Path) -> None:
     heavy = {"torch", "timm", "transformers", "torchvision", "safetensors", "numpy", "sklearn", "matplotlib"}
     assert not roots(path, lazy=False) & heavy
-    light = {"cli", "errors", "sites", ""}
-    assert {part for part, _, lazy in inner(path) if not lazy} <= light
+    light = {PACKAGE / name for name in ("errors.py", "records.py", "report/wording.py")}
+    eager = {file_of(name) for room, name, lazy in inner(path) if not lazy and room != "cli"}
+    assert eager <= light
+
+
+def test_what_commands_import_at_once_is_light() -> None:
+    heavy = {"torch", "timm", "transformers", "torchvision", "safetensors", "numpy", "sklearn", "matplotlib"}
+    for name in ("errors.py", "records.py", "report/wording.py"):
+        assert not roots(PACKAGE / name) & heavy
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
@@ -197,16 +235,13 @@ def test_public_functions_are_in_all_and_used_or_documented(path: Path) -> None:
 
 
 def test_only_those_who_draw_wait_for_matplotlib() -> None:
-    names = ("figures", "report", "redundancy_figure", "speed_figure")
-    drawing = tuple(PACKAGE / "measure" / f"{name}.py" for name in names)
+    names = ("report/style", "report/figures", "report/page", "likeness/figure", "benchmarking/figure")
+    drawing = tuple(PACKAGE / f"{name}.py" for name in names)
     for path in FILES:
         at_once = {name.partition(".")[0] for name, lazy in imports(path) if not lazy}
         assert path in drawing or "matplotlib" not in at_once, path
-        eager = {name for _, name, lazy in inner(path) if not lazy}
-        wanted = [
-            name for name in eager if name.startswith(tuple(f"armour_surgery.measure.{path.stem}." for path in drawing))
-        ]
-        assert path in drawing or not wanted, path
+        eager = {file_of(name) for _, name, lazy in inner(path) if not lazy}
+        assert path in drawing or not eager & set(drawing), path
 
 
 def test_no_pickle_and_no_unsafe_load_in_the_package() -> None:

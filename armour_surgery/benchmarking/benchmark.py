@@ -18,6 +18,7 @@ from armour_surgery.benchmarking.speed import compare, keep_memory, many_compile
 from armour_surgery.copies import full_copy
 from armour_surgery.errors import BenchmarkError, NothingToDeployError, UsageError
 from armour_surgery.measure.cost import count_macs, count_params
+from armour_surgery.records import Progress
 from armour_surgery.surgery.targets import Example, example_of
 
 __all__ = ["DTYPES", "ROUNDS", "benchmark"]
@@ -27,8 +28,6 @@ ROUNDS = 300
 
 _MIB = 2**20
 _PERCENT = 100
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,18 @@
 """One progress bar for what a long command does, stage after stage."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from armour_surgery.records import Progress as Tell
+
 __all__ = ["progress_bar"]
 
 
 @contextmanager
-def progress_bar(console: Console, first: str, *, still: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+def progress_bar(console: Console, first: str, *, still: bool = False) -> Iterator[Tell]:
     """A bar that starts as `first` and is moved by calling `tell(what, finished, total)`.
 
     `still`: it is drawn at these calls only, and no thread takes time from what is being measured.

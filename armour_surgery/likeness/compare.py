@@ -16,9 +16,9 @@ from armour_surgery.errors import TraceError, UsageError
 from armour_surgery.initialize.weights import locate, read
 from armour_surgery.likeness.pairs import PAIRS, THRESHOLD, PairRedundancy, SiteRedundancy, compare_pair, why_not
 from armour_surgery.modes import AUTO, choose
+from armour_surgery.records import Progress
 from armour_surgery.surgery.new_weights import choose_weights
 from armour_surgery.surgery.operation import operate, prepare
-from armour_surgery.surgery.order import Progress
 from armour_surgery.surgery.targets import Example, example_of, refuse_converted, select_sites
 
 __all__ = ["Layer", "compare_layers", "redundancy"]

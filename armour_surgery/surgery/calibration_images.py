@@ -11,7 +11,8 @@ from armour_surgery.errors import CalibrationError
 from armour_surgery.hosts.preprocessing import preprocessing
 from armour_surgery.images.for_calibration import calibration_batches
 from armour_surgery.initialize import HELD_OUT
-from armour_surgery.surgery.order import Images, Progress
+from armour_surgery.records import Progress
+from armour_surgery.surgery.order import Images
 
 __all__ = ["CalibrationData"]
 

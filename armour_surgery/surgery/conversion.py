@@ -15,9 +15,9 @@ from armour_surgery.copies import meta_copy
 from armour_surgery.discover import find_sites
 from armour_surgery.errors import ArmourError, NothingToConvertError
 from armour_surgery.modes import AUTO
-from armour_surgery.records import AttentionSite, Sensitivity, Source, SurgeryPlan
+from armour_surgery.records import AttentionSite, Progress, Sensitivity, Source, SurgeryPlan
 from armour_surgery.surgery.operation import prepare
-from armour_surgery.surgery.order import CALIBRATION_IMAGES, SYNTHETIC, Images, Order, Progress, check_options
+from armour_surgery.surgery.order import CALIBRATION_IMAGES, SYNTHETIC, Images, Order, check_options
 from armour_surgery.surgery.perform import perform, surgery_of
 from armour_surgery.surgery.selection import convert_within, measure_sites
 from armour_surgery.surgery.targets import Example, Rank, check_names, example_of, refuse_converted, select_sites

@@ -12,10 +12,10 @@ from armour_surgery.copies import alias, copy_weights, full_copy
 from armour_surgery.initialize import Problem, SiteResult, calibrate, from_weights, reconstruct
 from armour_surgery.initialize.walk import units_of
 from armour_surgery.measure.fidelity import compare_outputs
-from armour_surgery.records import Fidelity
+from armour_surgery.records import Fidelity, Progress
 from armour_surgery.surgery.calibration_images import CalibrationData
 from armour_surgery.surgery.operation import Operation
-from armour_surgery.surgery.order import Images, Progress
+from armour_surgery.surgery.order import Images
 from armour_surgery.surgery.problems import problems_of
 
 __all__ = ["Effect", "choose_weights", "measure_alone", "to_read_again"]

@@ -1,6 +1,6 @@
 """What was asked of a surgery, checked once: every stage below `convert` gets it whole."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,11 +8,9 @@ from torch import Tensor
 
 from armour_surgery.errors import UsageError
 from armour_surgery.modes import AUTO, get_mode
-from armour_surgery.records import Source
+from armour_surgery.records import Progress, Source
 
-__all__ = ["INITS", "Images", "Order", "Progress", "check_options"]
-
-Progress = Callable[[str, int, int], None]
+__all__ = ["INITS", "Images", "Order", "check_options"]
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from armour_surgery.discover import FoundSite
 from armour_surgery.errors import NothingToConvertError
 from armour_surgery.measure.cost import count_params
 from armour_surgery.modes import AUTO, choose
-from armour_surgery.records import FrontierPoint, RefusedSite, Sensitivity
+from armour_surgery.records import FrontierPoint, Progress, RefusedSite, Sensitivity
 from armour_surgery.surgery.new_weights import Effect, measure_alone, to_read_again
 from armour_surgery.surgery.operation import Operation, operate, prepare
-from armour_surgery.surgery.order import Order, Progress
+from armour_surgery.surgery.order import Order
 from armour_surgery.surgery.perform import perform, surgery_of
 
 __all__ = ["Choice", "convert_within", "frontier", "measure_sites", "search"]
