@@ -4,6 +4,7 @@ Shapes and words: B batch, N tokens, D embed_dim, H num_heads, d key_dim (per he
 A *site* is one module whose forward holds an attention core; its *projections* are the modules that make q, k and v.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -76,9 +77,15 @@ class AttentionSite:
     modes: tuple[str, ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def projections(self) -> dict[str, Projection]:
+        """The projection of each role by its letter; empty for a site that could not be followed."""
+        roles = {"q": self.q, "k": self.k, "v": self.v}
+        return {letter: role for letter, role in roles.items() if role is not None}
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: the contract's keys, and the name of each role's projection."""
-        roles = {name: role.fqn for name, role in (("q", self.q), ("k", self.k), ("v", self.v)) if role}
+        roles = {letter: role.fqn for letter, role in self.projections.items()}
         return {
             "fqn": self.fqn,
             "kind": self.kind,
@@ -214,6 +221,11 @@ class SurgeryPlan:
     sensitivities: tuple[Sensitivity, ...] = ()
     frontier: tuple[FrontierPoint, ...] = ()
     trained: str | None = None
+
+    @property
+    def loss(self) -> float:
+        """The loss (as in `Sensitivity`) of the whole conversion; not a number where nothing was measured."""
+        return math.nan if self.fidelity is None else 1 - self.fidelity.cosine
 
     def chosen(self, points: Iterable[FrontierPoint]) -> FrontierPoint | None:
         """The point of a frontier whose sites are those that were converted."""

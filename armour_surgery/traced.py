@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from armour_surgery.records import AttentionSite
+from armour_surgery.records import AttentionSite, RefusedSite
 
 __all__ = [
     "Anchor",
@@ -29,6 +29,7 @@ __all__ = [
     "Producer",
     "Results",
     "Role",
+    "SeenSite",
     "Signature",
     "Trace",
     "TracedSite",
@@ -218,14 +219,30 @@ class TracedSite:
 
 @dataclass(frozen=True)
 class FoundSite:
-    """A site, the call it was seen in, and its graph (None where it could not be followed).
+    """A site, the call it was seen in, and its graph.
 
     `around` names the site's own submodules that computed part of the attention. Sites with equal `fingerprint` have
-    equal structure and were called alike; they share `traced`.
+    equal structure and were called alike; they share `traced` and `find_output`, which traces on to the projection that
+    reads the heads' results when it is called for the first time.
     """
 
     site: AttentionSite
     call: Call
     around: frozenset[str]
-    traced: TracedSite | None
+    traced: TracedSite
     fingerprint: str
+    find_output: Callable[[], OutputProjection | None]
+
+    @property
+    def fqn(self) -> str:
+        """The site's name inside the model."""
+        return self.site.fqn
+
+    @property
+    def output(self) -> OutputProjection | None:
+        """The projection that reads the heads' results; None where it is not inside the module."""
+        return self.find_output()
+
+
+# What came of one attention that was seen: it was followed, or the reason why not.
+SeenSite = FoundSite | RefusedSite

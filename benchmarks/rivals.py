@@ -88,7 +88,7 @@ def refit_on_images(
 
 
 def _problems(original: nn.Module, mode: str, example: Example) -> list[Problem]:
-    return problems_of(original, prepare(original, find_sites(original, example), mode)[0])
+    return problems_of(original, prepare(original, find_sites(original, example), mode).operations)
 
 
 def _converted(original: nn.Module, mode: str, example: Example, choose: Callable[[Problem, Head], Head]) -> nn.Module:

@@ -6,7 +6,7 @@ from armour_surgery.copies import full_copy
 from armour_surgery.initialize.site import SiteResult
 from armour_surgery.surgery.new_weights import choose_weights
 from armour_surgery.surgery.operation import Operation, operate
-from armour_surgery.surgery.order import CALIBRATION_IMAGES, Images
+from armour_surgery.surgery.order import CALIBRATION_IMAGES, Images, Order
 
 __all__ = ["initialized"]
 
@@ -17,10 +17,10 @@ def initialized(
     """A converted copy of `model`, and what is told of every site; `seen` are the batches that `calibrated` gets."""
     armour = full_copy(model)
     for operation in operations:
-        operate(armour, operation, init)
+        operate(armour, operation)
     if init == "wq":
         return armour, []
-    images = Images(seen, CALIBRATION_IMAGES) if init == "calibrated" else None
     shapes = {name: value.to("meta") for name, value in example.items()}
-    results, _ = choose_weights(model, armour, operations, init, shapes, images, None)
+    order = Order("auto", init=init, images=Images(seen, CALIBRATION_IMAGES), example=shapes)
+    results, _ = choose_weights(model, armour, operations, order)
     return armour, results

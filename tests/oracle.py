@@ -9,10 +9,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from armour_surgery.discover import FoundSite, find_sites
+from armour_surgery.discover import find_sites
 from armour_surgery.modes import get_mode
+from armour_surgery.records import RefusedSite
 from armour_surgery.rewrite.contract import parts_of
 from armour_surgery.surgery.conversion import convert
+from armour_surgery.traced import SeenSite
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -35,7 +37,7 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def merge(
-    model: nn.Module, mode: str, example: dict[str, torch.Tensor], sites: list[FoundSite] | None = None
+    model: nn.Module, mode: str, example: dict[str, torch.Tensor], sites: list[SeenSite] | None = None
 ) -> list[str]:
     """Copy, at every site that the mode fits, the rows of the role that stays over those of the role that goes.
 
@@ -43,7 +45,7 @@ def merge(
     """
     merged = []
     for found in find_sites(model, example) if sites is None else sites:
-        if mode not in found.site.modes or found.traced is None:
+        if isinstance(found, RefusedSite) or mode not in found.site.modes:
             continue
         merged.append(found.site.fqn)
         module, traced = model.get_submodule(found.site.fqn), found.traced

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from armour_surgery import convert
 from armour_surgery.copies import meta_copy
-from armour_surgery.discover import FoundSite, find_output, find_sites
+from armour_surgery.discover import find_output, find_sites
 from armour_surgery.initialize.site import SiteResult
 from armour_surgery.initialize.weights import locate, read, read_output, write, write_output
 from armour_surgery.surgery.operation import Operation, prepare
 from armour_surgery.surgery.order import INITS
+from armour_surgery.traced import SeenSite
 
 EVERYWHERE = [(name, mode) for name, one in CASES.items() for mode in one.modes]
 # One host for each answer to which bases are free: both, V's only, neither and V's order.
@@ -44,7 +45,7 @@ def converted(host: HostCase, model: nn.Module, mode: str, init: str, seen: list
 
 
 @functools.cache
-def built(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, list[FoundSite]]:
+def built(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, list[SeenSite]]:
     """A host and what was found in it. Shared, and not to be changed."""
     model = case(name).build(dtype)
     return model, find_sites(model, example(case(name), model))
@@ -53,7 +54,7 @@ def built(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, lis
 @functools.cache
 def prepared(name: str, mode: str, dtype: torch.dtype = torch.float32) -> list[Operation]:
     """What converts it."""
-    return prepare(*built(name, dtype), mode)[0]
+    return prepare(*built(name, dtype), mode).operations
 
 
 def weighed(

@@ -22,8 +22,8 @@ from armour_surgery.initialize.moments import Regression
 from armour_surgery.initialize.reconstruct import relative_error
 from armour_surgery.initialize.stream import learned_tokens
 from armour_surgery.initialize.walk import Store, Walk, units_of
-from armour_surgery.surgery.conversion import surgery_of
 from armour_surgery.surgery.operation import Operation, prepare
+from armour_surgery.surgery.perform import surgery_of
 
 EXACT = [
     ("vit", "qv"),
@@ -53,7 +53,7 @@ def merged(name: str, mode: str) -> tuple[nn.Module, list[Operation]]:
     batch = {key: value.double() for key, value in host.batches()[0].items()}
     found = find_sites(model, batch)
     merge(model, mode, batch, found)
-    return model, prepare(model, found, mode)[0]
+    return model, prepare(model, found, mode).operations
 
 
 @pytest.mark.parametrize("init", ["wq-refit", "joint-svd", "calibrated"])

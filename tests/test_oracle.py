@@ -19,16 +19,17 @@ from tiny_hosts import CASES, EVEN, HostCase
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from armour_surgery.discover import FoundSite, find_sites
+from armour_surgery.discover import find_sites
 from armour_surgery.modes import MODES
 from armour_surgery.surgery.conversion import convert
+from armour_surgery.traced import SeenSite
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 EXACT = [(name, mode) for name, one in CASES.items() for mode in one.modes if mode != "qk-diag"]
 
 
 @functools.cache
-def built(name: str) -> tuple[nn.Module, list[FoundSite]]:
+def built(name: str) -> tuple[nn.Module, list[SeenSite]]:
     """A host and what was found in it. Shared: copy it before changing it."""
     model = CASES[name].build()
     return model, find_sites(model, CASES[name].example())

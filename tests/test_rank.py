@@ -26,9 +26,10 @@ from armour_surgery.discover import find_sites
 from armour_surgery.errors import NothingToConvertError, PatternError, SchemaError, UsageError
 from armour_surgery.initialize.weights import locate, read, write
 from armour_surgery.measure.cost import count_macs
+from armour_surgery.records import RefusedSite
 from armour_surgery.rewrite import ArmourAttention
 from armour_surgery.saving.model_card import model_card
-from armour_surgery.surgery.conversion import surgery_of
+from armour_surgery.surgery.perform import surgery_of
 
 Example = dict[str, torch.Tensor]
 
@@ -38,7 +39,7 @@ def cut(model: nn.Module, mode: str, rank: int, example: Example) -> nn.Module:
     found = find_sites(model, example)
     merge(model, mode, example, found)
     for one in found:
-        if one.traced is None:
+        if isinstance(one, RefusedSite):
             continue
         module = model.get_submodule(one.site.fqn)
         for role in (one.traced.q, one.traced.k, one.traced.v):

@@ -29,7 +29,7 @@ from armour_surgery.rewrite.remove_dead_nodes_pass import RemoveDeadNodesPass
 from armour_surgery.rewrite.restore_channels_pass import RestoreChannelsPass
 from armour_surgery.rewrite.share_roles_pass import ShareRolesPass, is_expressible
 from armour_surgery.surgery.conversion import convert
-from armour_surgery.traced import Atom, Layout
+from armour_surgery.traced import Atom, FoundSite, Layout
 
 # Layouts.
 
@@ -308,7 +308,7 @@ def test_a_grouped_projection_tells_what_it_is() -> None:
 
 def traced_of(model: nn.Module, example: dict[str, torch.Tensor] | None = None) -> Any:
     found = find_sites(model, example or {"x": torch.empty(2, 6, 20)})[0]
-    assert found.traced is not None, found.site.refused
+    assert isinstance(found, FoundSite), found.reason
     return found.traced
 
 

@@ -13,8 +13,9 @@ from armour_surgery import convert, load, save
 from armour_surgery.errors import NothingToConvertError, UsageError
 from armour_surgery.records import Sensitivity
 from armour_surgery.surgery.calibration_images import CalibrationData
-from armour_surgery.surgery.conversion import sensitivities, surgery_of
+from armour_surgery.surgery.conversion import sensitivities
 from armour_surgery.surgery.order import Images
+from armour_surgery.surgery.perform import surgery_of
 from armour_surgery.surgery.selection import frontier, search
 
 PARAMS = 10_000

@@ -105,8 +105,8 @@ def convert(
         from armour_surgery import plan as plan_conversion
         from armour_surgery import save
         from armour_surgery.saving.folder import check_output
-        from armour_surgery.surgery.conversion import surgery_of
         from armour_surgery.surgery.order import check_options
+        from armour_surgery.surgery.perform import surgery_of
 
         channels = _rank(rank)
         check_options(mode, init, calib, channels, reconstruct, max_loss)

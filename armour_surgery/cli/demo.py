@@ -75,7 +75,7 @@ def _story(console: Any, folder: Path) -> dict[str, Any]:
         from armour_surgery.cli.tables import site_table
         from armour_surgery.demo.digits_vit import accuracy, digits_source, load_digits_vit
         from armour_surgery.images.digits import digits_split
-        from armour_surgery.surgery.conversion import surgery_of
+        from armour_surgery.surgery.perform import surgery_of
 
         torch.manual_seed(0)
         model = load_digits_vit()

@@ -7,10 +7,10 @@ from torch import Tensor, fx, nn
 
 from armour_surgery.deployment.emit import make_deployed_class
 from armour_surgery.deployment.findings import Findings
-from armour_surgery.discover import FoundSite, find_sites
+from armour_surgery.discover import find_sites
 from armour_surgery.errors import NoAttentionError
 from armour_surgery.rewrite import render
-from armour_surgery.traced import TracedSite
+from armour_surgery.traced import FoundSite, TracedSite
 
 __all__ = ["AttentionGraph", "AttentionPass", "deploy_attention"]
 
@@ -60,23 +60,22 @@ def deploy_attention(
         sites = find_sites(model, example)
     except NoAttentionError:
         return
+    passes = list(passes)
     groups: dict[str, list[FoundSite]] = {}
-    for one in sites:
-        groups.setdefault(one.fingerprint, []).append(one)
+    for site in sites:
+        if isinstance(site, FoundSite):
+            groups.setdefault(site.fingerprint, []).append(site)
+        else:
+            for _, findings in passes:
+                findings.left(site.fqn, site.reason)
     for alike in groups.values():
-        _deploy_alike(model, alike, list(passes), compiled, forced)
+        _deploy_alike(model, alike, passes, compiled, forced)
 
 
 def _deploy_alike(
     model: nn.Module, alike: list[FoundSite], passes: list[tuple[AttentionPass, Findings]], compiled: bool, forced: bool
 ) -> None:
     traced = alike[0].traced
-    if traced is None:
-        reason = next(iter(alike[0].site.refused.values()), "it could not be followed")
-        for _, findings in passes:
-            for one in alike:
-                findings.left(one.site.fqn, reason)
-        return
     modules = [model.get_submodule(one.site.fqn) for one in alike]
     graph = traced.trace.graph
     unused = {node for node in graph.nodes if not node.users}

@@ -9,11 +9,9 @@ from armour_surgery.discover.output import find_output
 from armour_surgery.discover.record import could_not_run
 from armour_surgery.discover.results import find_results
 from armour_surgery.discover.trace import SELF, guard, value_of
-from armour_surgery.traced import FoundSite
 
 __all__ = [
     "SELF",
-    "FoundSite",
     "could_not_run",
     "find_output",
     "find_results",

@@ -3,35 +3,25 @@
 Nothing here knows a class or an attribute of any model.
 """
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
-from armour_surgery.discover.match import result_of
-from armour_surgery.discover.output import find_output
+from armour_surgery.discover.output import output_of
 from armour_surgery.discover.provenance import understand
-from armour_surgery.discover.record import Recording, could_not_run, record
-from armour_surgery.discover.results import find_results
-from armour_surgery.discover.trace import SELF, guard, trace, value_of
+from armour_surgery.discover.record import Recording, record
+from armour_surgery.discover.trace import trace, value_of
 from armour_surgery.errors import NoAttentionError, TraceError
-from armour_surgery.modes import MODES, judge
-from armour_surgery.records import AttentionSite, Projection
-from armour_surgery.traced import Call, FoundSite, Role, Trace, TracedSite
+from armour_surgery.modes import judge
+from armour_surgery.records import AttentionSite, Projection, RefusedSite
+from armour_surgery.traced import Call, FoundSite, OutputProjection, Role, SeenSite, Trace, TracedSite
 
-__all__ = [
-    "SELF",
-    "could_not_run",
-    "find_output",
-    "find_results",
-    "find_sites",
-    "guard",
-    "result_of",
-    "trace_call",
-    "value_of",
-]
+__all__ = ["find_sites", "trace_call"]
 
 
 def trace_call(module: nn.Module, call: Call, around: frozenset[str]) -> TracedSite:
@@ -76,11 +66,15 @@ def _kind(traced: TracedSite) -> str:
 
 def _sources(traced: TracedSite, role: Role) -> list[str]:
     """The tensor that a role is projected from, and all it is computed from, nearest first."""
-    name = role.producer.reads.partition(" ")[0]
-    nodes = [node for node in traced.trace.graph.nodes if node.name == name]
-    for node in nodes:
-        nodes += [source for source in node.all_input_nodes if source not in nodes]
-    return [node.name for node in nodes]
+    first = role.producer.reads.partition(" ")[0]
+    waiting = [node for node in traced.trace.graph.nodes if node.name == first]
+    names: list[str] = []
+    for node in waiting:  # it grows on the way: breadth first, so that the nearest come first
+        names.append(node.name)
+        for source in node.all_input_nodes:
+            if source not in waiting:
+                waiting.append(source)
+    return names
 
 
 def _site(fqn: str, traced: TracedSite) -> AttentionSite:
@@ -101,66 +95,83 @@ def _site(fqn: str, traced: TracedSite) -> AttentionSite:
     return replace(site, modes=modes, refused=refused)
 
 
-def _unfollowed(fqn: str, reason: str) -> AttentionSite:
-    return AttentionSite(fqn, "unknown", 0, 0, 0, None, None, None, refused=dict.fromkeys(MODES, reason))
-
-
 def _relative(names: set[str], fqn: str) -> frozenset[str]:
     prefix = f"{fqn}." if fqn else ""
     return frozenset(name[len(prefix) :] for name in names if name.startswith(prefix) and name != fqn)
 
 
+# What every nn.Module has: how it is stored, and nothing that its forward depends on.
 _BOOKKEEPING = set(vars(nn.Module()))
 
 
 def _fingerprint(module: nn.Module, call: Call, around: frozenset[str]) -> str:
     """All that can make the traces of two modules differ: classes, plain attributes, shapes, and the call."""
-
-    def plain(value: Any) -> str:
-        if isinstance(value, torch.Tensor):
-            return f"{tuple(value.shape)} {value.dtype}"
-        if value is None or isinstance(value, bool | int | float | str | tuple | list):
-            return repr(value)
-        return "" if isinstance(value, dict) else f"{type(value).__qualname__} {id(value)}"
-
-    lines = [f"{sorted(around)}", *(plain(leaf) for leaf in pytree.tree_leaves((call.args, call.kwargs)))]
+    lines = [str(sorted(around))]
+    for leaf in pytree.tree_leaves((call.args, call.kwargs)):
+        lines.append(_plain(leaf))
     for name, child in module.named_modules():
-        # Functions are one object for all instances; other objects count by identity.
-        own = {key: value for key, value in vars(child).items() if key not in _BOOKKEEPING}
-        tensors = {**child._parameters, **child._buffers}
         lines.append(f"{name} {type(child).__module__}.{type(child).__qualname__}")
-        lines += [f"{key}={plain(value)}" for key, value in sorted({**own, **tensors}.items())]
+        values = {key: value for key, value in vars(child).items() if key not in _BOOKKEEPING}
+        values.update(child._parameters)
+        values.update(child._buffers)
+        for key, value in sorted(values.items()):
+            lines.append(f"{key}={_plain(value)}")
     return "\n".join(lines)
 
 
-def _follow(recording: Recording, fqn: str, known: dict[str, TracedSite | TraceError]) -> FoundSite:
+def _plain(value: Any) -> str:
+    """What of a value a trace can depend on."""
+    if isinstance(value, torch.Tensor):
+        return f"{tuple(value.shape)} {value.dtype}"
+    if value is None or isinstance(value, bool | int | float | str | tuple | list):
+        return repr(value)
+    # Caches fill while a model runs. Functions are one object for all instances; other objects count by identity.
+    return "" if isinstance(value, dict) else f"{type(value).__qualname__} {id(value)}"
+
+
+@dataclass(frozen=True)
+class _Followed:
+    """What sites that are alike share: their graph, and where their heads' results go, found when it is asked for."""
+
+    traced: TracedSite
+    find_output: Callable[[], OutputProjection | None]
+
+
+def _follow_once(module: nn.Module, call: Call, around: frozenset[str]) -> _Followed | TraceError:
+    try:
+        traced = trace_call(module, call, around)
+    except TraceError as error:
+        return error
+    return _Followed(traced, cache(partial(output_of, module, call, traced.v)))
+
+
+def _follow(recording: Recording, fqn: str, known: dict[str, _Followed | TraceError]) -> SeenSite:
     """Follow the attention seen in module `fqn`, from the module around it where its projections are not inside."""
     modules = dict(recording.model.named_modules())
-    first: str | None = None
+    reason: str | None = None
     place = fqn
     while True:
         call, around = recording.calls[place], _relative(recording.around, place)
         key = _fingerprint(modules[place], call, around)
         if key not in known:
-            try:
-                known[key] = trace_call(modules[place], call, around)
-            except TraceError as error:
-                known[key] = error
-        traced = known[key]
-        if isinstance(traced, TracedSite):
-            return FoundSite(_site(place, traced), call, around, traced, key)
-        first = first or str(traced)
-        if not place or "was found behind" not in first:
-            return FoundSite(_unfollowed(fqn, first), recording.calls[fqn], around, None, key)
+            known[key] = _follow_once(modules[place], call, around)
+        followed = known[key]
+        if isinstance(followed, _Followed):
+            return FoundSite(_site(place, followed.traced), call, around, followed.traced, key, followed.find_output)
+        # What the innermost module says is what a user can act on, whatever the modules around it say.
+        reason = reason or str(followed)
+        if not place or "was found behind" not in reason:
+            return RefusedSite(fqn, reason)
         place = place.rpartition(".")[0]
         while place not in recording.calls:  # a ModuleList or ModuleDict is never called
             place = place.rpartition(".")[0]
 
 
-def find_sites(model: nn.Module, example: dict[str, Any]) -> list[FoundSite]:
+def find_sites(model: nn.Module, example: dict[str, Any]) -> list[SeenSite]:
     """All attention of a model, in the order it runs. The model itself is not run and not changed.
 
-    `example` are keyword arguments for the model's forward; only their shapes and types matter.
+    What could not be followed is there with the reason. `example` are keyword arguments for the model's forward; only
+    their shapes and types matter.
 
     Raises:
         ExampleInputError: the model does not run on the example.
@@ -173,9 +184,10 @@ def find_sites(model: nn.Module, example: dict[str, Any]) -> list[FoundSite]:
                 f"{type(model).__name__} ran and computed no attention (no softmax between two matrix products, no "
                 "scaled_dot_product_attention): there is nothing to convert. Name a Vision Transformer"
             )
-        found: dict[str, FoundSite] = {}
-        known: dict[str, TracedSite | TraceError] = {}
+        sites: dict[str, SeenSite] = {}
+        known: dict[str, _Followed | TraceError] = {}
         for fqn in recording.innermost:
-            one = _follow(recording, fqn, known)
-            found.setdefault(one.site.fqn, one)
-    return list(found.values())
+            site = _follow(recording, fqn, known)
+            # Two modules inside one attention may lead to the same module around them.
+            sites.setdefault(site.fqn, site)
+    return list(sites.values())

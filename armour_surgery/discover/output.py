@@ -12,7 +12,7 @@ from armour_surgery.discover.layout import Flow, follow
 from armour_surgery.discover.match import find_core, is_tensor, result_of
 from armour_surgery.discover.trace import trace
 from armour_surgery.errors import TraceError
-from armour_surgery.traced import Call, FoundSite, OutputProjection, Role
+from armour_surgery.traced import Call, OutputProjection, Role
 
 __all__ = ["find_output", "output_of"]
 
@@ -124,11 +124,10 @@ def _norm_after(graph: fx.Graph, node: fx.Node, modules: dict[str, nn.Module]) -
     return None
 
 
-def output_of(module: nn.Module, found: FoundSite) -> OutputProjection | None:
-    """The projection that reads the heads' results; None where it is not inside the module."""
-    assert found.traced is not None
+def output_of(module: nn.Module, call: Call, value: Role) -> OutputProjection | None:
+    """`find_output` in eval mode on a weightless copy; None also where the module cannot be traced through."""
     copied = meta_copy(module)
     copied.eval()  # timm's LeViT attention returns nothing here
     with suppress(TraceError), torch.no_grad():
-        return find_output(copied, found.call, found.traced.v)
+        return find_output(copied, call, value)
     return None

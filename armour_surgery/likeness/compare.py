@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from armour_surgery.copies import full_copy
-from armour_surgery.discover import FoundSite, find_sites
+from armour_surgery.discover import find_sites
 from armour_surgery.errors import TraceError, UsageError
 from armour_surgery.initialize.weights import locate, read
 from armour_surgery.likeness.pairs import PAIRS, THRESHOLD, PairRedundancy, SiteRedundancy, compare_pair, why_not
 from armour_surgery.modes import AUTO, choose
-from armour_surgery.records import Progress
+from armour_surgery.records import AttentionSite, Progress, RefusedSite
 from armour_surgery.surgery.new_weights import choose_weights
 from armour_surgery.surgery.operation import operate, prepare
+from armour_surgery.surgery.order import Order
 from armour_surgery.surgery.targets import Example, example_of, refuse_converted, select_sites
+from armour_surgery.traced import FoundSite, SeenSite
 
 __all__ = ["Layer", "compare_layers", "redundancy"]
 
@@ -91,27 +93,37 @@ def compare_layers(
     """
     refuse_converted(model)
     example = example_of(model, example_input)
-    found = select_sites(find_sites(model, example), include, exclude)
-    chosen = _choose_layer(found, layer)
-    weights = {one.site.fqn: _weights(model, one) for one in found if one.traced is not None}
-    sites = {one.site.fqn: _compare(one, weights.get(one.site.fqn, {}), threshold) for one in found}
+    seen = select_sites(find_sites(model, example), include, exclude)
+    chosen = _choose_layer(seen, layer)
+    followed = [site for site in seen if isinstance(site, FoundSite)]
+    weights = {site.fqn: _weights(model, site) for site in followed}
+    compared: dict[str, SiteRedundancy] = {}
+    for site in seen:
+        if isinstance(site, FoundSite):
+            compared[site.fqn] = _compare(site.site, weights[site.fqn], threshold)
+        else:
+            compared[site.fqn] = SiteRedundancy(site.fqn, "unknown", 0, 0, 0, {}, dict.fromkeys(PAIRS, site.reason))
     for number, pair in enumerate(PAIRS):
         if progress is not None:
             progress("finding the best shared weights", number, len(PAIRS))
-        for fqn, (mode, residual, refused) in _shared(model, found, pair, example).items():
-            site = sites[fqn]
-            if pair in site.pairs:
-                one = replace(site.pairs[pair], mode=mode, residual=residual, refused=refused)
-                sites[fqn] = replace(site, pairs={**site.pairs, pair: one})
-    return [_with_default(one, sites[one.site.fqn]) for one in found], Layer(chosen, weights[chosen])
+        for fqn, sharing in _shared(model, followed, pair, example).items():
+            pairs = compared[fqn].pairs
+            if pair in pairs:
+                with_sharing = replace(
+                    pairs[pair], mode=sharing.mode, residual=sharing.residual, refused=sharing.refused
+                )
+                compared[fqn] = replace(compared[fqn], pairs={**pairs, pair: with_sharing})
+    for site in followed:
+        compared[site.fqn] = _with_default(site, compared[site.fqn])
+    return list(compared.values()), Layer(chosen, weights[chosen])
 
 
-def _choose_layer(found: list[FoundSite], layer: str | None) -> str:
-    names = [one.site.fqn for one in found]
-    followed = [one.site.fqn for one in found if one.traced is not None]
+def _choose_layer(seen: list[SeenSite], layer: str | None) -> str:
+    names = [site.fqn for site in seen]
+    reasons = {site.fqn: site.reason for site in seen if isinstance(site, RefusedSite)}
+    followed = [name for name in names if name not in reasons]
     if not followed:
-        reason = next(iter(found[0].site.refused.values()))
-        raise TraceError(f"none of the {len(found)} attention sites could be followed ({names[0]}: {reason})")
+        raise TraceError(f"none of the {len(seen)} attention sites could be followed ({names[0]}: {reasons[names[0]]})")
     if layer is None:
         return followed[0]
     name = names[int(layer)] if layer.isdecimal() and int(layer) < len(names) else layer
@@ -120,62 +132,80 @@ def _choose_layer(found: list[FoundSite], layer: str | None) -> str:
             f"layer {layer!r} is none of the {len(names)} attention sites; give a number from 0 to {len(names) - 1}, "
             f"or a name such as {names[0]!r}"
         )
-    if name not in followed:
-        reason = next(iter(found[names.index(name)].site.refused.values()))
-        raise TraceError(f"{name} could not be followed ({reason}); choose another layer, such as {followed[0]!r}")
+    if name in reasons:
+        raise TraceError(
+            f"{name} could not be followed ({reasons[name]}); choose another layer, such as {followed[0]!r}"
+        )
     return name
 
 
-def _weights(model: nn.Module, one: FoundSite) -> dict[str, Tensor]:
+def _weights(model: nn.Module, site: FoundSite) -> dict[str, Tensor]:
     """What q, k and v are made with, `[H, D, d]` in float64, without biases."""
-    assert one.traced is not None
-    module = model.get_submodule(one.site.fqn)
+    module = model.get_submodule(site.fqn)
     if any(parameter.is_meta for parameter in module.parameters()):
-        raise UsageError(
-            f"the weights of {one.site.fqn} are on the meta device, so there is nothing to compare; load some"
-        )
-    roles = {"q": one.traced.q, "k": one.traced.k, "v": one.traced.v}
-    return {letter: read(module, locate(module, role, {}))[:, :-1] for letter, role in roles.items()}
+        raise UsageError(f"the weights of {site.fqn} are on the meta device, so there is nothing to compare; load some")
+    weights = {}
+    for letter, role in (("q", site.traced.q), ("k", site.traced.k), ("v", site.traced.v)):
+        with_bias = read(module, locate(module, role, {}))
+        weights[letter] = with_bias[:, :-1]
+    return weights
 
 
-def _compare(one: FoundSite, weights: dict[str, Tensor], threshold: float) -> SiteRedundancy:
-    site = one.site
-    reasons = {pair: why_not(weights, pair) if weights else next(iter(site.refused.values())) for pair in PAIRS}
-    pairs = {pair: compare_pair(weights, pair, threshold) for pair, reason in reasons.items() if reason is None}
-    skipped = {pair: reason for pair, reason in reasons.items() if reason is not None}
+def _compare(site: AttentionSite, weights: dict[str, Tensor], threshold: float) -> SiteRedundancy:
+    pairs: dict[str, PairRedundancy] = {}
+    skipped: dict[str, str] = {}
+    for pair in PAIRS:
+        reason = why_not(weights, pair)
+        if reason is None:
+            pairs[pair] = compare_pair(weights, pair, threshold)
+        else:
+            skipped[pair] = reason
     return SiteRedundancy(site.fqn, site.kind, site.num_heads, site.key_dim, site.value_dim, pairs, skipped)
 
 
-def _shared(
-    model: nn.Module, found: list[FoundSite], pair: str, example: dict[str, Tensor]
-) -> dict[str, tuple[str | None, float | None, str | None]]:
-    """By site: the mode that makes a pair one, the residual of the best shared weight, and why there is none."""
+@dataclass(frozen=True)
+class _Sharing:
+    """What makes a pair one: the mode, the residual of the best shared weight, or why there is none."""
+
+    mode: str | None
+    residual: float | None
+    refused: str | None
+
+
+def _shared(model: nn.Module, sites: list[FoundSite], pair: str, example: dict[str, Tensor]) -> dict[str, _Sharing]:
+    """The best shared weights of a pair, by site."""
     modes: dict[str, str] = {}
-    made: dict[str, tuple[str | None, float | None, str | None]] = {}
-    for one in found:
-        fitting = [mode for mode in _MODES[pair] if mode in one.site.modes]
-        heads = {role.num_heads for role in (one.site.q, one.site.k, one.site.v) if role}
+    sharing: dict[str, _Sharing] = {}
+    for found in sites:
+        site = found.site
+        fitting = [mode for mode in _MODES[pair] if mode in site.modes]
+        heads = {role.num_heads for role in site.projections.values()}
         if not fitting:
-            made[one.site.fqn] = None, None, one.site.refused[_MODES[pair][0]]
+            sharing[site.fqn] = _Sharing(None, None, site.refused[_MODES[pair][0]])
         elif len(heads) > 1:
-            made[one.site.fqn] = fitting[0], None, "there is no closed form where several heads of Q share one of K"
+            reason = "there is no closed form where several heads of Q share one of K"
+            sharing[site.fqn] = _Sharing(fitting[0], None, reason)
         else:
-            modes[one.site.fqn] = fitting[0]
-    operations, refused = prepare(model, [one for one in found if one.site.fqn in modes], modes)
-    for left in refused:
-        made[left.fqn] = None, None, left.reason
-    if operations:
+            modes[site.fqn] = fitting[0]
+    prepared = prepare(model, [site for site in sites if site.fqn in modes], modes)
+    for left in prepared.refused:
+        sharing[left.fqn] = _Sharing(None, None, left.reason)
+    if prepared.operations:
         with torch.inference_mode(False):
             converted = full_copy(model)
-            for operation in operations:
-                operate(converted, operation, "joint-svd")
-            results, _ = choose_weights(model, converted, operations, "joint-svd", example, None, None)
+            for operation in prepared.operations:
+                operate(converted, operation)
+            order = Order(AUTO, init="joint-svd", example=example)
+            results, _ = choose_weights(model, converted, prepared.operations, order)
         for result in results:
-            made[result.fqn] = modes[result.fqn], result.residual, None
-    return made
+            sharing[result.fqn] = _Sharing(modes[result.fqn], result.residual, None)
+    return sharing
 
 
-def _with_default(one: FoundSite, site: SiteRedundancy) -> SiteRedundancy:
-    mode, _ = choose(one.site, AUTO)
-    taken: PairRedundancy | None = next((pair for pair in site.pairs.values() if mode and pair.mode == mode), None)
-    return replace(site, mode=taken.mode, residual=taken.residual) if taken else site
+def _with_default(found: FoundSite, compared: SiteRedundancy) -> SiteRedundancy:
+    """With the residual of the pair that `auto` makes one."""
+    mode, _ = choose(found.site, AUTO)
+    for pair in compared.pairs.values():
+        if mode is not None and pair.mode == mode:
+            return replace(compared, mode=pair.mode, residual=pair.residual)
+    return compared

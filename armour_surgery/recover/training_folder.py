@@ -17,7 +17,7 @@ from armour_surgery.recover.recipe_files import to_yaml
 from armour_surgery.recover.timm_parts import save_pretrained
 from armour_surgery.recover.trainer import Outcome
 from armour_surgery.saving.folder import TRAINING, save
-from armour_surgery.surgery.conversion import surgery_of
+from armour_surgery.surgery.perform import surgery_of
 
 __all__ = ["check_saveable", "open_folder", "write_result"]
 

@@ -33,7 +33,7 @@ from armour_surgery.records import Source, SurgeryPlan
 from armour_surgery.saving.model_card import model_card
 from armour_surgery.saving.replay import replay
 from armour_surgery.saving.staging import CARD, PLAN, STAGE, WEIGHTS, digest_of, names_weights, written_aside
-from armour_surgery.surgery.conversion import surgery_of
+from armour_surgery.surgery.perform import surgery_of
 from armour_surgery.surgery.targets import refuse_deployed
 
 __all__ = ["SCHEMA_VERSION", "TRAINING", "check_output", "is_saved_folder", "load", "read_plan", "save"]

@@ -3,12 +3,13 @@
 import torch
 from torch import nn
 
-from armour_surgery import hosts
 from armour_surgery.discover import find_sites
 from armour_surgery.errors import SchemaError
-from armour_surgery.modes import choose_rank
-from armour_surgery.records import SurgeryPlan
-from armour_surgery.surgery.operation import Operation, Outcomes, layout_of, operate, rewrite_alike
+from armour_surgery.modes import MODES, choose_rank
+from armour_surgery.records import RefusedSite, SurgeryPlan
+from armour_surgery.surgery.operation import SharedRewrites, operate
+from armour_surgery.surgery.perform import keep_plan
+from armour_surgery.traced import FoundSite, SeenSite
 
 __all__ = ["replay"]
 
@@ -20,30 +21,44 @@ def replay(host: nn.Module, surgery: SurgeryPlan) -> nn.Module:
         SchemaError: the plan names a site that the host does not have, or a mode that does not fit there.
         UsageError: the plan gives a site a rank that it cannot have.
     """
+    sites = {site.fqn: site for site in find_sites(host, _example_of(host, surgery))}
+    # Whether a rank loses nothing was tried out with numbers when the surgery was recorded; here there are none yet.
+    rewrites = SharedRewrites(host, check=False)
+    operations = []
+    for record in surgery.sites:
+        site = sites.get(record.fqn)
+        reason = _why_not(site, record.mode)
+        if not isinstance(site, FoundSite) or reason is not None:
+            raise SchemaError(
+                f"the plan converts {record.fqn!r} to {record.mode!r}, but in {type(host).__name__} {reason}"
+            )
+        operation = rewrites.operation(site, record.mode, choose_rank(site.site, record.mode, record.rank))
+        if operation.layout != record.layout:
+            raise SchemaError(
+                f"the plan keeps the channels of {record.fqn!r} in an order that this version of armour-surgery does "
+                "not produce; load the folder with the version that saved it"
+            )
+        operations.append(operation)
+    for operation in operations:
+        operate(host, operation)
+    return keep_plan(host, surgery)
+
+
+def _why_not(site: SeenSite | None, mode: str) -> str | None:
+    """Why a site cannot be converted to a mode; None where it can."""
+    if site is None:
+        return "it has no such attention"
+    if isinstance(site, RefusedSite):
+        return site.reason if mode in MODES else "there is no such mode"
+    return None if mode in site.site.modes else site.site.refused.get(mode, "there is no such mode")
+
+
+def _example_of(host: nn.Module, surgery: SurgeryPlan) -> dict[str, torch.Tensor]:
+    """What the surgery was done with, on the meta device."""
     own = next((p.dtype for p in host.parameters() if p.is_floating_point()), torch.float32)
     example = {}
     for name, shape, recorded in surgery.example:
         # A fresh build is in float32, whatever the converted model was cast to.
         dtype: torch.dtype = getattr(torch, recorded)
         example[name] = torch.empty(shape, dtype=own if dtype.is_floating_point else dtype, device="meta")
-    found = {one.site.fqn: one for one in find_sites(host, example)}
-    done: Outcomes = {}
-    operations = []
-    for site in surgery.sites:
-        one = found.get(site.fqn)
-        if one is None or site.mode not in one.site.modes:
-            reason = one.site.refused.get(site.mode, "there is no such mode") if one else "it has no such attention"
-            raise SchemaError(f"the plan converts {site.fqn!r} to {site.mode!r}, but in {type(host).__name__} {reason}")
-        rank = choose_rank(one.site, site.mode, site.rank)
-        rewritten, cls = rewrite_alike(host, one, site.mode, rank, done, check=False)
-        if layout_of(rewritten) != site.layout:
-            raise SchemaError(
-                f"the plan keeps the channels of {site.fqn!r} in an order that this version of armour-surgery does not "
-                "produce; load the folder with the version that saved it"
-            )
-        operations.append(Operation(site.fqn, site.mode, rank, rewritten, cls, one))
-    for operation in operations:
-        operate(host, operation, surgery.init)
-    host.surgery = surgery  # type: ignore[assignment]
-    hosts.mark_converted(host)
-    return host
+    return example

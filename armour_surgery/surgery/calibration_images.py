@@ -16,6 +16,7 @@ from armour_surgery.surgery.order import Images
 
 __all__ = ["CalibrationData"]
 
+# Images at once: what a site's activations of one batch take stays small, and a batch is still worth its overhead.
 _BATCH = 16
 
 

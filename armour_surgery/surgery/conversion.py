@@ -14,15 +14,17 @@ from armour_surgery import hosts
 from armour_surgery.copies import meta_copy
 from armour_surgery.discover import find_sites
 from armour_surgery.errors import ArmourError, NothingToConvertError
-from armour_surgery.modes import AUTO
+from armour_surgery.modes import AUTO, MODES
 from armour_surgery.records import AttentionSite, Progress, Sensitivity, Source, SurgeryPlan
 from armour_surgery.surgery.operation import prepare
-from armour_surgery.surgery.order import CALIBRATION_IMAGES, SYNTHETIC, Images, Order, check_options
-from armour_surgery.surgery.perform import perform, surgery_of
+from armour_surgery.surgery.order import CALIBRATION_IMAGES, SYNTHETIC, Images, Order, Rank, check_options
+from armour_surgery.surgery.perform import has_weights, perform, surgery_of
+from armour_surgery.surgery.refusals import nothing_fits
 from armour_surgery.surgery.selection import convert_within, measure_sites
-from armour_surgery.surgery.targets import Example, Rank, check_names, example_of, refuse_converted, select_sites
+from armour_surgery.surgery.targets import Example, check_names, example_of, refuse_converted, select_sites
+from armour_surgery.traced import FoundSite, SeenSite
 
-__all__ = ["convert", "inspect", "plan", "sensitivities", "surgery_of"]
+__all__ = ["convert", "inspect", "plan", "sensitivities"]
 
 Calibration = str | Iterable[Any]
 
@@ -37,7 +39,14 @@ def inspect(model: nn.Module, *, example_input: Example | None = None) -> list[A
         NoAttentionError: nothing in it is attention.
     """
     refuse_converted(model)
-    return [found.site for found in find_sites(model, example_of(model, example_input))]
+    return [_described(site) for site in find_sites(model, example_of(model, example_input))]
+
+
+def _described(site: SeenSite) -> AttentionSite:
+    """A site as users see it; one that could not be followed has no sizes, and one reason for every mode."""
+    if isinstance(site, FoundSite):
+        return site.site
+    return AttentionSite(site.fqn, "unknown", 0, 0, 0, None, None, None, refused=dict.fromkeys(MODES, site.reason))
 
 
 def plan(
@@ -130,34 +139,24 @@ def convert(
     """
     check_options(mode, init, calibration, rank, reconstruct, max_loss)
     refuse_converted(model)
-    example = example_of(model, example_input)
-    found = select_sites(find_sites(model, example), include, exclude)
-    images = Images(SYNTHETIC if calibration is None else calibration, calibration_images)
     order = Order(
-        mode,
-        init,
-        images if init == "calibrated" else None,
-        reconstruct,
-        example,
-        source or _describe(model),
-        progress,
+        mode=mode,
+        init=init,
+        rank=rank,
+        max_loss=max_loss,
+        images=Images(SYNTHETIC if calibration is None else calibration, calibration_images),
+        steps=reconstruct,
+        example=example_of(model, example_input),
+        source=source or _describe(model),
+        progress=progress,
     )
-    searching = max_loss is not None or rank == "auto"
-    fixed = None if isinstance(rank, str) else rank
-    check_names(fixed, found)
-    operations, refused = prepare(model, found, mode, fixed)
-    if not operations:
-        reasons = dict.fromkeys(f"{one.fqn}: {one.reason}" for one in refused)
-        listed = "; ".join(list(reasons)[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
-        raise NothingToConvertError(
-            f"mode {mode!r} fits none of the {len(found)} attention sites of {type(model).__name__}: {listed}. "
-            "`armour-surgery inspect` lists the modes that fit"
-        )
-    if searching and not any(parameter.is_meta for parameter in model.parameters()):
-        return convert_within(
-            model, found, operations, refused, order, max_loss, fixed, automatic=rank == "auto", inplace=inplace
-        )
-    return perform(model, operations, refused, order, inplace=inplace)
+    sites = select_sites(find_sites(model, order.example), include, exclude)
+    check_names(order.fixed_rank, sites)
+    prepared = prepare(model, sites, mode, order.fixed_rank)
+    if not prepared.operations:
+        raise nothing_fits(model, mode, prepared.refused)
+    do = convert_within if order.weighs_sites and has_weights(model) else perform
+    return do(model, prepared, order, inplace=inplace)
 
 
 def sensitivities(
@@ -179,14 +178,19 @@ def sensitivities(
     """
     check_options(mode, "calibrated", calibration, rank)
     refuse_converted(model)
-    example = example_of(model, example_input)
-    found = select_sites(find_sites(model, example), include, exclude)
-    order = Order(mode, "calibrated", Images(calibration, calibration_images), 0, example, None, progress)
+    order = Order(
+        mode=mode,
+        init="calibrated",
+        images=Images(calibration, calibration_images),
+        example=example_of(model, example_input),
+        progress=progress,
+    )
+    sites = select_sites(find_sites(model, order.example), include, exclude)
     with torch.inference_mode(False):
-        options = measure_sites(model, found, order, ranks=rank == "auto")
+        options = measure_sites(model, sites, order, ranks=rank == "auto")
     if not options:
         raise NothingToConvertError(
-            f"mode {mode!r} fits none of the {len(found)} attention sites of {type(model).__name__}; `armour-surgery "
+            f"mode {mode!r} fits none of the {len(sites)} attention sites of {type(model).__name__}; `armour-surgery "
             "inspect` lists the modes that fit"
         )
     return options

@@ -10,16 +10,18 @@ from torch import Tensor, nn
 
 from armour_surgery.copies import alias, copy_weights, full_copy
 from armour_surgery.initialize import Problem, SiteResult, calibrate, from_weights, reconstruct
+from armour_surgery.initialize.batches import Batches
 from armour_surgery.initialize.walk import units_of
 from armour_surgery.measure.fidelity import compare_outputs
-from armour_surgery.records import Fidelity, Progress
+from armour_surgery.records import Fidelity
 from armour_surgery.surgery.calibration_images import CalibrationData
 from armour_surgery.surgery.operation import Operation
-from armour_surgery.surgery.order import Images
+from armour_surgery.surgery.order import Images, Order
 from armour_surgery.surgery.problems import problems_of
 
 __all__ = ["Effect", "choose_weights", "measure_alone", "to_read_again"]
 
+# Types in which the closed forms' moments can be gathered without loss that matters.
 _EXACT = (torch.float32, torch.float64)
 
 
@@ -36,73 +38,82 @@ class Effect:
 
 
 def choose_weights(
-    original: nn.Module,
-    converted: nn.Module,
-    operations: list[Operation],
-    init: str,
-    example: dict[str, Tensor],
-    images: Images | None,
-    progress: Progress | None,
-    steps: int = 0,
+    original: nn.Module, converted: nn.Module, operations: list[Operation], order: Order
 ) -> tuple[list[SiteResult], Fidelity | None]:
-    """Give a converted model its weights, in place; with `images`, also say how near it is to the original then.
+    """Give a converted model its weights, in place; with images, also say how near it is to the original then.
 
     Both models keep their types, modes and devices. What they compute with meanwhile is at least float32. With
-    `steps` every site goes on by gradient for so many.
+    `order.steps` every site goes on by gradient for so many.
     """
     with _precise(original, converted) as (before, after):
         problems = problems_of(before, operations)
-        if images is None:
-            dtype = next(p.dtype for p in before.parameters() if p.is_floating_point())
-            given = {name: value.to(dtype) if value.is_floating_point() else value for name, value in example.items()}
-            return from_weights(before, after, problems, init, lambda model: model(**given)), None
-        data = CalibrationData(before, example, images, progress)
-        results, batches = calibrate(
-            before, after, problems, data.batches(), data.call, data.counter("calibrating", len(problems))
-        )
-        judged, reported = _halves(batches.kept) if steps else ([], batches.kept)
-        if steps:
-            sites = [after.get_submodule(problem.fqn) for problem in problems]
-            weights = [one for site in sites for one in site.parameters() if one.is_floating_point()]
-            first, least = reconstruct(
-                before,
-                after,
-                units_of(before, [problem.fqn for problem in problems]),
-                weights,
-                data.fresh(len(batches.sizes)),
-                judged,
-                lambda model, batch: data.features(model, batch)[0],
-                steps,
-                data.counter("reconstructing", steps),
-                batches.weights,
-            )
-            if least < first:
-                results = [replace(one, steps=(*one.steps, "reconstruction")) for one in results]
+        if order.init != "calibrated":
+            inputs = _as_precise(order.example, before)
+            return from_weights(before, after, problems, order.init, lambda model: model(**inputs)), None
+        data = CalibrationData(before, order.example, order.images, order.progress)
+        done = data.counter("calibrating", len(problems))
+        results, batches = calibrate(before, after, problems, data.batches(), data.call, done)
+        reported = batches.kept
+        if order.steps:
+            judged, reported = _halves(batches.kept)
+            if _reconstruct(before, after, problems, data, batches, judged, order.steps):
+                results = [replace(result, steps=(*result.steps, "reconstruction")) for result in results]
         return results, compare_outputs(before, after, reported, data.features, data.source)
 
 
+def _as_precise(example: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The example in the type that a model computes with."""
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in example.items()}
+
+
+def _reconstruct(
+    before: nn.Module,
+    after: nn.Module,
+    problems: list[Problem],
+    data: CalibrationData,
+    batches: Batches,
+    judged: list[Tensor],
+    steps: int,
+) -> bool:
+    """Go on by gradient from the closed forms, with the weights of the sites alone; whether it helped."""
+    fqns = [problem.fqn for problem in problems]
+    weights = []
+    for fqn in fqns:
+        weights += [weight for weight in after.get_submodule(fqn).parameters() if weight.is_floating_point()]
+    first, least = reconstruct(
+        before,
+        after,
+        units_of(before, fqns),
+        weights,
+        data.fresh(len(batches.sizes)),
+        judged,
+        lambda model, batch: data.features(model, batch)[0],
+        steps,
+        data.counter("reconstructing", steps),
+        batches.weights,
+    )
+    return least < first
+
+
 def measure_alone(
-    original: nn.Module,
-    converted: nn.Module,
-    operations: list[Operation],
-    example: dict[str, Tensor],
-    images: Images,
-    progress: Progress | None,
+    original: nn.Module, converted: nn.Module, operations: list[Operation], order: Order, images: Images
 ) -> list[Effect]:
     """Calibrate every site as if no other were converted, and measure what the model loses by it alone."""
     with _precise(original, converted) as (before, after):
         problems = problems_of(before, operations)
-        data = CalibrationData(before, example, images, progress)
+        data = CalibrationData(before, order.example, images, order.progress)
+        # Every site counts twice: it is calibrated, and then measured.
         done = data.counter("measuring sites", 2 * len(problems))
         results, batches = calibrate(before, after, problems, data.batches(), data.call, done, alone=True)
+        units = units_of(before, [problem.fqn for problem in problems])
         effects = []
-        for problem, unit, result in zip(
-            problems, units_of(before, [problem.fqn for problem in problems]), results, strict=True
-        ):
+        for problem, unit, result in zip(problems, units, results, strict=True):
             hybrid = alias(before)
             hybrid.set_submodule(unit, after.get_submodule(unit))
-            found = compare_outputs(before, hybrid, batches.kept, data.features, data.source)
-            effects.append(Effect(result, 1 - found.cosine, _per_channel(before, problem) if result.ranks else 0))
+            fidelity = compare_outputs(before, hybrid, batches.kept, data.features, data.source)
+            per_channel = _per_channel(before, problem) if result.ranks else 0
+            effects.append(Effect(result, 1 - fidelity.cosine, per_channel))
             done(problem.fqn)
         return effects
 
@@ -113,22 +124,22 @@ def to_read_again(model: nn.Module, example: dict[str, Tensor], images: Images) 
     Raises:
         CalibrationError: see `calibration_batches`.
     """
-    return (
-        images if isinstance(images.source, str | os.PathLike) else CalibrationData(model, example, images, None).once()
-    )
+    if isinstance(images.source, str | os.PathLike):
+        return images
+    return CalibrationData(model, example, images, None).once()
 
 
 def _per_channel(model: nn.Module, problem: Problem) -> int:
-    site = model.get_submodule(problem.fqn)
-    parameters = dict(site.named_parameters())
-    rows = sum(
-        parameters[name][0].numel()
-        for role in (problem.q, problem.k)
-        for name in role.producer.rows
-        if name in parameters
-    )
-    assert problem.out is not None
-    return problem.q.num_heads * (rows + len(parameters[problem.out.weight]))
+    """How many parameters one channel of every head costs: its rows of Q and K, and what the output reads of it."""
+    if problem.out is None:
+        return 0
+    parameters = dict(model.get_submodule(problem.fqn).named_parameters())
+    a_channel = len(parameters[problem.out.weight])
+    for role in (problem.q, problem.k):
+        for name in role.producer.rows:
+            if name in parameters:
+                a_channel += parameters[name][0].numel()
+    return problem.q.num_heads * a_channel
 
 
 def _halves(batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,7 +1,7 @@
 """Surgery on one site: prepared on a copy without weights, tried out there, and only then done on the model."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,48 +10,68 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from armour_surgery.copies import meta_copy
-from armour_surgery.discover import FoundSite, find_results, trace_call
-from armour_surgery.discover.output import output_of
+from armour_surgery.discover import find_results, trace_call
 from armour_surgery.errors import ArmourError, PostconditionError, SpecializationError, TraceError
 from armour_surgery.measure.cost import count_params
-from armour_surgery.modes import Mode, choose, choose_rank, get_mode
-from armour_surgery.records import RefusedSite, SitePlan
-from armour_surgery.rewrite import (
-    Rewritten,
-    Variant,
-    apply_edits,
-    make_class,
-    render,
-    residual,
-    rewrite,
+from armour_surgery.modes import choose, choose_rank, get_mode
+from armour_surgery.records import RefusedSite
+from armour_surgery.rewrite import Edit, Rewritten, Variant, apply_edits, make_class, render, residual, rewrite
+from armour_surgery.surgery.refusals import (
+    refuse_bound_channels,
+    refuse_changed,
+    refuse_open_end,
+    refuse_shared,
+    try_out,
 )
-from armour_surgery.surgery.refusals import refuse_bound_channels, refuse_changed, refuse_shared, try_out
-from armour_surgery.traced import Call, OutputProjection, TracedSite
+from armour_surgery.traced import Call, FoundSite, OutputProjection, SeenSite
 
-__all__ = ["Operation", "Outcomes", "layout_of", "operate", "prepare", "rewrite_alike"]
-
-# What came of rewriting a site, for each mode and fingerprint: sites with the same two need it only once.
-Outcomes = dict[str, tuple[Rewritten, type[nn.Module]] | TraceError]
+__all__ = ["Change", "Operation", "Prepared", "SharedRewrites", "operate", "prepare"]
 
 
 @dataclass(frozen=True)
 class Operation:
     """What is ready to be done at one site, and the class that its module becomes. `rank` None is the full one."""
 
-    fqn: str
+    found: FoundSite
     mode: str
     rank: int | None
     rewritten: Rewritten
     cls: type[nn.Module]
-    found: FoundSite
+
+    @property
+    def fqn(self) -> str:
+        """The site's name inside the model."""
+        return self.found.fqn
+
+    @property
+    def layout(self) -> str:
+        """A digest of which rows stay, in which order: what `SitePlan.layout` records."""
+        return hashlib.sha256(repr(self.rewritten.edits).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What can be done to a model as it was asked, and the sites that stay as they are."""
+
+    operations: list[Operation]
+    refused: list[RefusedSite]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an operation changed at its site: parameters, and the residual that `SitePlan` tells of after `wq`."""
+
+    params_before: int
+    params_after: int
+    residual: float | None
 
 
 def prepare(
     model: nn.Module,
-    found: list[FoundSite],
+    sites: Sequence[SeenSite],
     requested: str | Mapping[str, str],
     ranks: int | Mapping[str, int] | None = None,
-) -> tuple[list[Operation], list[RefusedSite]]:
+) -> Prepared:
     """Rewrite every site on a weightless copy of its module; sites that are alike share one class.
 
     `requested` is one mode for all, or one by site name.
@@ -61,109 +81,158 @@ def prepare(
     """
     operations: list[Operation] = []
     refused: list[RefusedSite] = []
-    done: Outcomes = {}
-    for one in found:
-        name, reason = choose(one.site, requested if isinstance(requested, str) else requested[one.site.fqn])
-        if name is None:
-            refused.append(RefusedSite(one.site.fqn, reason))
+    rewrites = SharedRewrites(model, check=True)
+    for site in sites:
+        if isinstance(site, RefusedSite):
+            refused.append(site)
+            continue
+        mode, reason = choose(site.site, requested if isinstance(requested, str) else requested[site.fqn])
+        if mode is None:
+            refused.append(RefusedSite(site.fqn, reason))
             continue
         try:
-            rank = choose_rank(one.site, name, ranks)
-            rewritten, cls = rewrite_alike(model, one, name, rank, done, check=True)
-            refuse_shared(model, one.site.fqn, rewritten.edits)
+            operation = rewrites.operation(site, mode, choose_rank(site.site, mode, ranks))
+            refuse_shared(model, site.fqn, operation.rewritten.edits)
         except TraceError as error:
-            refused.append(RefusedSite(one.site.fqn, str(error)))
+            refused.append(RefusedSite(site.fqn, str(error)))
         else:
-            operations.append(Operation(one.site.fqn, name, rank, rewritten, cls, one))
-    return operations, refused
+            operations.append(operation)
+    return Prepared(operations, refused)
 
 
-def rewrite_alike(
-    model: nn.Module, one: FoundSite, mode: str, rank: int | None, done: Outcomes, *, check: bool
-) -> tuple[Rewritten, type[nn.Module]]:
-    """The edits and the class for one site: those in `done` if a site like it was rewritten before.
+def operate(model: nn.Module, operation: Operation) -> Change:
+    """Do one site's surgery on the model itself."""
+    module = model.get_submodule(operation.fqn)
+    params_before = count_params(module)
+    # With fewer channels no old row has a new one in its place.
+    lost = residual(module, operation.rewritten.shares) if operation.rank is None else None
+    apply_edits(module, operation.rewritten.edits)
+    # nn.Module.__setattr__ keeps a book of tensors and modules, and has no business with the class.
+    object.__setattr__(module, "__class__", operation.cls)
+    return Change(params_before, count_params(module), lost)
 
-    `check` tries out with numbers whether a site may have heads of `rank` channels. That was done already where a
+
+class SharedRewrites:
+    """The operations on the sites of one model, each kind of site rewritten once.
+
+    `check` tries out with numbers whether a site may have heads of fewer channels. That was done already where a
     recorded surgery is done again.
-
-    Raises:
-        TraceError: the site, or the one like it, cannot be rewritten.
     """
-    key = f"{mode} {rank} {one.fingerprint}"
-    if key not in done:
+
+    def __init__(self, model: nn.Module, *, check: bool) -> None:
+        self._model = model
+        self._check = check
+        self._outcomes: dict[tuple[str, int | None, str], tuple[Rewritten, type[nn.Module]] | TraceError] = {}
+
+    def operation(self, found: FoundSite, mode: str, rank: int | None) -> Operation:
+        """What is to be done at a site.
+
+        Raises:
+            TraceError: it cannot be rewritten, or one that is like it could not be.
+        """
+        kind = mode, rank, found.fingerprint
+        if kind not in self._outcomes:
+            try:
+                self._outcomes[kind] = self._rewrite(found, mode, rank)
+            except TraceError as error:
+                self._outcomes[kind] = error
+        outcome = self._outcomes[kind]
+        if isinstance(outcome, TraceError):
+            raise outcome
+        return Operation(found, mode, rank, *outcome)
+
+    def _rewrite(self, found: FoundSite, mode: str, rank: int | None) -> tuple[Rewritten, type[nn.Module]]:
+        """The edits and the class, tried out: without weights always, with them where `rank` may lose something."""
+        module = self._model.get_submodule(found.fqn)
+        out = None
+        if rank is not None:
+            out = refuse_open_end(found)
+            if self._check:
+                refuse_bound_channels(module, found, out)
+        rewriter = _SiteRewriter(found, module, mode, rank, out)
+        rewritten, cls = rewriter.rewrite()
         try:
-            done[key] = _rewrite_site(model.get_submodule(one.site.fqn), one, mode, rank, check)
-        except TraceError as error:
-            done[key] = error
-    outcome = done[key]
-    if isinstance(outcome, TraceError):
-        raise outcome
-    return outcome
+            try_out(rewriter.skeleton, found.call, rewritten, cls)
+        except (RuntimeError, ValueError, ArmourError) as error:
+            if rank is None:
+                raise
+            raise TraceError(
+                f"its forward counts on {found.site.key_dim} channels a head ({error}); leave out rank"
+            ) from error
+        if rank is not None and self._check:
+            refuse_changed(module, found, rank, rewritten, cls)
+        return rewritten, cls
 
 
-def _rewrite_site(
-    module: nn.Module, found: FoundSite, name: str, rank: int | None, check: bool
-) -> tuple[Rewritten, type[nn.Module]]:
-    """The edits and the class for one site, for eval and train mode, tried out on a weightless copy."""
-    skeleton = meta_copy(module)
-    mode = get_mode(name)
-    out = output_of(skeleton, found) if rank else None
-    if rank:
-        refuse_bound_channels(module, found, out, check)
-    results: list[Rewritten] = []
-    variants: list[Variant] = []
-    for training in (False, True):
-        skeleton.train(training)
-        traced = trace_call(skeleton, found.call, found.around)
-        results.append(_rewrite_traced(traced, mode, rank, out, skeleton))
-        variants.append(render(results[-1].graph, traced.trace.signature))
-    edits = results[0].edits
-    if results[1].edits != edits:
-        raise TraceError("its train mode and its eval mode use its projections differently")
-    host = type(module)
+class _SiteRewriter:
+    """Rewrites the attention of one kind of site: for the call that was seen, and later for calls of other kinds.
 
-    def specialize(converted: nn.Module, call: Call) -> Variant:
-        case = meta_copy(skeleton)
+    `skeleton` is the site's module without weights. The class that it makes keeps it for as long as there are models
+    of that class: a call with other flags or shapes is traced on it when it comes.
+    """
+
+    def __init__(
+        self, found: FoundSite, module: nn.Module, mode: str, rank: int | None, out: OutputProjection | None
+    ) -> None:
+        self.skeleton = meta_copy(module)
+        self._host = type(module)
+        self._found = found
+        self._mode = get_mode(mode)
+        self._rank = rank
+        self._out = out
+        self._edits: list[Edit] = []
+
+    def rewrite(self) -> tuple[Rewritten, type[nn.Module]]:
+        """The edits and the class, whose forward knows the call that was seen in eval mode and in train mode.
+
+        Raises:
+            TraceError: the site does something that cannot be kept.
+        """
+        self.skeleton.eval()  # timm's LeViT attention returns nothing here
+        rewritten, eval_variant = self._rewrite_call(self.skeleton, self._found.call)
+        self.skeleton.train()
+        in_training, train_variant = self._rewrite_call(self.skeleton, self._found.call)
+        if in_training.edits != rewritten.edits:
+            raise TraceError("its train mode and its eval mode use its projections differently")
+        self._edits = rewritten.edits
+        return rewritten, make_class(self._host, self._mode.name, [eval_variant, train_variant], self.specialize)
+
+    def specialize(self, converted: nn.Module, call: Call) -> Variant:
+        """One more branch of the class's forward, for a call of a kind that was not seen before.
+
+        Raises:
+            SpecializationError: the call cannot be followed.
+            PostconditionError: it needs other weights than the module has.
+        """
+        case = meta_copy(self.skeleton)
         for fqn, child in case.named_modules():
             _copy_flags(converted, fqn, child)
         try:
-            traced = trace_call(case, _on_meta(call), found.around)
-            result = _rewrite_traced(traced, mode, rank, out, case)
+            rewritten, variant = self._rewrite_call(case, _on_meta(call))
         except TraceError as error:
             raise SpecializationError(
                 f"{type(converted).__name__} is called in a way that it was not converted for, and cannot follow: "
                 f"{error}. Convert the model with an example_input that leads to this call"
             ) from error
-        if result.edits != edits:
-            raise PostconditionError(f"{host.__name__} needs other weights for this call than it was converted for")
-        return render(result.graph, traced.trace.signature)
+        if rewritten.edits != self._edits:
+            raise PostconditionError(
+                f"{self._host.__name__} needs other weights for this call than it was converted for"
+            )
+        return variant
 
-    cls = make_class(host, name, variants, specialize)
-    try:
-        try_out(skeleton, found.call, results[0], cls)
-    except (RuntimeError, ValueError, ArmourError) as error:
-        if rank is None:
-            raise
-        raise TraceError(
-            f"its forward counts on {found.site.key_dim} channels a head ({error}); leave out rank"
-        ) from error
-    if rank and check:
-        refuse_changed(module, found, rank, results[0], cls)
-    return results[0], cls
-
-
-def _rewrite_traced(
-    traced: TracedSite, mode: Mode, rank: int | None, out: OutputProjection | None, module: nn.Module
-) -> Rewritten:
-    results = find_results(traced, dict(module.named_modules()), out) if rank and out else None
-    return rewrite(traced, mode, rank, results)
+    def _rewrite_call(self, module: nn.Module, call: Call) -> tuple[Rewritten, Variant]:
+        """Trace one call of a module in its present state, rewrite the graph, and print it."""
+        traced = trace_call(module, call, self._found.around)
+        results = None if self._out is None else find_results(traced, dict(module.named_modules()), self._out)
+        rewritten = rewrite(traced, self._mode, self._rank, results)
+        return rewritten, render(rewritten.graph, traced.trace.signature)
 
 
 def _copy_flags(converted: nn.Module, fqn: str, child: nn.Module) -> None:
     """Flags that a user may have switched since the conversion, such as `training` or `fused_attn`."""
     try:
         current = converted.get_submodule(fqn)
-    except AttributeError:
+    except AttributeError:  # a projection that the conversion removed
         return
     for name, value in vars(current).items():
         if isinstance(value, bool) and isinstance(vars(child).get(name), bool):
@@ -175,22 +244,3 @@ def _on_meta(call: Call) -> Call:
         return torch.empty_like(leaf, device="meta") if isinstance(leaf, torch.Tensor) else leaf
 
     return Call(pytree.tree_map(move, call.args), pytree.tree_map(move, call.kwargs))
-
-
-def operate(model: nn.Module, operation: Operation, init: str) -> SitePlan:
-    """Do one site's surgery on the model itself."""
-    module = model.get_submodule(operation.fqn)
-    params = count_params(module)
-    # With fewer channels no old row has a new one in its place.
-    lost = residual(module, operation.rewritten.shares) if operation.rank is None else None
-    apply_edits(module, operation.rewritten.edits)
-    object.__setattr__(module, "__class__", operation.cls)
-    layout = layout_of(operation.rewritten)
-    return SitePlan(
-        operation.fqn, operation.mode, init, params, count_params(module), 0, 0, lost, layout, rank=operation.rank
-    )
-
-
-def layout_of(rewritten: Rewritten) -> str:
-    """A digest of which rows stay, in which order."""
-    return hashlib.sha256(repr(rewritten.edits).encode()).hexdigest()[:16]

@@ -1,8 +1,8 @@
 """What was asked of a surgery, checked once: every stage below `convert` gets it whole."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -10,7 +10,15 @@ from armour_surgery.errors import UsageError
 from armour_surgery.modes import AUTO, get_mode
 from armour_surgery.records import Progress, Source
 
-__all__ = ["INITS", "Images", "Order", "check_options"]
+__all__ = ["CALIBRATION_IMAGES", "INITS", "SYNTHETIC", "Images", "Order", "Rank", "check_options"]
+
+INITS = ("wq", "wq-refit", "joint-svd", "calibrated")
+# How many images `calibrated` uses where nobody says, and which.
+CALIBRATION_IMAGES = 256
+SYNTHETIC = "synthetic"
+
+# Channels of a head: one number for all sites, or one by site name.
+Rank = int | Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -23,20 +31,27 @@ class Images:
 
 @dataclass(frozen=True)
 class Order:
-    """How an operation is done: the arguments of `convert`, checked."""
+    """The arguments of `convert`, checked. `images` are for init `calibrated`, and so are `steps`, by gradient."""
 
     mode: str
-    init: str
-    images: Images | None
-    steps: int
-    example: dict[str, Tensor]
-    source: Source | None
-    progress: Progress | None
+    init: str = "wq"
+    rank: Rank | Literal["auto"] | None = None
+    max_loss: float | None = None
+    images: Images = Images(SYNTHETIC, CALIBRATION_IMAGES)
+    steps: int = 0
+    example: dict[str, Tensor] = field(default_factory=dict)
+    source: Source | None = None
+    progress: Progress | None = None
 
+    @property
+    def fixed_rank(self) -> Rank | None:
+        """The rank that was given in numbers."""
+        return None if isinstance(self.rank, str) else self.rank
 
-INITS = ("wq", "wq-refit", "joint-svd", "calibrated")
-CALIBRATION_IMAGES = 256
-SYNTHETIC = "synthetic"
+    @property
+    def weighs_sites(self) -> bool:
+        """Whether sites or ranks are to be chosen by what they cost."""
+        return self.max_loss is not None or self.rank == "auto"
 
 
 def check_options(
@@ -53,26 +68,50 @@ def check_options(
         UsageError: there is no such mode or init, the init uses no images and is given some or what needs them, the
             mode has no rank and is given one, or a number is none that makes sense.
     """
-    if calibration is not None and init in INITS and init != "calibrated":
+    _check_init(init)
+    if init != "calibrated":
+        _check_without_images(init, calibration, rank, reconstruct, max_loss)
+    _check_reconstruct(reconstruct)
+    _check_max_loss(max_loss)
+    if mode != AUTO:
+        get_mode(mode)
+    if rank is not None:
+        _check_rank(mode, rank)
+
+
+def _check_init(init: str) -> None:
+    if init not in INITS:
+        raise UsageError(f"unknown init {init!r}; choose one of {', '.join(INITS)}")
+
+
+def _check_without_images(init: str, calibration: object, rank: object, reconstruct: object, max_loss: object) -> None:
+    if calibration is not None:
         raise UsageError(
             f"init {init!r} uses no images; use init 'calibrated' with calibration images, or leave them out"
         )
     needs_images = {"rank auto": rank == "auto", "reconstruct": bool(reconstruct), "max_loss": max_loss is not None}
     for option, given in needs_images.items():
-        if given and init in INITS and init != "calibrated":
+        if given:
             raise UsageError(
                 f"{option} needs images to measure with, and init {init!r} uses none; add init 'calibrated'"
             )
-    if isinstance(reconstruct, bool) or not isinstance(reconstruct, int) or reconstruct < 0:
-        raise UsageError(f"reconstruct {reconstruct!r} is not a number of steps; 60, say, or 0 for none")
+
+
+def _check_reconstruct(steps: object) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise UsageError(f"reconstruct {steps!r} is not a number of steps; 60, say, or 0 for none")
+
+
+def _check_max_loss(max_loss: object) -> None:
     if max_loss is not None and (not isinstance(max_loss, int | float) or not 0 < max_loss < 2):
         raise UsageError(f"max_loss {max_loss!r} is not between 0 and 2 (1 - cosine of the final features); 0.02, say")
-    if mode != AUTO:
-        get_mode(mode)
-    if init not in INITS:
-        raise UsageError(f"unknown init {init!r}; choose one of {', '.join(INITS)}")
-    if rank is not None and mode != AUTO and not get_mode(mode).has_rank:
+
+
+def _check_rank(mode: str, rank: object) -> None:
+    if mode != AUTO and not get_mode(mode).has_rank:
         raise UsageError(f"mode {mode!r} has no rank to choose; give a rank with qv or kv, or leave it out")
-    for value in rank.values() if isinstance(rank, Mapping) else [rank]:
-        if rank is not None and rank != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise UsageError(f"rank {value!r} is not a whole number from 1 to key_dim; 48, say")
+    if rank == "auto":
+        return
+    for number in rank.values() if isinstance(rank, Mapping) else [rank]:
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise UsageError(f"rank {number!r} is not a whole number from 1 to key_dim; 48, say")

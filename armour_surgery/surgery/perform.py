@@ -1,62 +1,60 @@
 """Do the operations that were prepared, choose the new weights, and keep the plan on the model."""
 
-from dataclasses import replace
-
 import torch
 from torch import nn
 
 from armour_surgery import hosts
 from armour_surgery.copies import full_copy
 from armour_surgery.errors import UsageError
+from armour_surgery.initialize import SiteResult
 from armour_surgery.measure.cost import CostReport, count_macs, count_params
-from armour_surgery.records import RefusedSite, SitePlan, SurgeryPlan
+from armour_surgery.records import Fidelity, SitePlan, SurgeryPlan
 from armour_surgery.surgery.new_weights import choose_weights
-from armour_surgery.surgery.operation import Operation, operate
+from armour_surgery.surgery.operation import Change, Operation, Prepared, operate
 from armour_surgery.surgery.order import Order
 
-__all__ = ["perform", "surgery_of"]
+__all__ = ["has_weights", "keep_plan", "perform", "surgery_of"]
 
 
-def perform(
-    model: nn.Module, operations: list[Operation], refused: list[RefusedSite], order: Order, *, inplace: bool
-) -> nn.Module:
+def perform(model: nn.Module, prepared: Prepared, order: Order, *, inplace: bool) -> nn.Module:
     """Convert a model, or with `inplace` the model itself; what was done is on `.surgery`."""
-    example = order.example
-    before, params_before = count_macs(model, example), count_params(model)
+    before, params_before = count_macs(model, order.example), count_params(model)
+    results: list[SiteResult] = []
+    fidelity: Fidelity | None = None
     with torch.inference_mode(False):  # tensors made in inference mode could never be trained
         # `wq` takes rows as they are, unless fewer than a head has are to stay.
-        solved = [one for one in operations if order.init != "wq" or one.rank is not None]
+        solved = [step for step in prepared.operations if order.init != "wq" or step.rank is not None]
         original = full_copy(model) if inplace and solved else model
-        result = model if inplace else full_copy(model)
-        sites = [operate(result, operation, order.init) for operation in operations]
-        fidelity = None
-        if solved and not any(parameter.is_meta for parameter in model.parameters()):
-            chosen, fidelity = choose_weights(
-                original, result, solved, order.init, example, order.images, order.progress, order.steps
-            )
-            by_name = {one.fqn: one for one in chosen}
-            sites = [
-                replace(site, residual=by_name[site.fqn].residual, steps=by_name[site.fqn].steps)
-                if site.fqn in by_name
-                else site
-                for site in sites
-            ]
-    after = count_macs(result, example)
-    result.surgery = SurgeryPlan(  # type: ignore[assignment]
+        converted = model if inplace else full_copy(model)
+        changes = [operate(converted, operation) for operation in prepared.operations]
+        if solved and has_weights(model):
+            results, fidelity = choose_weights(original, converted, solved, order)
+    after = count_macs(converted, order.example)
+    by_name = {result.fqn: result for result in results}
+    sites = []
+    for operation, change in zip(prepared.operations, changes, strict=True):
+        sites.append(_site_plan(operation, change, by_name.get(operation.fqn), order, before, after))
+    plan = SurgeryPlan(
         mode=order.mode,
         init=order.init,
-        sites=tuple(_with_macs(site, before, after) for site in sites),
-        refused=tuple(refused),
+        sites=tuple(sites),
+        refused=tuple(prepared.refused),
         params_before=params_before,
-        params_after=count_params(result),
+        params_after=count_params(converted),
         macs_before=before.macs,
         macs_after=after.macs,
-        example=tuple((name, tuple(value.shape), str(value.dtype)[6:]) for name, value in example.items()),
+        example=_recorded_example(order),
         source=order.source,
         fidelity=fidelity,
     )
-    hosts.mark_converted(result)
-    return result
+    return keep_plan(converted, plan)
+
+
+def keep_plan(converted: nn.Module, plan: SurgeryPlan) -> nn.Module:
+    """Write on a converted model what was done to it, and keep its library from taking it for an unconverted one."""
+    converted.surgery = plan  # type: ignore[assignment]
+    hosts.mark_converted(converted)
+    return converted
 
 
 def surgery_of(model: nn.Module) -> SurgeryPlan:
@@ -71,5 +69,37 @@ def surgery_of(model: nn.Module) -> SurgeryPlan:
     return surgery
 
 
-def _with_macs(site: SitePlan, before: CostReport, after: CostReport) -> SitePlan:
-    return replace(site, macs_before=before.by_module.get(site.fqn, 0), macs_after=after.by_module.get(site.fqn, 0))
+def has_weights(model: nn.Module) -> bool:
+    """Whether a model has numbers to choose weights by; `plan` works on a copy that has none."""
+    return not any(parameter.is_meta for parameter in model.parameters())
+
+
+def _site_plan(
+    operation: Operation,
+    change: Change,
+    result: SiteResult | None,
+    order: Order,
+    before: CostReport,
+    after: CostReport,
+) -> SitePlan:
+    """What was done at one site; `result` is there where its weights were chosen and not just taken over."""
+    return SitePlan(
+        fqn=operation.fqn,
+        mode=operation.mode,
+        init=order.init,
+        params_before=change.params_before,
+        params_after=change.params_after,
+        macs_before=before.by_module.get(operation.fqn, 0),
+        macs_after=after.by_module.get(operation.fqn, 0),
+        residual=change.residual if result is None else result.residual,
+        layout=operation.layout,
+        steps=() if result is None else result.steps,
+        rank=operation.rank,
+    )
+
+
+def _recorded_example(order: Order) -> tuple[tuple[str, tuple[int, ...], str], ...]:
+    recorded = []
+    for name, value in order.example.items():
+        recorded.append((name, tuple(value.shape), str(value.dtype).removeprefix("torch.")))
+    return tuple(recorded)

@@ -2,13 +2,13 @@
 
 from torch import nn
 
-from armour_surgery.discover.output import output_of
 from armour_surgery.errors import ConversionError
 from armour_surgery.initialize.freedom import Freedom, probe
-from armour_surgery.initialize.problem import Problem
-from armour_surgery.rewrite import AddGrouped, KeepRows
+from armour_surgery.initialize.problem import Parts, Problem
+from armour_surgery.rewrite import AddGrouped, Edit, KeepRows
+from armour_surgery.rewrite.contract import Part
 from armour_surgery.surgery.operation import Operation
-from armour_surgery.traced import OutputProjection
+from armour_surgery.traced import FoundSite
 
 __all__ = ["problems_of"]
 
@@ -20,40 +20,54 @@ def problems_of(model: nn.Module, operations: list[Operation]) -> list[Problem]:
         ConversionError: several heads of Q share one of K, and closed forms take them head by head.
     """
     for operation in operations:
-        q, k = operation.found.site.q, operation.found.site.k
-        if q is not None and k is not None and q.num_heads != k.num_heads:
+        q, k = operation.found.traced.q, operation.found.traced.k
+        if q.num_heads != k.num_heads:
             raise ConversionError(
                 f"{operation.fqn} has {q.num_heads} heads of Q for {k.num_heads} of K, and only init 'wq' is there for "
                 f"that; use it and train, or leave the site out with exclude={operation.fqn!r}"
             )
-    done: dict[str, tuple[OutputProjection | None, Freedom]] = {}
-    return [_problem(model, operation, done) for operation in operations]
+    # What a basis may be is tried out with numbers, and holds for all sites that are alike.
+    freedoms: dict[str, Freedom] = {}
+    problems = []
+    for operation in operations:
+        found = operation.found
+        if found.fingerprint not in freedoms:
+            freedoms[found.fingerprint] = _freedom(model.get_submodule(found.fqn), found)
+        problems.append(_problem(operation, freedoms[found.fingerprint]))
+    return problems
 
 
-def _problem(
-    model: nn.Module, operation: Operation, done: dict[str, tuple[OutputProjection | None, Freedom]]
-) -> Problem:
-    found, traced = operation.found, operation.found.traced
-    assert traced is not None
-    module = model.get_submodule(operation.fqn)
-    if found.fingerprint not in done:
-        out = output_of(module, found)
-        done[found.fingerprint] = out, probe(module, found.call, traced.q, traced.k, traced.v, out)
-    edits = operation.rewritten.edits
-    key, value = (
-        tuple((part.letter, part.start, part.stop) for part in parts)
-        for parts in (operation.rewritten.key, operation.rewritten.value)
-    )
+def _freedom(module: nn.Module, found: FoundSite) -> Freedom:
+    traced = found.traced
+    return probe(module, found.call, traced.q, traced.k, traced.v, found.output)
+
+
+def _problem(operation: Operation, freedom: Freedom) -> Problem:
+    found, traced, rewritten = operation.found, operation.found.traced, operation.rewritten
     return Problem(
-        operation.fqn,
-        traced.q,
-        traced.k,
-        traced.v,
-        *done[found.fingerprint],
-        key,
-        value,
-        {name: edit.rows for edit in edits if isinstance(edit, KeepRows) for name in edit.tensors},
-        next((edit.name for edit in edits if isinstance(edit, AddGrouped)), None),
-        found.site.reads["q"] == found.site.reads["k"],
-        operation.rank,
+        fqn=operation.fqn,
+        q=traced.q,
+        k=traced.k,
+        v=traced.v,
+        out=found.output,
+        freedom=freedom,
+        key=_spans(rewritten.key),
+        value=_spans(rewritten.value),
+        kept=_kept_rows(rewritten.edits),
+        grouped=next((edit.name for edit in rewritten.edits if isinstance(edit, AddGrouped)), None),
+        same_tokens=found.site.reads["q"] == found.site.reads["k"],
+        rank=operation.rank,
     )
+
+
+def _spans(parts: tuple[Part, ...]) -> Parts:
+    return tuple((part.letter, part.start, part.stop) for part in parts)
+
+
+def _kept_rows(edits: list[Edit]) -> dict[str, tuple[int, ...]]:
+    """For each tensor that gets narrower, by name, the old rows that it keeps."""
+    kept: dict[str, tuple[int, ...]] = {}
+    for edit in edits:
+        if isinstance(edit, KeepRows):
+            kept.update(dict.fromkeys(edit.tensors, edit.rows))
+    return kept

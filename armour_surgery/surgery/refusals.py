@@ -1,49 +1,74 @@
 """Why a site that was understood must be left alone all the same."""
 
+from typing import Any
+
 import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
 from armour_surgery.copies import meta_copy
-from armour_surgery.discover import FoundSite
-from armour_surgery.errors import PostconditionError, TraceError
+from armour_surgery.errors import NothingToConvertError, PostconditionError, TraceError
 from armour_surgery.initialize.freedom import probe, works_narrow
+from armour_surgery.records import RefusedSite
 from armour_surgery.rewrite import Edit, Rewritten, apply_edits, edited_names, removed_name
-from armour_surgery.traced import Call, OutputProjection
+from armour_surgery.traced import Call, FoundSite, OutputProjection
 
-__all__ = ["refuse_bound_channels", "refuse_changed", "refuse_shared", "try_out"]
+__all__ = ["nothing_fits", "refuse_bound_channels", "refuse_changed", "refuse_open_end", "refuse_shared", "try_out"]
+
+
+def nothing_fits(model: nn.Module, mode: str, refused: list[RefusedSite]) -> NothingToConvertError:
+    """The error for a model of which no site can be converted; it names up to three different reasons."""
+    reasons = list(dict.fromkeys(f"{site.fqn}: {site.reason}" for site in refused))
+    listed = "; ".join(reasons[:3])
+    if len(reasons) > 3:
+        listed += f"; and {len(reasons) - 3} more"
+    return NothingToConvertError(
+        f"mode {mode!r} fits none of the {len(refused)} attention sites of {type(model).__name__}: {listed}. "
+        "`armour-surgery inspect` lists the modes that fit"
+    )
 
 
 def refuse_shared(model: nn.Module, fqn: str, edits: list[Edit]) -> None:
-    """Refuse a site whose projections must stay as they are, because something outside the site has them too."""
+    """Refuse a site whose projections must stay as they are, because something outside the site has them too.
+
+    Raises:
+        TraceError: see above.
+    """
     site = model.get_submodule(fqn)
+    edited: dict[int, str] = {}
+    for name, tensor in [*site.named_parameters(), *site.named_buffers()]:
+        if any(name in edited_names(edit) or name.startswith(f"{removed_name(edit)}.") for edit in edits):
+            edited[id(tensor)] = name
+    # The site itself may have several names, and under each of them its tensors are its own.
     own = [name for name, module in model.named_modules(remove_duplicate=False) if module is site]
-    tensors = {
-        id(tensor): name
-        for name, tensor in [*site.named_parameters(), *site.named_buffers()]
-        if any(name in edited_names(edit) or name.startswith(f"{removed_name(edit)}.") for edit in edits)
-    }
+    inside = tuple(f"{name}." if name else "" for name in own)
     everywhere = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in everywhere:
-        if id(tensor) in tensors and not any(name.startswith(f"{prefix}.") or not prefix for prefix in own):
-            raise TraceError(f"its {tensors[id(tensor)]} is shared with {name}, outside this attention")
+        if id(tensor) in edited and not name.startswith(inside):
+            raise TraceError(f"its {edited[id(tensor)]} is shared with {name}, outside this attention")
 
 
-def refuse_bound_channels(module: nn.Module, found: FoundSite, out: OutputProjection | None, check: bool) -> None:
+def refuse_open_end(found: FoundSite) -> OutputProjection:
+    """The projection that a rank makes narrower; refuse a site that has none.
+
+    Raises:
+        TraceError: see above.
+    """
+    if found.output is None:
+        raise TraceError(
+            "the projection that reads its heads' results is not inside this module (or is not a single one), and "
+            "with a rank it has to become narrower too; leave out rank"
+        )
+    return found.output
+
+
+def refuse_bound_channels(module: nn.Module, found: FoundSite, out: OutputProjection) -> None:
     """Refuse a site whose heads need all their channels, because no basis but their own is as good.
 
     Raises:
         TraceError: see above.
     """
     traced, size = found.traced, found.site.key_dim
-    assert traced is not None
-    if out is None:
-        raise TraceError(
-            "the projection that reads its heads' results is not inside this module (or is not a single one), and "
-            "with a rank it has to become narrower too; leave out rank"
-        )
-    if not check:
-        return
     freedom = probe(module, found.call, traced.q, traced.k, traced.v, out)
     if not freedom.logits:
         raise TraceError(
@@ -64,12 +89,10 @@ def refuse_changed(module: nn.Module, found: FoundSite, rank: int, rewritten: Re
         TraceError: see above.
     """
     traced = found.traced
-    assert traced is not None
     shared = traced.k if rewritten.value[0].letter == "k" else traced.q
 
     def narrow(copied: nn.Module) -> None:
-        apply_edits(copied, rewritten.edits)
-        object.__setattr__(copied, "__class__", cls)
+        _become(copied, rewritten, cls)
 
     if not works_narrow(module, found.call, (traced.q, traced.k, traced.v), shared, rank, narrow):
         raise TraceError(
@@ -79,18 +102,25 @@ def refuse_changed(module: nn.Module, found: FoundSite, rank: int, rewritten: Re
 
 
 def try_out(skeleton: nn.Module, call: Call, rewritten: Rewritten, cls: type[nn.Module]) -> None:
-    """Run the rewritten module once, without weights: its output must have the original's shapes."""
+    """Run the rewritten module once, without weights: its output must have the original's shapes.
+
+    Raises:
+        PostconditionError: it has others.
+    """
     original, converted = meta_copy(skeleton), meta_copy(skeleton)
-    apply_edits(converted, rewritten.edits)
-    object.__setattr__(converted, "__class__", cls)
+    _become(converted, rewritten, cls)
     with torch.no_grad():
-        wanted, got = (
-            [
-                tuple(leaf.shape)
-                for leaf in pytree.tree_leaves(module(*call.args, **call.kwargs))
-                if hasattr(leaf, "shape")
-            ]
-            for module in (original, converted)
-        )
+        wanted = _shapes(original(*call.args, **call.kwargs))
+        got = _shapes(converted(*call.args, **call.kwargs))
     if wanted != got:
         raise PostconditionError(f"{cls.__name__} returns {got}, and its original {wanted}")
+
+
+def _become(module: nn.Module, rewritten: Rewritten, cls: type[nn.Module]) -> None:
+    apply_edits(module, rewritten.edits)
+    # nn.Module.__setattr__ keeps a book of tensors and modules, and has no business with the class.
+    object.__setattr__(module, "__class__", cls)
+
+
+def _shapes(result: Any) -> list[tuple[int, ...]]:
+    return [tuple(leaf.shape) for leaf in pytree.tree_leaves(result) if hasattr(leaf, "shape")]

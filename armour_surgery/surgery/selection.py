@@ -5,23 +5,24 @@ converting a site costs is measured for each site alone; small errors add up nea
 to cost the sum. What the sum leaves out is measured by converting, and the prediction scaled by it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
 
-from armour_surgery import hosts
 from armour_surgery.copies import copy_weights, full_copy
-from armour_surgery.discover import FoundSite
 from armour_surgery.errors import NothingToConvertError
 from armour_surgery.measure.cost import count_params
 from armour_surgery.modes import AUTO, choose
 from armour_surgery.records import FrontierPoint, Progress, RefusedSite, Sensitivity
 from armour_surgery.surgery.new_weights import Effect, measure_alone, to_read_again
-from armour_surgery.surgery.operation import Operation, operate, prepare
+from armour_surgery.surgery.operation import Prepared, operate, prepare
 from armour_surgery.surgery.order import Order
-from armour_surgery.surgery.perform import perform, surgery_of
+from armour_surgery.surgery.perform import keep_plan, perform, surgery_of
+from armour_surgery.traced import FoundSite, SeenSite
 
 __all__ = ["Choice", "convert_within", "frontier", "measure_sites", "search"]
 
@@ -52,84 +53,80 @@ class _Step:
         return self.loss / max(self.saved, 1)
 
 
-def convert_within(
-    model: nn.Module,
-    found: list[FoundSite],
-    operations: list[Operation],
-    refused: list[RefusedSite],
-    order: Order,
-    budget: float | None,
-    rank: int | Mapping[str, int] | None,
-    *,
-    automatic: bool,
-    inplace: bool,
-) -> nn.Module:
+class _Attempts:
+    """Conversions of a model that were tried, each on a copy; what was prepared for each of them is kept."""
+
+    def __init__(self, model: nn.Module, everything: Prepared, order: Order) -> None:
+        self.prepared: dict[Choice, Prepared] = {}
+        self._model = model
+        self._everything = everything
+        self._order = order
+
+    def convert(self, choice: Choice, *, budget: float) -> tuple[nn.Module, float]:
+        """The model with these sites converted, and its loss on held-out images; `budget` is why others are not."""
+        modes = {fqn: mode for fqn, mode, _ in choice}
+        ranks = {fqn: rank for fqn, _, rank in choice if rank is not None}
+        sites = [operation.found for operation in self._everything.operations]
+        chosen = prepare(self._model, [site for site in sites if site.fqn in modes], modes, ranks)
+        left = sorted(site.fqn for site in sites if site.fqn not in modes)
+        reason = f"converting it costs more than a loss of {budget:.4g} allows"
+        refused = [*self._everything.refused, *(RefusedSite(fqn, reason) for fqn in left)]
+        self.prepared[choice] = Prepared(chosen.operations, refused)
+        converted = perform(self._model, self.prepared[choice], self._order, inplace=False)
+        return converted, surgery_of(converted).loss
+
+
+def convert_within(model: nn.Module, prepared: Prepared, order: Order, *, inplace: bool) -> nn.Module:
     """Convert the sites that fit a budget of loss, and say on the plan what was weighed.
 
-    `operations` are those of converting everything. `automatic`: ranks are free; without a budget it is a tenth more
-    than what full ranks cost, or 0.001.
+    `prepared` is how everything would be converted. With rank "auto", ranks are free; without a budget it is then a
+    tenth more than what full ranks cost, or 0.001.
 
     Raises:
         NothingToConvertError: the budget leaves nothing.
     """
-    assert order.images is not None
     order = replace(order, images=to_read_again(model, order.example, order.images))
-    sites = {operation.fqn for operation in operations}
-    found = [one for one in found if one.site.fqn in sites]
-
-    def attempt(choice: Choice) -> tuple[nn.Module, float]:
-        modes = {fqn: mode for fqn, mode, _ in choice}
-        ranks = {fqn: number for fqn, _, number in choice if number is not None}
-        chosen, _ = prepare(model, [one for one in found if one.site.fqn in modes], modes, ranks)
-        left = [
-            RefusedSite(name, f"converting it costs more than a loss of {budget:.4g} allows")
-            for name in sorted(sites - modes.keys())
-        ]
-        converted = perform(model, chosen, [*refused, *left], order, inplace=False)
-        fidelity = surgery_of(converted).fidelity
-        assert fidelity is not None
-        return converted, 1 - fidelity.cosine
-
+    sites = [operation.found for operation in prepared.operations]
     with torch.inference_mode(False):
-        options = measure_sites(model, found, order, ranks=automatic)
-    if rank is not None:
-        fixed = {one.fqn: one.rank for one in operations}
-        options = [replace(one, rank=fixed[one.fqn]) for one in options]
+        options = measure_sites(model, sites, order, ranks=order.rank == "auto")
+    if order.fixed_rank is not None:
+        given = {operation.fqn: operation.rank for operation in prepared.operations}
+        options = [replace(option, rank=given[option.fqn]) for option in options]
     params = count_params(model)
-    points = frontier(options, params)
-    if budget is None:
-        full = tuple((one.fqn, one.mode, None) for one in operations)
-        points = _beyond(options, full, params)
-        first, loss = attempt(full)
-        budget = max(_SLACK * loss, _LITTLE)
-        points[0] = replace(points[0], measured=loss)
+    attempts = _Attempts(model, prepared, order)
+    first: nn.Module | None = None
+    if order.max_loss is not None:
+        budget = order.max_loss
+        points = frontier(options, params)
     else:
-        first = None
-    best, points, _ = search(points, budget, attempt, order.progress, first)
-    surgery = replace(surgery_of(best), sensitivities=tuple(options), frontier=tuple(points), max_loss=budget)
-    best.surgery = surgery  # type: ignore[assignment]
+        full = tuple((operation.fqn, operation.mode, None) for operation in prepared.operations)
+        first, loss = attempts.convert(full, budget=math.inf)
+        budget = max(_SLACK * loss, _LITTLE)
+        points = _beyond(options, full, params)
+        points[0] = replace(points[0], measured=loss)
+    best, points, taken = search(points, budget, partial(attempts.convert, budget=budget), order.progress, first)
+    plan = replace(surgery_of(best), sensitivities=tuple(options), frontier=tuple(points), max_loss=budget)
     if not inplace:
-        return best
-    modes = {site.fqn: site.mode for site in surgery.sites}
-    ranks = {site.fqn: site.rank for site in surgery.sites if site.rank is not None}
-    chosen, _ = prepare(model, [one for one in found if one.site.fqn in modes], modes, ranks)
-    for operation in chosen:
-        operate(model, operation, order.init)
+        return keep_plan(best, plan)
+    for operation in attempts.prepared[taken.sites].operations:
+        operate(model, operation)
     copy_weights(best, model)
-    model.surgery = surgery  # type: ignore[assignment]
-    hosts.mark_converted(model)
-    return model
+    return keep_plan(model, plan)
 
 
 def _beyond(options: Sequence[Sensitivity], full: Choice, params: int) -> list[FrontierPoint]:
     """The frontier from where every site has its full rank."""
-    base = {one.fqn: one for one in options if (one.fqn, one.mode, None) in full and one.rank is None}
-    further = [
-        replace(one, params_saved=one.params_saved - base[one.fqn].params_saved, loss=one.loss - base[one.fqn].loss)
-        for one in options
-        if one.rank is not None and one.mode == base[one.fqn].mode
-    ]
-    saved, loss = sum(one.params_saved for one in base.values()), sum(one.loss for one in base.values())
+    base: dict[str, Sensitivity] = {}
+    for option in options:
+        if option.rank is None and (option.fqn, option.mode, None) in full:
+            base[option.fqn] = option
+    further = []
+    for option in options:
+        start = base[option.fqn]
+        if option.rank is not None and option.mode == start.mode:
+            saved = option.params_saved - start.params_saved
+            further.append(replace(option, params_saved=saved, loss=option.loss - start.loss))
+    saved, loss = sum(start.params_saved for start in base.values()), sum(start.loss for start in base.values())
     points = []
     for point in frontier(further, params - saved):
         ranks = {fqn: rank for fqn, _, rank in point.sites}
@@ -138,51 +135,51 @@ def _beyond(options: Sequence[Sensitivity], full: Choice, params: int) -> list[F
     return points
 
 
-def measure_sites(model: nn.Module, found: list[FoundSite], order: Order, *, ranks: bool) -> list[Sensitivity]:
+def measure_sites(model: nn.Module, sites: Sequence[SeenSite], order: Order, *, ranks: bool) -> list[Sensitivity]:
     """What every site costs when it alone is converted: in its mode, for wide V under `auto` also in `concat-full`.
 
     With `ranks`, also with fewer channels a head, in steps of 8: then what the closed form leaves out, relative to all
     channels, scales what was measured.
     """
-    images = order.images
-    assert images is not None
-    images = replace(images, count=min(images.count, SENSITIVITY_IMAGES))
+    images = replace(order.images, count=min(order.images.count, SENSITIVITY_IMAGES))
+    followed = [site for site in sites if isinstance(site, FoundSite)]
     options: list[Sensitivity] = []
-    for mode in _modes(found, order.mode):
-        chosen = {one.site.fqn: mode for one in found if mode in one.site.modes}
-        operations, _ = prepare(model, [one for one in found if one.site.fqn in chosen], chosen)
+    for mode in _modes(followed, order.mode):
+        operations = prepare(model, [site for site in followed if mode in site.site.modes], mode).operations
         converted = full_copy(model)
-        plans = [operate(converted, operation, order.init) for operation in operations]
-        effects = measure_alone(model, converted, operations, order.example, images, order.progress)
-        sizes = {one.site.fqn: one.site.key_dim for one in found}
-        for plan, effect in zip(plans, effects, strict=True):
-            saved = plan.params_before - plan.params_after
-            options.append(Sensitivity(plan.fqn, mode, None, saved, effect.result.residual, max(effect.loss, 0.0)))
+        changes = [operate(converted, operation) for operation in operations]
+        effects = measure_alone(model, converted, operations, order, images)
+        for operation, change, effect in zip(operations, changes, effects, strict=True):
+            saved = change.params_before - change.params_after
+            # Rounding makes a cosine of nearly one more than one.
+            loss = max(effect.loss, 0.0)
+            full = Sensitivity(operation.fqn, mode, None, saved, effect.result.residual, loss)
+            options.append(full)
             if ranks:
-                options += _with_ranks(options[-1], effect, sizes[plan.fqn])
+                options += _with_ranks(full, effect, operation.found.site.key_dim)
     return options
 
 
-def _modes(found: list[FoundSite], requested: str) -> list[str]:
+def _modes(sites: list[FoundSite], requested: str) -> list[str]:
     if requested != AUTO:
         return [requested]
-    usual = {choose(one.site, AUTO)[0] for one in found} - {None}
+    usual = {mode for mode, _ in (choose(site.site, AUTO) for site in sites) if mode is not None}
     wide = ["concat-full"] if "concat-half" in usual else []
-    return [*sorted(name for name in usual if name), *wide]
+    return [*sorted(usual), *wide]
 
 
 def _with_ranks(full: Sensitivity, effect: Effect, size: int) -> list[Sensitivity]:
     """The same site with fewer channels a head, where their number is free."""
     if not effect.per_channel:
         return []
-    found = []
+    options = []
     for rank in range((size - 1) // RANK_STEP * RANK_STEP, 0, -RANK_STEP):
         lost = effect.result.ranks[rank - 1]
         saved = full.params_saved + (size - rank) * effect.per_channel
-        found.append(
-            replace(full, rank=rank, params_saved=saved, loss=full.loss * lost, residual=full.residual * lost**0.5)
-        )
-    return found
+        # `lost` is of squared errors, as a loss is; a residual is the root of one.
+        residual = full.residual * lost**0.5
+        options.append(replace(full, rank=rank, params_saved=saved, loss=full.loss * lost, residual=residual))
+    return options
 
 
 def frontier(options: Sequence[Sensitivity], params: int) -> list[FrontierPoint]:
@@ -191,37 +188,35 @@ def frontier(options: Sequence[Sensitivity], params: int) -> list[FrontierPoint]
     Of a site's options only those count that no mixture of others beats (the lower convex hull). `params` are those of
     the model as it was.
     """
-    steps = sorted((step for site in _by_site(options) for step in _hull(site)), key=lambda step: step.price)
+    by_site: dict[str, list[Sensitivity]] = {}
+    for option in options:
+        by_site.setdefault(option.fqn, []).append(option)
+    steps: list[_Step] = []
+    for alternatives in by_site.values():
+        steps += _hull(alternatives)
     chosen: dict[str, Sensitivity] = {}
     left, loss = params, 0.0
     points = [FrontierPoint(params, 0.0, None, ())]
-    for step in steps:
+    for step in sorted(steps, key=lambda step: step.price):
         chosen[step.to.fqn] = step.to
         left, loss = left - step.saved, loss + step.loss
-        sites = tuple((one.fqn, one.mode, one.rank) for one in chosen.values())
+        sites = tuple((option.fqn, option.mode, option.rank) for option in chosen.values())
         points.append(FrontierPoint(left, loss, None, sites))
     return points
-
-
-def _by_site(options: Sequence[Sensitivity]) -> list[list[Sensitivity]]:
-    sites: dict[str, list[Sensitivity]] = {}
-    for one in options:
-        sites.setdefault(one.fqn, []).append(one)
-    return list(sites.values())
 
 
 def _hull(options: list[Sensitivity]) -> list[_Step]:
     """A site's steps, each dearer per parameter than the one before."""
     steps: list[_Step] = []
+    rest = sorted(options, key=lambda option: option.params_saved)
     saved, loss = 0, 0.0
-    rest = sorted(options, key=lambda one: one.params_saved)
     while rest:
-        best = min(
-            rest, key=lambda one: (max(one.loss - loss, 0.0) / max(one.params_saved - saved, 1), -one.params_saved)
-        )
-        steps.append(_Step(best, best.params_saved - saved, max(best.loss - loss, 0.0)))
-        saved, loss = best.params_saved, best.loss
-        rest = [one for one in rest if one.params_saved > saved]
+        further = [_Step(option, option.params_saved - saved, max(option.loss - loss, 0.0)) for option in rest]
+        # Of steps at one price the longest: those between would be taken right after each other.
+        best = min(further, key=lambda step: (step.price, -step.saved))
+        steps.append(best)
+        saved, loss = best.to.params_saved, best.to.loss
+        rest = [option for option in rest if option.params_saved > saved]
     return steps
 
 
@@ -261,7 +256,7 @@ def search(
         else:
             high = place
         scale = loss / max(points[place].predicted, 1e-12)
-    measured = [replace(one, measured=tried.get(place, one.measured)) for place, one in enumerate(points)]
+    measured = [replace(point, measured=tried.get(place, point.measured)) for place, point in enumerate(points)]
     if best is None:
         place, loss = min(tried.items(), key=lambda item: item[1])
         raise NothingToConvertError(

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from armour_surgery import hosts
-from armour_surgery.discover import FoundSite
 from armour_surgery.errors import AlreadyConvertedError, AlreadyDeployedError, ExampleInputError, PatternError
 from armour_surgery.rewrite import ArmourAttention
+from armour_surgery.surgery.order import Rank
+from armour_surgery.traced import SeenSite
 
-__all__ = ["Example", "Rank", "check_names", "example_of", "refuse_converted", "refuse_deployed", "select_sites"]
+__all__ = ["Example", "check_names", "example_of", "refuse_converted", "refuse_deployed", "select_sites"]
 
-Rank = int | Mapping[str, int]
 Example = dict[str, torch.Tensor] | torch.Tensor | tuple[int, ...]
 
 
@@ -77,33 +77,28 @@ def _of_shape(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.empty(shape, device="meta")
 
 
-def _patterns(given: str | Iterable[str] | None) -> list[str]:
-    return [given] if isinstance(given, str) else list(given or ())
-
-
 def select_sites(
-    found: list[FoundSite], include: str | Iterable[str] | None, exclude: str | Iterable[str] | None
-) -> list[FoundSite]:
-    """The sites that the patterns leave. A pattern also matches everything below a module that it matches."""
+    sites: list[SeenSite], include: str | Iterable[str] | None, exclude: str | Iterable[str] | None
+) -> list[SeenSite]:
+    """The sites that the patterns leave. A pattern also matches everything below a module that it matches.
 
-    def matches(fqn: str, pattern: str) -> bool:
-        return fnmatch.fnmatchcase(fqn, pattern) or fnmatch.fnmatchcase(fqn, f"{pattern}.*")
-
-    names = [one.site.fqn for one in found]
+    Raises:
+        PatternError: a pattern matches no site, or all of them together leave none.
+    """
+    names = [site.fqn for site in sites]
     wanted = None if include is None else _patterns(include)
-    unwanted = _patterns(exclude)
+    unwanted = [] if exclude is None else _patterns(exclude)
     for pattern in [*(wanted or ()), *unwanted]:
-        if not any(matches(name, pattern) for name in names):
+        if not any(_matches(name, pattern) for name in names):
             raise PatternError(
                 f"pattern {pattern!r} matches none of the {len(names)} attention sites, which are named like "
                 f"{names[0]!r} and {names[-1]!r}"
             )
-    chosen = [
-        one
-        for one in found
-        if (wanted is None or any(matches(one.site.fqn, pattern) for pattern in wanted))
-        and not any(matches(one.site.fqn, pattern) for pattern in unwanted)
-    ]
+    chosen = []
+    for site in sites:
+        asked_for = wanted is None or any(_matches(site.fqn, pattern) for pattern in wanted)
+        if asked_for and not any(_matches(site.fqn, pattern) for pattern in unwanted):
+            chosen.append(site)
     if not chosen:
         raise PatternError(
             f"include {wanted if wanted is not None else 'everything'} and exclude {unwanted} leave none of the "
@@ -112,16 +107,24 @@ def select_sites(
     return chosen
 
 
-def check_names(rank: Rank | None, found: list[FoundSite]) -> None:
+def _patterns(given: str | Iterable[str]) -> list[str]:
+    return [given] if isinstance(given, str) else list(given)
+
+
+def _matches(fqn: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(fqn, pattern) or fnmatch.fnmatchcase(fqn, f"{pattern}.*")
+
+
+def check_names(rank: Rank | None, sites: list[SeenSite]) -> None:
     """Refuse ranks for sites that there are not.
 
     Raises:
         PatternError: see above.
     """
-    names = [one.site.fqn for one in found]
-    unknown = [name for name in rank if name not in names] if isinstance(rank, Mapping) else []
-    if unknown:
-        raise PatternError(
-            f"rank names {unknown[0]!r}, which is none of the {len(names)} attention sites to convert, such as "
-            f"{names[0]!r}"
-        )
+    names = [site.fqn for site in sites]
+    for name in rank if isinstance(rank, Mapping) else ():
+        if name not in names:
+            raise PatternError(
+                f"rank names {name!r}, which is none of the {len(names)} attention sites to convert, such as "
+                f"{names[0]!r}"
+            )
