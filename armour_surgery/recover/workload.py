@@ -59,7 +59,7 @@ def count_steps(data: Pictures | Stream, recipe: Recipe) -> int:
 def identity(recipe: Recipe) -> dict[str, Any]:
     """What has to stay the same for a run to be the same, by key: everything but where and how fast it is computed."""
     values = recipe.model_dump(mode="json", exclude={"description", "written_for"})
-    # A run may go on elsewhere, faster or slower, and stop elsewhere; its numbers may not change.
+    # How fast a run is computed, and where it stops early, changes none of its numbers.
     values["run"] = {"precision": recipe.run.precision}
     values["schedule"].pop("max_steps")
     for key in ("workers", "micro_batch"):
