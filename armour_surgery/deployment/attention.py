@@ -10,6 +10,7 @@ from armour_surgery.deployment.findings import Findings
 from armour_surgery.discover import find_sites
 from armour_surgery.errors import NoAttentionError
 from armour_surgery.rewrite import render
+from armour_surgery.rewrite.remove_dead_nodes_pass import erase_unused
 from armour_surgery.traced import FoundSite, TracedSite
 
 __all__ = ["AttentionGraph", "AttentionPass", "deploy_attention"]
@@ -84,7 +85,7 @@ def _deploy_alike(
     )
     for one_pass, findings in passes:
         outcome = one_pass(state)
-        _drop_unused(graph, unused)
+        erase_unused(graph, unused)
         for one in alike:
             if outcome is True:
                 findings.did(one.site.fqn)
@@ -96,7 +97,7 @@ def _deploy_alike(
     if not state.changed:
         return
     _drop_idle(state)
-    _drop_unused(graph, unused)
+    erase_unused(graph, unused)
     graph.lint()
     cls = make_deployed_class(type(modules[0]), render(graph, traced.trace.signature), bound=state.bound)
     for module, buffers in zip(modules, state.buffers, strict=True):
@@ -111,10 +112,3 @@ def _drop_idle(state: AttentionGraph) -> None:
     for node in list(state.graph.nodes):
         if node.op == "call_module" and isinstance(modules[str(node.target)], nn.Identity | nn.Dropout):
             node.replace_all_uses_with(node.args[0])
-
-
-def _drop_unused(graph: fx.Graph, unused: set[fx.Node]) -> None:
-    """Remove nodes that lost their last user (what never had one may act by side effect: it stays)."""
-    for node in reversed(list(graph.nodes)):
-        if not node.users and node not in unused and node.op not in ("placeholder", "output"):
-            graph.erase_node(node)

@@ -14,6 +14,7 @@ from armour_surgery.discover.record import record
 from armour_surgery.discover.trace import trace, value_of
 from armour_surgery.errors import TraceError
 from armour_surgery.rewrite import render
+from armour_surgery.rewrite.remove_dead_nodes_pass import erase_unused
 
 __all__ = ["drop_dead_tokens"]
 
@@ -45,9 +46,7 @@ def drop_dead_tokens(model: nn.Module, example: dict[str, Tensor], findings: Fin
     if reason is not None:
         findings.left(last, reason)
         return
-    for node in reversed(list(traced.graph.nodes)):
-        if not node.users and node not in unused and node.op not in ("placeholder", "output"):
-            traced.graph.erase_node(node)
+    erase_unused(traced.graph, unused)
     traced.graph.lint()
     cls = make_deployed_class(type(model), render(traced.graph, traced.signature), bound=False)
     object.__setattr__(model, "__class__", cls)

@@ -1,7 +1,7 @@
 """Loading, naming and rebuilding models of timm, transformers and torchvision.
 
-All that is known about a library is here, and nothing about attention. A library is imported when a model
-of it is asked for, and not before.
+All that is known about a library is here, and nothing about attention. A library is imported when a model of it is
+asked for, and not before.
 """
 
 from armour_surgery.hosts.building import build, describe, mark_converted, outline

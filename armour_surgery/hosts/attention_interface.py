@@ -1,8 +1,8 @@
 """transformers' attention interface: the one public place where its models hand over q, k and v.
 
 A transformers attention looks its function up in `ALL_ATTENTION_FUNCTIONS` at every call, by
-`config._attn_implementation`. Traced code must go on doing that (a user switches to "eager" to see attention maps),
-so while a module is traced the look-up returns a stand-in that stays one call in the graph.
+`config._attn_implementation`. Traced code must go on doing that (a user switches to "eager" to see attention maps), so
+while a module is traced the look-up returns a stand-in that stays one call in the graph.
 """
 
 import sys
@@ -44,12 +44,11 @@ def traced_interfaces() -> Iterator[None]:
 
     def get_interface(self: Any, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
         def stand_in(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            proxies = [argument for argument in args if isinstance(argument, fx.Proxy)]
-            if not proxies:
+            proxy = next((argument for argument in args if isinstance(argument, fx.Proxy)), None)
+            if proxy is None:
+                # Nobody traces this call: another thread's, or one on real tensors in between.
                 return original(self, name, default)(module, *args, **kwargs)
-            return proxies[0].tracer.create_proxy(
-                "call_function", attention_interface, (default, module, *args), kwargs
-            )
+            return proxy.tracer.create_proxy("call_function", attention_interface, (default, module, *args), kwargs)
 
         return stand_in
 

@@ -1,8 +1,4 @@
-"""Loading, naming and rebuilding models of timm, transformers and torchvision.
-
-All that is known about a library is here, and nothing about attention. A library is imported when a model
-of it is asked for, and not before.
-"""
+"""How a model was built, and building it again: on the meta device, from the code of its library alone."""
 
 import json
 from collections.abc import Mapping
@@ -12,13 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from armour_surgery.errors import (
-    ArmourError,
-    FolderError,
-    ModelError,
-    SchemaError,
-    UsageError,
-)
+from armour_surgery.errors import ArmourError, FolderError, ModelError, SchemaError, UsageError
 from armour_surgery.hosts.hub import offline, quiet
 from armour_surgery.hosts.libraries import LIBRARIES, adapter, library_of
 from armour_surgery.hosts.skeleton import (
@@ -39,28 +29,26 @@ def describe(model: nn.Module, arguments: Mapping[str, Any] | None = None) -> So
     `arguments` are those of its builder, where the model does not show them: keyword arguments for timm and
     torchvision, config entries for transformers. They win over what was read off the model.
 
-    The build has the same module types and state_dict keys and shapes; plain attributes that differ are
-    listed.
+    The build has the same module types and state_dict keys and shapes; plain attributes that differ are listed.
 
     Raises:
         UsageError: `arguments` holds what JSON cannot.
-        FolderError: the library is unknown, or what it builds differs; the message says where it differs
-            first.
+        FolderError: the library is unknown, or what it builds differs; the message says where it differs first.
     """
     kind = type(model).__qualname__
     try:
+        # Through JSON and back: what is compared below is built from what a folder would hold.
         given: dict[str, Any] = json.loads(json.dumps(dict(arguments or {}), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise UsageError(f"model_args of {kind} must be JSON values (numbers, strings, lists): {error}") from error
     library = library_of(model)
     if library is None:
         raise FolderError(
-            f"{type(model).__module__}.{kind} is not a model of timm, transformers or torchvision, so a "
-            "saved folder could "
-            "not build it again; save its state_dict, or unwrap the model (DataParallel, torch.compile) first"
+            f"{type(model).__module__}.{kind} is not a model of timm, transformers or torchvision, so a saved folder "
+            "could not build it again; save its state_dict, or unwrap the model (DataParallel, torch.compile) first"
         )
     try:
-        source: Source = adapter(library).source_of(model, given)
+        source = adapter(library).source_of(model, given)
         built = build(source)
     except (ModelError, SchemaError) as error:
         raise FolderError(
@@ -69,8 +57,7 @@ def describe(model: nn.Module, arguments: Mapping[str, Any] | None = None) -> So
     difference = first_difference(built, model)
     if difference:
         raise FolderError(
-            f"{library} builds another {kind} from {source.architecture} {_short(source.arguments)}: "
-            f"{difference}. "
+            f"{library} builds another {kind} from {source.architecture} {_short(source.arguments)}: {difference}. "
             "Pass model_args={...}: the arguments that the model was built with"
         )
     return replace(source, attributes=changed_attributes(built, model))
@@ -86,28 +73,28 @@ def outline(model: nn.Module, arguments: Mapping[str, Any]) -> Source:
     if library is None:
         raise FolderError(f"{type(model).__qualname__} is not a model of timm, transformers or torchvision")
     try:
-        source: Source = adapter(library).source_of(model, dict(arguments))
+        return adapter(library).source_of(model, dict(arguments))
     except ModelError as error:
         raise FolderError(str(error)) from error
-    return source
 
 
 def mark_converted(model: nn.Module) -> None:
     """Keep a converted model from being taken for an unconverted one by its library's own save and load."""
     if library_of(model) == "transformers":
-        adapter("transformers").mark_converted(model)
+        # The only library whose saved folders name a class that rebuilds the model from the type of its config.
+        from armour_surgery.hosts.transformers import mark_config
+
+        mark_config(model)
 
 
 def build(source: Source) -> nn.Module:
     """The host that `source` describes: Parameters on the meta device, buffers real and right, in eval mode.
 
-    `source` may come from a file that nobody checked. Only registered names of the three libraries are
-    built, and
+    `source` may come from a file that nobody checked. Only registered names of the three libraries are built, and
     nothing is downloaded.
 
     Raises:
-        SchemaError: the source names a library, an architecture, an argument or an attribute that it must
-            not.
+        SchemaError: the source names a library, an architecture, an argument or an attribute that it must not.
     """
     if source.library not in LIBRARIES:
         raise SchemaError(f"library {source.library!r} is unknown; known: {', '.join(LIBRARIES)}")
@@ -122,9 +109,10 @@ def build(source: Source) -> nn.Module:
         with torch.random.fork_rng(devices=[]), offline(), quiet():
             try:
                 with meta_parameters():
-                    model: nn.Module = library.build(source.architecture, source.arguments)
+                    model = library.build(source.architecture, source.arguments)
                 whole = not any(buffer.is_meta for buffer in model.buffers())
             except NotImplementedError:
+                # A builder looked at values (`.item()`, `.tolist()`) that a meta tensor does not have.
                 whole = False
             if not whole:
                 # Some hosts (timm's Swin, RoPE with learned frequencies) make buffers from a parameter or on its

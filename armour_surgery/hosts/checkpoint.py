@@ -30,8 +30,8 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     path = Path(path)
     if path.is_dir():
         raise CheckpointError(
-            f"checkpoint {path} is a folder; name the weights file in it, or pass the folder as "
-            f"local-dir:{path} or hf:{path}"
+            f"checkpoint {path} is a folder; name the weights file in it, "
+            f"or pass the folder as local-dir:{path} or hf:{path}"
         )
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist; check the path")
@@ -78,11 +78,10 @@ def mismatch(
     """Why these weights do not fit, in a user's words, or None if they do. `expected` has tensors by key."""
     missing = [key for key in expected if key not in weights]
     unexpected = [key for key in weights if key not in expected]
-    wrong = {
-        key: (tuple(weights[key].shape), tuple(value.shape))
-        for key, value in expected.items()
-        if key in weights and weights[key].shape != value.shape
-    }
+    wrong: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    for key, value in expected.items():
+        if key in weights and weights[key].shape != value.shape:
+            wrong[key] = (tuple(weights[key].shape), tuple(value.shape))
     return mismatch_message(
         missing, unexpected, wrong, path=path, architecture=architecture, num_classes_given=num_classes_given
     )
@@ -106,11 +105,11 @@ def mismatch_message(
     if unexpected:
         parts.append(f"left over {_some(unexpected)}")
     if wrong:
-        parts.append(
-            f"wrong shape {_some([f'{key} {found} instead of {want}' for key, (found, want) in wrong.items()])}"
-        )
+        shapes = [f"{key} {in_file} instead of {wanted}" for key, (in_file, wanted) in wrong.items()]
+        parts.append(f"wrong shape {_some(shapes)}")
     advice = "check that MODEL is the architecture that the file was saved from"
-    classes = {found[0] if found and found[1:] == want[1:] else None for found, want in wrong.values()}
+    # A head for other classes differs from the model's in the first dimension of its weight and of its bias, alike.
+    classes = {in_file[0] if in_file and in_file[1:] == wanted[1:] else None for in_file, wanted in wrong.values()}
     if not missing and not unexpected and len(classes) == 1 and None not in classes:
         advice = f"the file has a head for {classes.pop()} classes: pass --num-classes with that number"
     elif num_classes_given and wrong:
@@ -137,20 +136,16 @@ def _read_safetensors(path: Path) -> Any:
 
 def _read_pickled(path: Path) -> Any:
     try:
-        # Training checkpoints (DeiT's, timm's) keep their options in a Namespace, which is data and
-        # nothing else.
+        # Training checkpoints (DeiT's, timm's) keep their options in a Namespace, which is data and nothing else.
         with torch.serialization.safe_globals([argparse.Namespace]), quiet():
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"checkpoint {path} is not plain weights: loading it could run code, or it is damaged, so it "
-            "was not loaded. "
-            "Convert it to .safetensors where you trust it, with safetensors.torch.save_file(state_dict, "
-            "FILE)"
+            f"checkpoint {path} is not plain weights: loading it could run code, or it is damaged, so it was not "
+            "loaded. Convert it to .safetensors where you trust it, with safetensors.torch.save_file(state_dict, FILE)"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
-        # torch's first sentence says what is wrong; the rest guesses why. A LookupError's text is a stray
-        # byte.
+        # torch's first sentence says what is wrong; the rest guesses why. A LookupError's text is a stray byte.
         said = str(error).split(". ")[0].splitlines()
         reason = said[0] if said and not isinstance(error, LookupError) else "not a torch file"
         raise CheckpointError(

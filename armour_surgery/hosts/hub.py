@@ -12,9 +12,8 @@ from armour_surgery.errors import HubUnreachableError
 
 __all__ = ["cached_revision", "hub_or_cache", "offline", "quiet", "require_url", "unreachable"]
 
-# One attempt with this limit decides. The libraries would retry for about 25 s per candidate file name,
-# and timm
-# asks for three names.
+# One attempt with this limit decides. The libraries would retry for about 25 s per candidate file name, and timm asks
+# for three names.
 PROBE_SECONDS = 5.0
 
 
@@ -60,10 +59,8 @@ def hub_or_cache(repo: str) -> Iterator[bool]:
 def unreachable(name: str, what: str) -> HubUnreachableError:
     """The one-line error for a model whose `what` (weights, config) is neither here nor reachable."""
     return HubUnreachableError(
-        f"cannot fetch the {what} of {name}: not in the local cache, and the hub did not answer. Use "
-        "--no-pretrained "
-        "for random weights, --checkpoint FILE for weights you have, or local-dir:DIR / hf:DIR for a "
-        "downloaded folder"
+        f"cannot fetch the {what} of {name}: not in the local cache, and the hub did not answer. Use --no-pretrained "
+        "for random weights, --checkpoint FILE for weights you have, or local-dir:DIR / hf:DIR for a downloaded folder"
     )
 
 
@@ -109,7 +106,6 @@ def _hub_answers(repo: str) -> bool:
         # 404 and 401 are answers, and the loader will say the same again with more detail; 5xx is an outage.
         return error.response is None or error.response.status_code < 500
     except Exception:
-        # The HTTP client, and with it the exceptions for "no network", differs between versions of
-        # huggingface_hub.
+        # The HTTP client, and with it the exceptions for "no network", differs between versions of huggingface_hub.
         return False
     return True

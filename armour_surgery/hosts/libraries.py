@@ -1,18 +1,62 @@
-"""The libraries that models come from, and which of them a model is of."""
+"""The libraries that models come from, which of them a model is of, and what each adapter has to know."""
 
-import importlib
 import sys
-from types import ModuleType
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
+import torch
 from torch import nn
 
-__all__ = ["adapter", "library_of"]
+from armour_surgery.records import Source
 
+__all__ = ["LIBRARIES", "Adapter", "Library", "adapter", "library_of"]
+
+Library = Literal["transformers", "timm", "torchvision"]
 # transformers first: its TimmWrapper models are transformers' to build, whatever they hold.
-LIBRARIES = ("transformers", "timm", "torchvision")
+LIBRARIES: tuple[Library, ...] = ("transformers", "timm", "torchvision")
 
 
-def library_of(model: nn.Module) -> str | None:
+class Adapter(Protocol):
+    """All that is known about one library: the public functions of `hosts/timm.py` and the modules beside it."""
+
+    def owns(self, model: nn.Module) -> bool:
+        """Whether a model is this library's."""
+
+    def known_names(self) -> list[str]:
+        """What this version of the library can build without fetching anything."""
+
+    def load(
+        self, name: str, *, pretrained: bool, checkpoint: str | Path | None, sizes: Mapping[str, int]
+    ) -> tuple[nn.Module, Source]:
+        """The model of that name in the library's own grammar, and how to build it again.
+
+        `sizes` holds those of img_size, num_classes and in_chans that were asked for.
+        """
+
+    def source_of(self, model: nn.Module, arguments: Mapping[str, Any]) -> Source:
+        """How to build such a model, read off it; `arguments` win over that. Nothing is verified.
+
+        Raises:
+            ModelError: the model does not say what it is.
+        """
+
+    def build(self, architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
+        """A model without weights, for a registered name and arguments that fetch nothing.
+
+        Raises:
+            SchemaError: the name is not registered, or an argument may not be given.
+        """
+
+    def example(self, model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name, shape without batch, and type of what `forward` takes.
+
+        Raises:
+            ExampleInputError: the model takes something other than images.
+        """
+
+
+def library_of(model: nn.Module) -> Library | None:
     """timm, transformers or torchvision, by the class of the model; None for any other."""
     for library in LIBRARIES:
         # A library that was never imported has no instances, and must not be imported to find that out.
@@ -21,6 +65,16 @@ def library_of(model: nn.Module) -> str | None:
     return None
 
 
-def adapter(library: str) -> ModuleType:
+def adapter(library: Library) -> Adapter:
     """All that is known about one library; imports it."""
-    return importlib.import_module(f"armour_surgery.hosts.{library}")
+    if library == "transformers":
+        from armour_surgery.hosts import transformers
+
+        return transformers
+    if library == "timm":
+        from armour_surgery.hosts import timm
+
+        return timm
+    from armour_surgery.hosts import torchvision
+
+    return torchvision

@@ -7,12 +7,13 @@ from pathlib import Path
 from torch import nn
 
 from armour_surgery.errors import ModelError, UnknownModelError, UsageError
-from armour_surgery.hosts.libraries import adapter
+from armour_surgery.hosts.libraries import Library, adapter
 from armour_surgery.records import Source
 
 __all__ = ["load_model", "suggest"]
 
-PREFIXES = {
+# hf-hub and local-dir are of timm's own grammar, and are handed on with the name.
+PREFIXES: dict[str, Library] = {
     "timm": "timm",
     "hf-hub": "timm",
     "local-dir": "timm",
@@ -33,9 +34,8 @@ def load_model(
 ) -> tuple[nn.Module, Source]:
     """The model that MODEL names, in float32 and eval mode, and how to build it again.
 
-    `checkpoint` is a file of weights which replaces the pretrained ones; every key in it has to fit.
-    Weights come
-    from there, from the library's cache, from the hub, or (`pretrained=False`) are random.
+    `checkpoint` is a file of weights which replaces the pretrained ones; every key in it has to fit. Weights come from
+    there, from the library's cache, from the hub, or (`pretrained=False`) are random.
 
     Raises:
         UsageError: a size is below 1, or the architecture does not take it.
@@ -50,15 +50,13 @@ def load_model(
         if value < 1:
             raise UsageError(f"{option} must be 1 or more, not {value}; see --{option.replace('_', '-')}")
     library, rest = _parse(name)
-    loaded: tuple[nn.Module, Source]
     try:
-        loaded = adapter(library).load(rest, pretrained=pretrained, checkpoint=checkpoint, sizes=sizes)
+        return adapter(library).load(rest, pretrained=pretrained, checkpoint=checkpoint, sizes=sizes)
     except UnknownModelError as error:
         close = suggest(name)
         if not close:
             raise
         raise UnknownModelError(f"{error}; did you mean {' or '.join(close)}?") from error
-    return loaded
 
 
 def suggest(name: str) -> list[str]:
@@ -68,16 +66,19 @@ def suggest(name: str) -> list[str]:
         return []
     known: dict[str, str] = {}
     if prefix != "timm":
-        known.update({found: f"torchvision:{found}" for found in adapter("torchvision").known_names()})
+        for bare in adapter("torchvision").known_names():
+            known[bare] = f"torchvision:{bare}"
     if prefix != "torchvision":
-        known.update({found: found for found in adapter("timm").known_names()})
-    bare = rest.partition(".")[0]
-    if bare in known:
-        return [known[bare]] if known[bare] != name else []
-    return [known[found] for found in difflib.get_close_matches(bare, known, n=3) if known[found] != name]
+        # After torchvision's, since a name without a prefix is timm's.
+        for bare in adapter("timm").known_names():
+            known[bare] = bare
+    wanted = rest.partition(".")[0]
+    if wanted in known:
+        return [known[wanted]] if known[wanted] != name else []
+    return [known[close] for close in difflib.get_close_matches(wanted, known, n=3) if known[close] != name]
 
 
-def _parse(name: str) -> tuple[str, str]:
+def _parse(name: str) -> tuple[Library, str]:
     """The library and what its adapter calls the model."""
     prefix, colon, rest = name.partition(":")
     if colon and prefix in PREFIXES:
@@ -103,13 +104,12 @@ def _parse(name: str) -> tuple[str, str]:
     if name.startswith("timm/"):
         return "timm", f"hf-hub:{name}"
     raise ModelError(
-        f"{name} is not a folder here, and on the hub it could be of two libraries; write hf:{name} for "
-        "transformers or "
-        f"hf-hub:{name} for timm"
+        f"{name} is not a folder here, and on the hub it could be of two libraries; write hf:{name} for transformers "
+        f"or hf-hub:{name} for timm"
     )
 
 
-def _parse_folder(name: str, path: Path) -> tuple[str, str]:
+def _parse_folder(name: str, path: Path) -> tuple[Library, str]:
     """A folder of transformers or timm, told apart by its config.json."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -129,7 +129,6 @@ def _parse_folder(name: str, path: Path) -> tuple[str, str]:
     if "/" not in name and name in adapter("timm").known_names():
         return "timm", name
     raise UnknownModelError(
-        f"{name} is a folder without surgery.json and without a config.json of transformers or timm; name a "
-        "folder that "
-        f"save, save_pretrained or this tool wrote, or write {GRAMMAR}"
+        f"{name} is a folder without surgery.json and without a config.json of transformers or timm; name a folder "
+        f"that save, save_pretrained or this tool wrote, or write {GRAMMAR}"
     )

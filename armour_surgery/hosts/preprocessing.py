@@ -79,8 +79,8 @@ def preprocessing(model: nn.Module, example: Mapping[str, torch.Tensor] | None =
     """The model's own preprocessing, with the size of its example input.
 
     timm keeps it on the model. A model of transformers has an image processor, whose file is read if it lies beside the
-    weights or in the cache; otherwise the defaults of its class count, which a checkpoint may have overridden
-    (the class that DINOv2 uses defaults to CLIP's mean). For torchvision it is that of the published weights. Any other
+    weights or in the cache; otherwise the defaults of its class count, which a checkpoint may have overridden (the
+    class that DINOv2 uses defaults to CLIP's mean). For torchvision it is that of the published weights. Any other
     model gets the mean and deviation of ImageNet if it takes 3 channels, and else 0.5.
 
     `example` holds keyword arguments for `model.forward` as in `hosts.example_input`, which is asked without it. A mean
@@ -131,16 +131,20 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode[0] in "IF":
         # PIL cuts 16 bits and floats off at 255 instead of scaling them.
         values: NDArray[Any] = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        # What stands for white is guessed from the brightest value: a share, 8 bits, 16 bits, or that value itself.
         full = next((top for top in (1.0, 255.0, 65535.0) if values.max() <= top), float(values.max()))
+        # Integers up to 1 are an almost black picture of 8 bits rather than shares.
         full = 255.0 if full == 1.0 and image.mode[0] == "I" else full
         image = Image.fromarray((values.clip(0) * (255 / full)).round().astype(np.uint8))
     elif image.mode == "P" and "transparency" in image.info:
+        # PIL warns, and drops the transparency, when such a palette becomes gray or color in one go.
         image = image.convert("RGBA")
     return image.convert(mode)
 
 
 def _image_size(model: nn.Module, example: Mapping[str, torch.Tensor]) -> tuple[int, int, int]:
     floats = {name: value for name, value in example.items() if value.is_floating_point()}
+    # `pixel_values` of five dimensions is a video, whatever else the model takes.
     image = floats.get("pixel_values", next((value for value in floats.values() if value.ndim == 4), None))
     if image is None or image.ndim != 4:
         shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in example.items())
@@ -153,7 +157,7 @@ def _image_size(model: nn.Module, example: Mapping[str, torch.Tensor]) -> tuple[
 
 
 def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    given = tuple(float(value) for value in values)
+    given = tuple(map(float, values))
     return given if len(given) == channels else (sum(given) / len(given),) * channels
 
 
@@ -168,11 +172,16 @@ def _torchvision_config(model: nn.Module, size: tuple[int, int, int]) -> Config:
     """That of the published weights of this family, of the same size if there are some."""
     from torchvision.models import get_model_builder, get_model_weights, list_models
 
+    # A user's subclass is of the family that it derives from.
     module = next(cls.__module__ for cls in type(model).__mro__ if cls.__module__.startswith("torchvision.models."))
-    names = [name for name in list_models() if get_model_builder(name).__module__ == module]
-    published = [get_model_weights(name).DEFAULT.transforms() for name in names if list(get_model_weights(name))]
-    # Detection and segmentation weights have transforms without a crop.
-    cropped = [transforms for transforms in published if hasattr(transforms, "crop_size")]
+    cropped = []
+    for name in list_models():
+        if get_model_builder(name).__module__ != module or not list(get_model_weights(name)):
+            continue
+        transforms = get_model_weights(name).DEFAULT.transforms()
+        # Detection and segmentation weights have transforms without a crop.
+        if hasattr(transforms, "crop_size"):
+            cropped.append(transforms)
     cropped.sort(key=lambda transforms: transforms.crop_size[0] != size[1])
     if not cropped:
         return {}
@@ -189,6 +198,7 @@ def _transformers_config(model: nn.Module) -> Config:
     config: Any = model.config
     if (wrapped := getattr(model, "timm_model", None)) is not None:
         return _timm_config(model=wrapped)
+    # A converted model's config has a type of its own (see `mark_config` of hosts/transformers.py).
     kind = _image_processor(config.model_type.removeprefix("armour_"))
     saved = _saved_processor(getattr(config, "_name_or_path", ""))
 
@@ -218,7 +228,7 @@ def _transformers_config(model: nn.Module) -> Config:
 
 
 def _edge(size: Any) -> int:
-    """The shorter side that an image processor's `size` asks for; 0 if it says nothing."""
+    """The shorter side that an image processor's `size` asks for, in pixels; 0 if it says nothing."""
     sizes = [value for value in size.values() if isinstance(value, int)] if isinstance(size, Mapping) else [size]
     return min((int(value) for value in sizes if value), default=0)
 
@@ -228,15 +238,18 @@ def _image_processor(model_type: str) -> Any:
     from transformers.models.auto import image_processing_auto as auto
 
     names = getattr(auto, "IMAGE_PROCESSOR_MAPPING_NAMES", {})
+    # The image encoder of CLIP and its like has a type of its own, and the processor is registered for the whole.
     known = names.get(model_type) or names.get(re.sub("_vision(_model)?$", "", model_type)) or {}
-    candidates = known.values() if isinstance(known, Mapping) else [name for name in known if name]
+    # By backend ({"torchvision": ..., "pil": ...}) or, in older versions, as a pair with None for what there is not.
+    candidates = known.values() if isinstance(known, Mapping) else filter(None, known)
     for name in sorted(candidates, key=len):
         try:
-            if (found := auto.get_image_processor_class_from_name(name)) is not None:
-                return found
+            processor = auto.get_image_processor_class_from_name(name)
         except Exception:
             # A class that needs a package which is not here says so when it is imported.
             continue
+        if processor is not None:
+            return processor
     return None
 
 
@@ -249,10 +262,11 @@ def _saved_processor(name: str) -> dict[str, Any]:
     for filename in ("preprocessor_config.json", "processor_config.json"):
         try:
             path: Any = Path(name) / filename if Path(name).is_dir() else try_to_load_from_cache(name, filename)
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
-            found = found.get("image_processor", found)
-            if "image_mean" in found or "size" in found:
-                return dict(found)
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            # A processor of several parts (CLIP's of images and text) keeps each under its name.
+            settings = content.get("image_processor", content)
+            if "image_mean" in settings or "size" in settings:
+                return dict(settings)
         except (OSError, ValueError, TypeError, AttributeError):
             # No such file, no such repository name (an HFValidationError is a ValueError), or not JSON.
             continue

@@ -16,9 +16,9 @@ __all__ = ["example_input", "features", "head_size"]
 def head_size(model: nn.Module) -> int:
     """The size of a model's head; 0 without one."""
     for name in ("num_classes", "num_labels"):
-        found = getattr(model, name, getattr(getattr(model, "config", None), name, None))
-        if isinstance(found, int):
-            return found
+        size = getattr(model, name, getattr(getattr(model, "config", None), name, None))
+        if isinstance(size, int):
+            return size
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     return linears[-1].out_features if linears else 0
 
@@ -35,15 +35,16 @@ def example_input(model: nn.Module, batch_size: int = 2) -> dict[str, torch.Tens
     library = library_of(model)
     if library is None:
         raise ExampleInputError(
-            f"{type(model).__module__}.{type(model).__qualname__} is not a model of timm, transformers or "
-            "torchvision, so "
-            "its input is not known; pass example_input={name: tensor}"
+            f"{type(model).__module__}.{type(model).__qualname__} is not a model of timm, transformers or torchvision, "
+            "so its input is not known; pass example_input={name: tensor}"
         )
-    floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return {
-        name: torch.empty(batch_size, *shape, dtype=floating if dtype.is_floating_point else dtype, device="meta")
-        for name, (shape, dtype) in adapter(library).example(model).items()
-    }
+    # The model may have been cast: images come in the type of its weights, token numbers stay integers.
+    floating = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
+    inputs = {}
+    for name, (shape, dtype) in adapter(library).example(model).items():
+        dtype = floating if dtype.is_floating_point else dtype
+        inputs[name] = torch.empty(batch_size, *shape, dtype=dtype, device="meta")
+    return inputs
 
 
 def features(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -55,14 +56,16 @@ def features(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> tuple[torc
     library = library_of(model)
     if library == "timm" and hasattr(model, "forward_features"):
         (image,) = inputs.values()
-        found: torch.Tensor = model.forward_features(image)  # type: ignore[operator]
+        final: torch.Tensor = model.forward_features(image)  # type: ignore[operator]
         classes = getattr(model, "num_classes", 0)
-        logits = model.forward_head(found) if classes else None  # type: ignore[operator]
-        wide = found.ndim == 4 and found.shape[1] == getattr(model, "num_features", None)
-        return (found.movedim(1, -1) if wide else found), logits
+        logits = model.forward_head(final) if classes else None  # type: ignore[operator]
+        # Convolutional hosts have their channels first; Swin and its like have four dimensions too, and channels last.
+        channels_first = final.ndim == 4 and final.shape[1] == getattr(model, "num_features", None)
+        return (final.movedim(1, -1) if channels_first else final), logits
     if library == "transformers":
         output = model(**inputs, output_hidden_states=True)
         hidden: Any = getattr(output, "last_hidden_state", None)
+        # A classifier gives hidden states alone, and the last of them may lack the final norm.
         if hidden is None and getattr(output, "hidden_states", None):
             hidden = output.hidden_states[-1]
         scores: Any = getattr(output, "logits", None)

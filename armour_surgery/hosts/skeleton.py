@@ -1,9 +1,7 @@
 """Building a module without its weights, and comparing what was built with a live model.
 
-A skeleton has its Parameters on the meta device and its buffers real. Buffers must be real because many
-are in no
-checkpoint (LeViT's `attention_bias_idxs`, BEiT's `relative_position_index`, rotary tables): only the
-host's own
+A skeleton has its Parameters on the meta device and its buffers real. Buffers must be real because many are in no
+checkpoint (LeViT's `attention_bias_idxs`, BEiT's `relative_position_index`, rotary tables): only the host's own
 constructor knows their values.
 """
 
@@ -25,9 +23,8 @@ __all__ = ["changed_attributes", "first_difference", "meta_parameters", "restore
 def meta_parameters() -> Iterator[None]:
     """Inside, every Parameter that a module registers moves to the meta device at once; buffers stay real.
 
-    Ties survive: one Parameter registered twice becomes one meta Parameter. Patches
-    `nn.Module.register_parameter`
-    for the duration, so it is not for use while other threads build modules.
+    Ties survive: one Parameter registered twice becomes one meta Parameter. Patches `nn.Module.register_parameter` for
+    the duration, so it is not for use while other threads build modules.
     """
     register = nn.Module.register_parameter
     # Holding the originals keeps their ids unique for as long as the table is in use.
@@ -39,6 +36,7 @@ def meta_parameters() -> Iterator[None]:
             return
         if id(param) not in moved:
             twin = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+            # Libraries hang marks on their parameters (`_no_weight_decay`), which a model keeps.
             twin.__dict__.update(param.__dict__)
             moved[id(param)] = (param, twin)
         module._parameters[name] = moved[id(param)][1]
@@ -62,8 +60,7 @@ def to_meta(model: nn.Module) -> nn.Module:
 def first_difference(built: nn.Module, model: nn.Module) -> str | None:
     """What differs first between a fresh build and the model: module types, then state_dict keys and shapes.
 
-    None when nothing does. The text is the middle of an error message, from the user's side ("the model
-    has ...").
+    None when nothing does. The text is the middle of an error message, from the user's side ("the model has ...").
     """
     fresh_types, types = _module_types(built), _module_types(model)
     for fqn in {**types, **fresh_types}:
@@ -82,8 +79,7 @@ def first_difference(built: nn.Module, model: nn.Module) -> str | None:
 def changed_attributes(built: nn.Module, model: nn.Module) -> dict[str, Any]:
     """Plain attributes whose values differ from a fresh build, as `{"fqn.attribute": JSON value}`.
 
-    Plain are int, float, bool, str, None and tuples of these. Names that start with an underscore are the
-    libraries'
+    Plain are int, float, bool, str, None and tuples of these. Names that start with an underscore are the libraries'
     own bookkeeping, and `training` belongs to the caller; both are left out, as is what only one side has.
     """
     modules = dict(model.named_modules())
@@ -105,14 +101,14 @@ def restore_attributes(model: nn.Module, attributes: dict[str, Any]) -> None:
     """Put `changed_attributes` back on a fresh build.
 
     Raises:
-        SchemaError: a name is private, names no module or no plain attribute of it, or a value has another
-            type.
+        SchemaError: a name is private, names no module or no plain attribute of it, or a value has another type.
     """
     modules = dict(model.named_modules())
     for path, value in attributes.items():
         fqn, _, name = path.rpartition(".")
         if fqn not in modules:
             raise SchemaError(f"attributes name {path!r}, but the host has no module {fqn!r}; the folder is damaged")
+        # `modules` stands for "no such attribute": a dict is not plain, and None would be.
         current = vars(modules[fqn]).get(name, modules)
         if not _is_attribute_name(name) or not _is_plain(current):
             raise SchemaError(f"attributes name {path!r}, which is not a plain attribute that may be set on the host")
@@ -121,17 +117,17 @@ def restore_attributes(model: nn.Module, attributes: dict[str, Any]) -> None:
             raise SchemaError(
                 f"attributes set {path!r} to {value!r}, but the host has {current!r} there, which is of another type"
             )
-        # Into the instance dictionary, where the old value is: no property or __setattr__ of the host may
-        # run.
+        # Into the instance dictionary, where the old value is: no property or __setattr__ of the host may run.
         modules[fqn].__dict__[name] = restored
 
 
 def _module_types(model: nn.Module) -> dict[str, str]:
-    return {fqn: f"{type(m).__module__}.{type(m).__qualname__}" for fqn, m in model.named_modules()}
+    return {fqn: f"{type(part).__module__}.{type(part).__qualname__}" for fqn, part in model.named_modules()}
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(t.shape) for key, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+    # A module may keep extra state that is no tensor.
+    return {key: tuple(value.shape) for key, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
 
 
 def _is_attribute_name(name: str) -> bool:
@@ -140,7 +136,8 @@ def _is_attribute_name(name: str) -> bool:
 
 def _is_plain(value: object) -> bool:
     if isinstance(value, tuple):
-        return type(value) is tuple and all(_is_plain(v) for v in value)
+        # A named tuple has a class of its own, which JSON would lose.
+        return type(value) is tuple and all(map(_is_plain, value))
     if isinstance(value, float):
         # JSON has no infinity and no NaN.
         return type(value) is float and math.isfinite(value)
@@ -148,18 +145,20 @@ def _is_plain(value: object) -> bool:
 
 
 def _to_json(value: Any) -> Any:
-    return [_to_json(v) for v in value] if isinstance(value, tuple) else value
+    return list(map(_to_json, value)) if isinstance(value, tuple) else value
 
 
 def _from_json(value: Any) -> Any:
-    return tuple(_from_json(v) for v in value) if isinstance(value, list) else value
+    return tuple(map(_from_json, value)) if isinstance(value, list) else value
 
 
 def _compatible(current: object, value: object) -> bool:
     if not _is_plain(value):
         return False
+    # None says nothing about the type of what may stand in its place.
     if current is None or value is None:
         return True
+    # A rate of 0 that became 0.1 is no other kind of value. A bool is: `type` tells it from an int.
     numbers = (int, float)
     if type(current) in numbers and type(value) in numbers:
         return True

@@ -19,8 +19,7 @@ from armour_surgery.records import Source
 __all__ = ["build", "example", "known_names", "load", "owns", "source_of"]
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "config.json")
-# Builder arguments that fetch, read files, or place the model; a recipe for rebuilding has no business
-# with them.
+# Builder arguments that fetch, read files, or place the model; a recipe for rebuilding has no business with them.
 FORBIDDEN = frozenset(
     [
         "pretrained",
@@ -88,6 +87,7 @@ def load(
     source = source_of(model, sizes)
     revision = None
     if pretrained and repo:
+        # A name without a revision means the branch main, which moves: the commit in the cache says what was loaded.
         repo_id, _, asked = repo.partition("@")
         revision = cached_revision(repo_id, asked or None, WEIGHT_FILES)
     return model, Source(
@@ -107,15 +107,14 @@ def source_of(model: nn.Module, arguments: Mapping[str, Any]) -> Source:
     architecture = cfg.get("architecture")
     if not isinstance(architecture, str) or not is_model(architecture):
         raise ModelError(
-            f"{type(model).__qualname__} was not made by timm.create_model (its pretrained_cfg names the "
-            "architecture "
+            f"{type(model).__qualname__} was not made by timm.create_model (its pretrained_cfg names the architecture "
             f"{architecture!r}), so it cannot be built again; create it with timm.create_model"
         )
     name = _with_tag(architecture, cfg.get("tag"))
-    # Recent versions of timm keep the arguments of create_model here; older ones leave them to be
-    # read off.
+    # Recent versions of timm keep the arguments of create_model here; older ones leave them to be read off.
     made_with = {key: value for key, value in getattr(model, "_model_args", {}).items() if key not in FORBIDDEN}
     merged = {**_jsonable(made_with), **_read_off(model, cfg), **arguments}
+    # The overlay is computed anew: the config may have changed since the model was made.
     merged.pop("pretrained_cfg_overlay", None)
     default = get_pretrained_cfg(name).to_dict()
     overlay = {key: cfg[key] for key in DATA_CONFIG if key in cfg and cfg[key] != default.get(key)}
@@ -132,6 +131,7 @@ def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
     Raises:
         SchemaError: the name is not in the registry or an argument may not be given.
     """
+    # A colon or a slash would make create_model take the name for a folder or for one of the hub's.
     if not is_model(split_model_name_tag(architecture)[0]) or set(architecture) & set(":/\\"):
         raise SchemaError(
             f"architecture {architecture!r} is not a timm {timm.__version__} model; is timm older than the folder?"
@@ -145,6 +145,7 @@ def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
         raise SchemaError(
             f"pretrained_cfg_overlay of {architecture} may name {', '.join(DATA_CONFIG)} alone, not {overlay!r}"
         )
+    # timm compares sizes and means with tuples, and JSON has made lists of them.
     overlay = {key: tuple(value) if isinstance(value, list) else value for key, value in overlay.items()}
     model: nn.Module = timm.create_model(architecture, pretrained=False, pretrained_cfg_overlay=overlay, **arguments)
     return model
@@ -165,9 +166,9 @@ def _require_known(name: str, pretrained: bool) -> str:
     try:
         cfg = get_pretrained_cfg(name)
     except RuntimeError as error:
-        tags = [n.partition(".")[2] for n in timm.list_pretrained(f"{architecture}.*")]
-        known = f"known tags: {', '.join(tags)}" if tags else "it has no pretrained weights"
-        raise UnknownModelError(f"timm's {architecture} has no weights tagged {tag!r}; {known}") from error
+        tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+        others = f"known tags: {', '.join(tags)}" if tags else "it has no pretrained weights"
+        raise UnknownModelError(f"timm's {architecture} has no weights tagged {tag!r}; {others}") from error
     if not pretrained:
         return ""
     if not is_model_pretrained(name):
@@ -186,8 +187,8 @@ def _require_folder(folder: str) -> None:
     if not (Path(folder) / "config.json").is_file():
         problem = "has no config.json" if Path(folder).is_dir() else "does not exist"
         raise UnknownModelError(
-            f"local-dir:{folder}: the folder {problem}; name a folder that timm's save_pretrained wrote, or "
-            "one of hf:DIR"
+            f"local-dir:{folder}: the folder {problem}; name a folder that timm's save_pretrained wrote, or one of "
+            "hf:DIR"
         )
 
 
@@ -228,13 +229,13 @@ def _create(name: str, pretrained: bool, sizes: Mapping[str, int]) -> nn.Module:
             model: nn.Module = timm.create_model(name, pretrained=pretrained, **sizes)
     except Exception as error:
         text = str(error)
+        # timm's builders pass on what they are given, so the error comes from the constructor and names its argument.
         for option in sizes:
             if isinstance(error, TypeError) and f"'{option}'" in text:
                 raise UsageError(f"{name} takes no {option}; leave --{option.replace('_', '-')} out") from error
         if "size mismatch" in text and "img_size" in sizes:
             raise UsageError(
-                f"the pretrained weights of {name} do not fit img_size={sizes['img_size']}; leave "
-                "--img-size out, or "
+                f"the pretrained weights of {name} do not fit img_size={sizes['img_size']}; leave --img-size out, or "
                 "pass --no-pretrained"
             ) from error
         reason = text.strip().splitlines()[0] if text.strip() else type(error).__name__
@@ -245,6 +246,7 @@ def _create(name: str, pretrained: bool, sizes: Mapping[str, int]) -> nn.Module:
 def _load_weights(
     model: nn.Module, weights: dict[str, torch.Tensor], path: str | Path, name: str, num_classes_given: bool
 ) -> None:
+    """Load the weights as they are, or in the first other form of them that fits."""
     expected = model.state_dict()
     for adapted in (weights, _filtered(model, weights), _from_facebook_levit(model, weights)):
         if adapted is not None and not mismatch(
@@ -298,20 +300,21 @@ def _with_tag(architecture: str, tag: Any) -> str:
 
 def _read_off(model: nn.Module, cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Builder arguments which the model shows, where they differ from the builder's default."""
-    found: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     channels, *size = cfg.get("input_size", (3, 224, 224))
     classes = _num_classes(model, cfg)
     if classes is not None and classes != cfg.get("num_classes"):
-        found["num_classes"] = classes
+        arguments["num_classes"] = classes
     if _in_chans(model, cfg) != channels:
-        found["in_chans"] = _in_chans(model, cfg)
+        arguments["in_chans"] = _in_chans(model, cfg)
     img_size = _img_size(model)
     if img_size and list(img_size) != size:
-        found["img_size"] = list(img_size)
-    rates = [vars(m).get("drop_prob", 0.0) for m in model.modules() if type(m).__name__ == "DropPath"]
+        arguments["img_size"] = list(img_size)
+    # Rates rise from block to block up to the one that was asked for.
+    rates = [vars(layer).get("drop_prob", 0.0) for layer in model.modules() if type(layer).__name__ == "DropPath"]
     if rates and "drop_path_rate" not in getattr(model, "_model_args", {}):
-        found["drop_path_rate"] = max(rates)
-    return found
+        arguments["drop_path_rate"] = max(rates)
+    return arguments
 
 
 def _num_classes(model: nn.Module, cfg: Mapping[str, Any]) -> int | None:
@@ -332,13 +335,14 @@ def _in_chans(model: nn.Module, cfg: Mapping[str, Any]) -> int:
 
 
 def _img_size(model: nn.Module) -> tuple[int, ...] | None:
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or getattr(model, "_traits", {}).get(
-        "img_size"
-    )
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    # timm writes there what a model without patches was built for.
+    size = size or getattr(model, "_traits", {}).get("img_size")
     return tuple(size) if size else None
 
 
 def _submodule(model: nn.Module, fqn: Any) -> nn.Module | None:
+    # Distilled models name two classifiers, of which the first is the main one.
     if isinstance(fqn, (tuple, list)):
         fqn = fqn[0] if fqn else None
     try:

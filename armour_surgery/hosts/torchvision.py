@@ -18,6 +18,9 @@ from armour_surgery.records import Source
 
 __all__ = ["build", "example", "known_names", "load", "owns", "source_of"]
 
+# Where torchvision's builders call a size by another name than timm's and this tool.
+ARGUMENT_NAMES = {"img_size": "image_size"}
+# Builder arguments that fetch weights, or say how the fetching is shown.
 FORBIDDEN = frozenset(("weights", "weights_backbone", "pretrained", "pretrained_backbone", "progress"))
 
 
@@ -42,14 +45,14 @@ def load(
     if "in_chans" in sizes:
         raise UsageError(f"torchvision's {name} takes no in_chans; leave --in-chans out, or use a timm model")
     file_weights = read_weights(checkpoint) if checkpoint is not None else None
-    names = {"img_size": "image_size"}
-    arguments = {names.get(option, option): value for option, value in sizes.items()}
+    arguments = {ARGUMENT_NAMES.get(option, option): value for option, value in sizes.items()}
     try:
         with quiet():
             model = _make(name, arguments)
     except TypeError as error:
+        # The builders pass on what they are given, so the error comes from the constructor and names its argument.
         for option in sizes:
-            if f"'{names.get(option, option)}'" in str(error):
+            if f"'{ARGUMENT_NAMES.get(option, option)}'" in str(error):
                 raise UsageError(
                     f"torchvision's {name} takes no {option}; leave --{option.replace('_', '-')} out"
                 ) from error
@@ -120,8 +123,9 @@ def _make(name: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 
 def _read_off(model: nn.Module) -> dict[str, Any]:
+    """Builder arguments which the model shows, where they differ from the builder's default."""
     arguments: dict[str, Any] = {}
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    linears = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     if linears and linears[-1].out_features != 1000:
         arguments["num_classes"] = linears[-1].out_features
     size = getattr(model, "image_size", 224)
@@ -144,19 +148,22 @@ def _load_published(model: nn.Module, name: str, sizes: Mapping[str, int]) -> No
     expected = model.state_dict()
     if "num_classes" in sizes:
         # A head for other classes starts fresh, as it does in timm and transformers.
-        state.update({k: v for k, v in expected.items() if k in state and k.rpartition(".")[0] in _head_names(model)})
+        head = _head_name(model)
+        for key, value in expected.items():
+            if key in state and key.rpartition(".")[0] == head:
+                state[key] = value
     try:
         load_strictly(model, state, path=weights.url, architecture=typed, num_classes_given=False)
     except ModelError as error:
         if "img_size" in sizes:
             raise UsageError(
-                f"the pretrained weights of {typed} do not fit img_size={sizes['img_size']}; leave "
-                "--img-size out, or "
+                f"the pretrained weights of {typed} do not fit img_size={sizes['img_size']}; leave --img-size out, or "
                 "pass --no-pretrained"
             ) from error
         raise
 
 
-def _head_names(model: nn.Module) -> set[str]:
+def _head_name(model: nn.Module) -> str | None:
+    """The last linear layer, which is taken for the classifier."""
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return {names[-1]} if names else set()
+    return names[-1] if names else None

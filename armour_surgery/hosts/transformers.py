@@ -27,11 +27,18 @@ from armour_surgery.hosts.checkpoint import mismatch_message, read_weights
 from armour_surgery.hosts.hub import hub_or_cache, offline, quiet, unreachable
 from armour_surgery.records import Source
 
-__all__ = ["build", "example", "known_names", "load", "owns", "source_of"]
+__all__ = ["build", "example", "known_names", "load", "mark_config", "owns", "source_of"]
 
 # Keys of a config that fetch, run foreign code, or say where this copy came from.
 FETCHING = frozenset(("auto_map", "trust_remote_code", "pretrained", "use_pretrained_backbone", "quantization_config"))
 VOLATILE = ("_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype")
+# Weights too large for one file are split, and an index says where each tensor lies.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 # Other names can mean kernels that are downloaded.
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flex_attention")
 
@@ -61,9 +68,8 @@ def load(
     elif name in CONFIG_MAPPING:
         if pretrained:
             raise ModelError(
-                f"{typed} is a transformers model type and has no weights; pass --no-pretrained for its "
-                "default config with "
-                f"random weights, or name a model: hf:ORG/NAME"
+                f"{typed} is a transformers model type and has no weights; pass --no-pretrained for its default config "
+                "with random weights, or name a model: hf:ORG/NAME"
             )
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UnknownModelError(f"{typed}: the folder does not exist; check the path")
@@ -92,8 +98,8 @@ def source_of(model: nn.Module, arguments: Mapping[str, Any]) -> Source:
     config: Any = model.config
     if getattr(transformers, cls.__name__, None) is not cls:
         raise ModelError(
-            f"{cls.__module__}.{cls.__qualname__} is not a model class that transformers exports, so it "
-            "cannot be built again"
+            f"{cls.__module__}.{cls.__qualname__} is not a model class that transformers exports, so it cannot be "
+            "built again"
         )
     entries = _entries(config)
     if "num_labels" in arguments:
@@ -101,6 +107,7 @@ def source_of(model: nn.Module, arguments: Mapping[str, Any]) -> Source:
         entries.pop("id2label", None)
         entries.pop("label2id", None)
     merged = {**entries, **arguments}
+    # No entry of the config's JSON, and "sdpa" is what a build takes by itself.
     attention = getattr(config, "_attn_implementation", None)
     if attention in ATTENTION and attention != "sdpa":
         merged["_attn_implementation"] = attention
@@ -112,8 +119,7 @@ def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
     """A model class of transformers with a config made from `arguments`.
 
     Raises:
-        SchemaError: the name is not a model class that transformers exports, or the config would fetch
-            something.
+        SchemaError: the name is not a model class that transformers exports, or the config would fetch something.
     """
     cls: Any = getattr(transformers, architecture, None) if architecture.isidentifier() else None
     config_class = getattr(cls, "config_class", None)
@@ -145,6 +151,7 @@ def _refuse_timm_files(architecture: str, arguments: Mapping[str, Any]) -> None:
         return
     name = str(arguments.get("architecture", ""))
     given = arguments.get("model_args") or {}
+    # timm's builders read files under several names, and all of them say one of these words.
     reading = [key for key in given if "pretrained" in key or "checkpoint" in key or "cfg" in key]
     if ":" in name or "/" in name or reading:
         raise SchemaError(
@@ -160,11 +167,11 @@ def example(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """
     if "pixel_values" not in inspect.signature(model.forward).parameters:
         raise ExampleInputError(
-            f"{type(model).__name__} takes {model.main_input_name} and no pixel_values, and only images are "
-            "known here; "
-            "pass example_input={name: tensor}"
+            f"{type(model).__name__} takes {model.main_input_name} and no pixel_values, and only images are known "
+            "here; pass example_input={name: tensor}"
         )
     config: Any = model.config
+    # CLIP and its like keep the image encoder's part of the config apart from the text encoder's.
     vision = getattr(config, "vision_config", None) or config
     size = getattr(vision, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else tuple(size)
@@ -173,10 +180,9 @@ def example(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         shape = (frames, *shape)
     inputs = {"pixel_values": (shape, torch.float32)}
     if vision is not config and getattr(config, "text_config", None) is not None:
-        inputs["input_ids"] = (
-            (min(8, getattr(config.text_config, "max_position_embeddings", 8)),),
-            torch.int64,
-        )
+        # Such a model runs on pairs alone; a few tokens will do, since nothing here looks at the text.
+        words = min(8, getattr(config.text_config, "max_position_embeddings", 8))
+        inputs["input_ids"] = ((words,), torch.int64)
     return inputs
 
 
@@ -201,19 +207,13 @@ def _reach(name: str, *, local: bool) -> Iterator[bool]:
 
 
 def _require_files(folder: str, pretrained: bool) -> None:
-    needed = {"config.json": ["config.json"]}
-    if pretrained:
-        weights = (
-            "model.safetensors",
-            "model.safetensors.index.json",
-            "pytorch_model.bin",
-            "pytorch_model.bin.index.json",
+    if not (Path(folder) / "config.json").is_file():
+        raise UnknownModelError(f"hf:{folder}: the folder has no config.json")
+    if pretrained and not any((Path(folder) / name).is_file() for name in WEIGHT_FILES):
+        raise UnknownModelError(
+            f"hf:{folder}: the folder has no model.safetensors (or pytorch_model.bin); pass --no-pretrained for random "
+            "weights, or --checkpoint FILE"
         )
-        needed["model.safetensors (or pytorch_model.bin)"] = list(weights)
-    for label, names in needed.items():
-        if not any((Path(folder) / name).is_file() for name in names):
-            advice = "" if label == "config.json" else "; pass --no-pretrained for random weights, or --checkpoint FILE"
-            raise UnknownModelError(f"hf:{folder}: the folder has no {label}{advice}")
 
 
 def _load(
@@ -232,8 +232,7 @@ def _load(
     if not pretrained and weights is None:
         model: nn.Module = cls(config)
         return model
-    # from_pretrained and not load_state_dict: files keep the key names of older versions, and it
-    # translates them.
+    # from_pretrained and not load_state_dict: files keep the key names of older versions, and it translates them.
     model, info = cls.from_pretrained(
         None if weights is not None else name,
         config=config,
@@ -248,19 +247,22 @@ def _load(
 
 def _class_for(config: PreTrainedConfig, name: str, classify: bool) -> type[PreTrainedModel]:
     """The class that the config was saved from; else the classifier of its type; else its backbone."""
-    declared = [getattr(transformers, arch, None) for arch in getattr(config, "architectures", None) or ()]
+    declared: list[Any] = []
+    for architecture in getattr(config, "architectures", None) or ():
+        # A config may name a class that only its own repository has.
+        if hasattr(transformers, architecture):
+            declared.append(getattr(transformers, architecture))
     classifier = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None)
     backbone = MODEL_MAPPING.get(type(config), None)
     if classify:
-        declared = [cls for cls in declared if cls is not None and "ForImageClassification" in cls.__name__]
+        declared = [cls for cls in declared if "ForImageClassification" in cls.__name__]
         if not declared and classifier is None:
             raise UsageError(f"hf:{name} has no image classifier in transformers; leave --num-classes out")
     for cls in (*declared, classifier, backbone):
         # Some types map to several classes; the first is the plain one.
-        first = cls[0] if isinstance(cls, (tuple, list)) else cls
-        if first is not None:
-            found: type[PreTrainedModel] = first
-            return found
+        plain: type[PreTrainedModel] | None = cls[0] if isinstance(cls, (tuple, list)) else cls
+        if plain is not None:
+            return plain
     raise ModelError(f"hf:{name} has the type {config.model_type!r}, for which transformers has no model class")
 
 
@@ -284,20 +286,21 @@ def _require_complete(
     sizes: Mapping[str, int],
 ) -> None:
     """Refuse weights that would leave a part of the model random, except a head that was asked for."""
-    wrong = {key: (tuple(found), tuple(wanted)) for key, found, wanted in info["mismatched_keys"]}
+    wrong = {key: (tuple(in_file), tuple(wanted)) for key, in_file, wanted in info["mismatched_keys"]}
     missing, unexpected = set(info["missing_keys"]) - set(wrong), set(info["unexpected_keys"])
     if checkpoint is None:
+        # A published model may come with heads that this class does not have (a pre-training head, a distillation one).
         unexpected = set()
         if "num_classes" in sizes:
+            # What lies outside of the body is the head, which starts anew with another number of classes.
             body = f"{model.base_model_prefix}."
             missing = {key for key in missing if key.startswith(body)}
             wrong = {key: shapes for key, shapes in wrong.items() if key.startswith(body)}
         changed = [option for option in ("img_size", "in_chans") if option in sizes]
         if wrong and changed:
             raise UsageError(
-                f"the pretrained weights of hf:{name} do not fit {changed[0]}={sizes[changed[0]]} "
-                f"({sorted(wrong)[0]} has "
-                f"another shape); leave --{changed[0].replace('_', '-')} out, or pass --no-pretrained"
+                f"the pretrained weights of hf:{name} do not fit {changed[0]}={sizes[changed[0]]} ({sorted(wrong)[0]} "
+                f"has another shape); leave --{changed[0].replace('_', '-')} out, or pass --no-pretrained"
             )
     message = mismatch_message(
         missing,
@@ -329,6 +332,7 @@ def _failed(name: str, pretrained: bool, answers: bool, error: Exception) -> Mod
 def _entries(config: PreTrainedConfig) -> dict[str, Any]:
     """The config as JSON that makes an equal config again: what differs from defaults, if that will do."""
     wanted = _comparable(config.to_dict())
+    # The diff is short and readable, but not every config class makes the same values of it again.
     for candidate in (config.to_diff_dict(), config.to_dict()):
         try:
             entries: dict[str, Any] = _comparable(candidate)
@@ -358,10 +362,11 @@ def _walk(value: Any) -> Iterator[tuple[str, Any]]:
             yield from _walk(inner)
 
 
+# One class for each config class, so that configs of two converted models still have the same type.
 _ARMOUR_CONFIGS: dict[type, type] = {}
 
 
-def mark_converted(model: nn.Module) -> None:
+def mark_config(model: nn.Module) -> None:
     """Give the model's config a model type of its own.
 
     `save_pretrained` on a converted model would otherwise write a folder that looks like the plain architecture, and
@@ -372,4 +377,5 @@ def mark_converted(model: nn.Module) -> None:
     if kind not in _ARMOUR_CONFIGS:
         members = {"model_type": f"armour_{kind.model_type}", "__module__": kind.__module__}
         _ARMOUR_CONFIGS[kind] = type(f"Armour{kind.__name__}", (kind,), members)
+    # Whoever holds this config (each submodule does) has to see the change; a new object would reach only one of them.
     object.__setattr__(config, "__class__", _ARMOUR_CONFIGS[kind])

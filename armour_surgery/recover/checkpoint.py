@@ -45,9 +45,8 @@ class Saved:
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors under a prefix, without it."""
-        return {
-            key.removeprefix(f"{prefix}."): value for key, value in self.tensors.items() if key.startswith(f"{prefix}.")
-        }
+        start = f"{prefix}."
+        return {name.removeprefix(start): value for name, value in self.tensors.items() if name.startswith(start)}
 
 
 def weights_of(model: nn.Module, prefix: str) -> dict[str, Tensor]:
@@ -57,28 +56,29 @@ def weights_of(model: nn.Module, prefix: str) -> dict[str, Tensor]:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state by the place of the parameter and the name of the entry."""
-    found = {}
+    tensors = {}
     for place, parameter in enumerate(_parameters(optimizer)):
         for key, value in optimizer.state.get(parameter, {}).items():
+            # Some optimizers count in plain numbers, which double precision tells from their tensors on the way back.
             tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-            found[f"optimizer.{place}.{key}"] = full(tensor).cpu().clone()
-    return found
+            tensors[f"optimizer.{place}.{key}"] = full(tensor).cpu().clone()
+    return tensors
 
 
 def optimizer_numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """Numbers that an optimizer keeps for whole groups; some count steps there, in a tensor (a list of one here)."""
 
-    def plain(value: Any) -> Any:
-        return [value.item()] if isinstance(value, Tensor) else value
-
-    return [
-        {
-            key: plain(value)
-            for key, value in group.items()
-            if type(value) in (int, float) or (isinstance(value, Tensor) and value.ndim == 0)
-        }
-        for group in optimizer.param_groups
-    ]
+    groups = []
+    for group in optimizer.param_groups:
+        numbers: dict[str, Any] = {}
+        for key, value in group.items():
+            if isinstance(value, Tensor) and value.ndim == 0:
+                numbers[key] = [value.item()]
+            # By type, since a switch (a bool is an int) follows from the recipe.
+            elif type(value) in (int, float):
+                numbers[key] = value
+        groups.append(numbers)
+    return groups
 
 
 def fill(model: nn.Module, weights: Mapping[str, Tensor], where: Path) -> None:
@@ -88,8 +88,10 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], where: Path) -> None:
         ResumeError: names or shapes differ.
     """
     state = model.state_dict()
-    if set(state) != set(weights) or any(state[name].shape != weights[name].shape for name in state):
-        different = sorted(set(state) ^ set(weights)) or [n for n in state if state[n].shape != weights[n].shape]
+    different = sorted(set(state) ^ set(weights))
+    if not different:
+        different = [name for name in state if state[name].shape != weights[name].shape]
+    if different:
         raise ResumeError(
             f"{where} is of another model ({different[0]} differs); train into another --out, or leave --resume out"
         )
@@ -103,21 +105,24 @@ def fill_optimizer(
 ) -> None:
     """Put `optimizer_tensors` and `optimizer_numbers` back."""
     for group, values in zip(optimizer.param_groups, numbers, strict=True):
-        group.update(
-            {key: torch.tensor(value[0]) if isinstance(value, list) else value for key, value in values.items()}
-        )
+        for key, value in values.items():
+            group[key] = torch.tensor(value[0]) if isinstance(value, list) else value
     parameters = _parameters(optimizer)
-    for key, value in tensors.items():
+    for key, tensor in tensors.items():
         place, _, name = key.partition(".")
         parameter = parameters[int(place)]
         # AdamW counts steps in a tensor on the CPU; moments lie where the parameter does.
-        optimizer.state[parameter][name] = like(value, parameter) if value.shape == parameter.shape else value
-        if value.dtype == torch.float64 and value.ndim == 0:
-            optimizer.state[parameter][name] = value.item()
+        optimizer.state[parameter][name] = like(tensor, parameter) if tensor.shape == parameter.shape else tensor
+        if tensor.dtype == torch.float64 and tensor.ndim == 0:
+            optimizer.state[parameter][name] = tensor.item()
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    """All parameters, in the order of their groups; a place in it says which one is meant, as no name does."""
+    parameters: list[Tensor] = []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
+    return parameters
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
@@ -131,6 +136,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata=metadata)
+        # Else a crash of the machine could leave the new name with content that was never written.
         with aside.open("rb") as stream:
             os.fsync(stream.fileno())
         os.replace(aside, path)

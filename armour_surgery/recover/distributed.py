@@ -35,10 +35,11 @@ class Process:
         """Sums over all processes, in double precision."""
         if self.world == 1:
             return list(values)
-        kind = torch.float32 if self.device.type == "mps" else torch.float64
-        tensor = torch.tensor(values, dtype=kind, device=self.device)
+        # Apple's GPUs have no double precision.
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        tensor = torch.tensor(values, dtype=dtype, device=self.device)
         dist.all_reduce(tensor)
-        return [float(value) for value in tensor.tolist()]
+        return list(map(float, tensor.tolist()))
 
     def union(self, counts: dict[str, int]) -> dict[str, int]:
         """Counts by name, summed over all processes."""
@@ -46,7 +47,11 @@ class Process:
             return counts
         gathered: list[Any] = [None] * self.world
         dist.all_gather_object(gathered, counts)
-        return {name: sum(one.get(name, 0) for one in gathered) for one in gathered for name in one}
+        total: dict[str, int] = {}
+        for theirs in gathered:
+            for name, count in theirs.items():
+                total[name] = total.get(name, 0) + count
+        return total
 
     def average_norms(self, model: nn.Module) -> None:
         """Give every process the mean of their running statistics (BatchNorm's)."""
@@ -74,20 +79,22 @@ def distributed(device: str = "auto") -> Iterator[Process]:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
-        found = torch.device(chosen, local) if chosen == "cuda" and world > 1 else torch.device(chosen)
-        torch.empty(1, device=found)
+        own = torch.device(chosen, local) if chosen == "cuda" and world > 1 else torch.device(chosen)
+        # A name that torch knows may be of hardware that is not here, which shows when memory is asked for.
+        torch.empty(1, device=own)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"run.device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
     if world == 1:
-        yield Process(0, 1, found)
+        yield Process(0, 1, own)
         return
-    if found.type == "cuda":
-        torch.cuda.set_device(found)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    # A caller's own process group is used, and left to the caller.
     owner = not dist.is_initialized()
     if owner:
-        dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
     try:
-        yield Process(rank, world, found)
+        yield Process(rank, world, own)
     finally:
         if owner:
             dist.destroy_process_group()
@@ -102,6 +109,7 @@ def shard(runner: Runner, sites: Sequence[str]) -> None:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     modules = dict(runner.model.named_modules())
     names = [block_of(site) for site in sites] or [name for name in modules if name.rpartition(".")[0] == "blocks"]
+    # Blocks before the whole: what a block takes is no longer the rest's.
     for name in dict.fromkeys(names):
         if name:
             fully_shard(modules[name], mesh=mesh)
@@ -120,6 +128,7 @@ def no_sync(module: nn.Module, runner: nn.Module, last: bool) -> Any:
     """Inside, gradients are summed over processes only for the last part of an accumulated step."""
     if isinstance(module, DistributedDataParallel) and not last:
         return module.no_sync()
+    # A runner has this method once it is sharded.
     if hasattr(runner, "set_requires_gradient_sync"):
         runner.set_requires_gradient_sync(last)  # type: ignore[operator]
     return nullcontext()

@@ -1,6 +1,6 @@
 """Accuracy of any MODEL on labelled images, over all processes, and beside another model."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from armour_surgery.measure.accuracy import Choices, agreement, choices, confusi
 from armour_surgery.recover.distributed import Process
 from armour_surgery.recover.loading import evaluation_batches
 from armour_surgery.recover.recipe import DataPart
-from armour_surgery.recover.splits import adapted
+from armour_surgery.recover.splits import adapted_preprocessing
 from armour_surgery.recover.student import Runner, evaluating
 from armour_surgery.saving.any_model import load_any
 
@@ -88,20 +88,20 @@ def evaluate(
         UsageError: an option does not fit the model or the data.
     """
     options = options or Options()
-    made, found = _one(model, data, process, options, options.checkpoint)
+    chosen, evaluated = _evaluate(model, data, process, options)
     if vs is None:
-        return found
-    theirs, other = _one(vs, data, process, Options(**{**vars(options), "confusion": None}), None)
-    same, counted = process.sum(agreement(made, theirs))
-    return Evaluated(**{**vars(found), "vs": other, "agreement": 100 * same / max(1, counted)})
+        return evaluated
+    # Weights from a file and a figure were asked for the first model alone.
+    theirs, other = _evaluate(vs, data, process, replace(options, confusion=None, checkpoint=None))
+    same, counted = process.sum(agreement(chosen, theirs))
+    return replace(evaluated, vs=other, agreement=100 * same / max(1, counted))
 
 
-def _one(
-    name: str, data: str, process: Process, options: Options, checkpoint: Path | None
-) -> tuple[Choices, Evaluated]:
-    model, _ = load_any(name, pretrained=options.pretrained, checkpoint=checkpoint)
+def _evaluate(name: str, data: str, process: Process, options: Options) -> tuple[Choices, Evaluated]:
+    """What one model chose in this process, and how right it was in all of them."""
+    model, _ = load_any(name, pretrained=options.pretrained, checkpoint=options.checkpoint)
     part = DataPart(crop_pct=options.crop_pct, mean=options.mean, std=options.std)
-    prep = adapted(preprocessing(model), part)
+    prep = adapted_preprocessing(preprocessing(model), part)
     opened = open_stream(data, "val", named_split=options.split, batch_size=options.batch_size, seed=0)
     pictures = opened or open_pictures(data, "val", size=prep.size, labelled=True, named_split=options.split)
     classes = head_size(model)
@@ -117,30 +117,34 @@ def _one(
         workers=options.workers,
     )
     with evaluating(runner):
-        made = choices(lambda images: _logits(runner, images.to(process.device), name), batches)
-    first, five = top_hits(made)
-    _check_labels_seen(made, classes, data)
-    images, one, top5 = process.sum([len(made.labels), first, five])
+        chosen = choices(lambda images: _logits(runner, images.to(process.device), name), batches)
+    first, five = top_hits(chosen)
+    _check_labels_seen(chosen, classes, data)
+    images, top1, top5 = process.sum([len(chosen.labels), first, five])
     if not images:
-        raise DataError(f"no image of {data} could be read; the first: {(made.broken or ['there is none'])[0]}")
-    real = _real(made, pictures, process) if options.real else None
+        raise DataError(f"no image of {data} could be read; the first: {(chosen.broken or ['there is none'])[0]}")
+    real = _real(chosen, pictures, process) if options.real else None
     if options.confusion is not None:
-        counts = torch.tensor(process.sum(confusion(made, classes).flatten().tolist())).reshape(classes, classes)
-        if process.first:
-            # Only who draws waits for matplotlib.
-            from armour_surgery.report.figures import draw_confusion
-
-            names = pictures.classes if isinstance(pictures, Pictures) else ()
-            draw_confusion(counts, names or tuple(map(str, range(classes))), options.confusion)
-    return made, Evaluated(
+        _draw_confusion(chosen, pictures, classes, process, options.confusion)
+    return chosen, Evaluated(
         name,
         int(images),
-        100 * one / images,
+        100 * top1 / images,
         100 * top5 / images,
         real,
-        unreadable=made.broken,
+        unreadable=chosen.broken,
         confusion=options.confusion,
     )
+
+
+def _draw_confusion(chosen: Choices, pictures: Pictures | Stream, classes: int, process: Process, path: Path) -> None:
+    counts = torch.tensor(process.sum(confusion(chosen, classes).flatten().tolist())).reshape(classes, classes)
+    if process.first:
+        # Only who draws waits for matplotlib.
+        from armour_surgery.report.figures import draw_confusion
+
+        names = pictures.classes if isinstance(pictures, Pictures) else ()
+        draw_confusion(counts, names or tuple(map(str, range(classes))), path)
 
 
 def _logits(runner: nn.Module, images: Tensor, name: str) -> Tensor:
@@ -150,18 +154,22 @@ def _logits(runner: nn.Module, images: Tensor, name: str) -> Tensor:
     return logits
 
 
-def _check_labels_seen(made: Choices, classes: int, data: str) -> None:
-    if len(made.labels) and not 0 <= int(made.labels.min()) <= int(made.labels.max()) < classes:
+def _check_labels_seen(chosen: Choices, classes: int, data: str) -> None:
+    """A stream tells its labels only as they come by."""
+    if not len(chosen.labels):
+        return
+    low, high = int(chosen.labels.min()), int(chosen.labels.max())
+    if not 0 <= low <= high < classes:
         raise DataError(
-            f"labels of {data} run from {int(made.labels.min())} to {int(made.labels.max())}, and the model's head has "
-            f"{classes} classes; name the data that it was trained for"
+            f"labels of {data} run from {low} to {high}, and the model's head has {classes} classes; name the data "
+            "that it was trained for"
         )
 
 
-def _real(made: Choices, pictures: Pictures | Stream, process: Process) -> dict[str, Any]:
+def _real(chosen: Choices, pictures: Pictures | Stream, process: Process) -> dict[str, Any]:
     if isinstance(pictures, Stream):
         raise UsageError("--real knows images by their file names, and this data is read in order; name a folder")
-    first, five, images = process.sum(real_hits(made, pictures.name, imagenet_real_labels(None)))
+    first, five, images = process.sum(real_hits(chosen, pictures.name, imagenet_real_labels(None)))
     if not images:
         raise UsageError(
             "--real: no image is called like ImageNet's validation images (ILSVRC2012_val_00000001.JPEG); leave it out"

@@ -1,4 +1,4 @@
-"""Between the command line and the trainer: which student, teacher and images a recipe means, and what is kept.
+"""A whole run: the student, teacher and images that a recipe means are found, the trainer runs, the result is saved.
 
 The student is a converted model, or one that the recipe converts or trains as it is. Training works on it; what is
 saved is a copy of the model as it came, with the weights that were kept, so that wrappers, stochastic depth and frozen
@@ -7,6 +7,7 @@ parameters of the training leave no trace.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,14 @@ from armour_surgery.copies import full_copy
 from armour_surgery.errors import ResumeError, UsageError
 from armour_surgery.hosts.preprocessing import Preprocessing, preprocessing
 from armour_surgery.hosts.running import head_size
-from armour_surgery.images.sources import (
-    Pictures,
-    Stream,
-    check_labels,
-)
+from armour_surgery.images.sources import Pictures, Stream, check_labels
 from armour_surgery.measure.held_out import held_out_scores
 from armour_surgery.records import SurgeryPlan
 from armour_surgery.recover import checkpoint
 from armour_surgery.recover.distributed import Process
 from armour_surgery.recover.loading import evaluation_batches
 from armour_surgery.recover.recipe import Recipe
-from armour_surgery.recover.splits import adapted, open_images
+from armour_surgery.recover.splits import adapted_preprocessing, open_images
 from armour_surgery.recover.student import evaluating
 from armour_surgery.recover.teacher import Teacher, find_teacher
 from armour_surgery.recover.timm_parts import build_untrained, set_drop_path, training_transform
@@ -67,7 +64,7 @@ def finetune(
 
     Args:
         model: a converted model, MODEL, or an unconverted model that the recipe converts or trains as it is.
-        data: see `recover.data.open_pictures`; without it the recipe's.
+        data: see `images.sources.open_pictures`; without it the recipe's.
         teacher: MODEL or a module; without it the recipe's, and without that the model that the student was
             converted from.
         resume: go on from the checkpoint in `out`.
@@ -76,12 +73,13 @@ def finetune(
         ArmourError: see `recover.trainer.train`; and whatever loading, converting and saving raise.
     """
     _check_folder(out, resume)
+    # Before the first process writes, all have to have looked.
     process.wait()
-    student = _student(model, recipe)
+    student = _make_student(model, recipe)
     surgery: SurgeryPlan | None = getattr(student, "surgery", None)
     check_saveable(student)
     own = preprocessing(student)
-    prep = adapted(own, recipe.data)
+    prep = adapted_preprocessing(own, recipe.data)
     given = data or recipe.data.source
     if given is None:
         raise UsageError("this recipe needs images; name them with --data")
@@ -94,6 +92,7 @@ def finetune(
     if process.first:
         open_folder(out, recipe)
     process.wait()
+    # Before anything about the training (stochastic depth, frozen parameters, wrappers) is done to the student.
     kept = full_copy(student)
     if recipe.model.drop_path:
         set_drop_path(student, recipe.model.drop_path)
@@ -102,7 +101,7 @@ def finetune(
         recipe=recipe,
         data=training,
         transform=training_transform(prep, recipe.augment),
-        judge=_judge(judged, prep, recipe, guide, process),
+        judge=_make_judge(judged, prep, recipe, guide, process),
         out=out,
         teacher=guide,
         sites=tuple(site.fqn for site in surgery.sites) if surgery is not None else (),
@@ -116,7 +115,7 @@ def finetune(
     return Finetuned(outcome, out, judged_on)
 
 
-def _student(model: str | nn.Module, recipe: Recipe) -> nn.Module:
+def _make_student(model: str | nn.Module, recipe: Recipe) -> nn.Module:
     """The model to train, converted if the recipe says so."""
     part, source = recipe.model, None
     torch.manual_seed(recipe.seed)  # random weights are the same in every process
@@ -131,11 +130,12 @@ def _student(model: str | nn.Module, recipe: Recipe) -> nn.Module:
             model = build_untrained(model.removeprefix("timm:"), part.args)
         else:
             model, source = load_any(model, pretrained=part.start == "weights")
-    surgery = getattr(model, "surgery", None)
     if part.mode is None:
         return model
+    surgery = getattr(model, "surgery", None)
     if surgery is None:
         return convert(model, part.mode, init=part.init, inplace=True, source=source)
+    # A conversion that chose its modes itself (auto) may have come out as this mode everywhere.
     if surgery.mode != part.mode and {site.mode for site in surgery.sites} != {part.mode}:
         raise UsageError(
             f"this recipe is for the mode {part.mode}, and the model was converted to {surgery.mode}; take another "
@@ -154,7 +154,7 @@ def _check_folder(out: Path, resume: bool) -> None:
         raise ResumeError(f"there is no checkpoint {path} to go on from; leave --resume out, or name another --out")
 
 
-def _judge(
+def _make_judge(
     data: Pictures | Stream, prep: Preprocessing, recipe: Recipe, teacher: Teacher | None, process: Process
 ) -> Judge:
     """Top-1 and top-5 where there are labels; likeness to the teacher where that is what counts."""
@@ -172,14 +172,14 @@ def _judge(
             limit=recipe.judge.images,
         )
 
-        def run(model: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        def asked(model: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
             outputs = model(images.to(process.device), True)
             return outputs.features, outputs.logits
 
         with evaluating(runner):
             return held_out_scores(
-                lambda images: run(runner, images),
-                (lambda images: run(compared, images)) if compared is not None else None,
+                partial(asked, runner),
+                partial(asked, compared) if compared is not None else None,
                 batches,
                 labelled=recipe.labelled,
                 blank=blank,

@@ -27,7 +27,10 @@ from armour_surgery.images.sources import Pictures, Stream
 __all__ = ["Batch", "Layout", "evaluation_batches", "positions", "seeded", "training_batches"]
 
 Transform = Callable[[Image.Image], Tensor]
+# (epoch, position in it, index of the image)
 Key = tuple[int, int, int]
+# (image, label, index, what could not be read on the way to it)
+View = tuple[Tensor, int, int, list[str]]
 # So many images in a row that cannot be read are no accident.
 MOST_BROKEN = 64
 
@@ -60,11 +63,11 @@ class Layout:
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
     """Inside, Python's, numpy's and torch's random numbers (on the CPU) follow from `key`; outside nothing changes."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    seed = int.from_bytes(digest) >> 1
+    seed = _number(*key)
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
+    # Not torch.manual_seed, which would seed the GPUs too, and nobody could put those back at no cost.
     torch.default_generator.manual_seed(seed)
     try:
         yield
@@ -81,17 +84,19 @@ def positions(length: int, epoch: int, *, seed: int, repeats: int, count: int) -
     positions in turns, they get other versions of it (DeiT's repeated augmentation); an epoch then has about
     `length / repeats` different images. An epoch longer than the data goes on with another order.
     """
-    found: list[int] = []
-    for turn in itertools.count():
+    indices: list[int] = []
+    turn = 0
+    while True:
         generator = torch.Generator().manual_seed(_number(seed, epoch, turn))
         order = torch.randperm(length, generator=generator).repeat_interleave(repeats)
-        found += order[: count - len(found)].tolist()
-        if len(found) >= count:
-            return found
-    return found
+        indices += order[: count - len(indices)].tolist()
+        if len(indices) >= count:
+            return indices
+        turn += 1
 
 
 def _number(*key: int) -> int:
+    """A seed of 63 bits, which torch takes, for which keys that are alike are as far apart as any others."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest()) >> 1
 
 
@@ -109,7 +114,8 @@ class _Steps:
         return len(self._range) * self._layout.accumulate
 
     def __iter__(self) -> Iterator[list[Key]]:
-        layout, order, known = self._layout, [], -1
+        layout, known = self._layout, -1
+        order: list[int] = []
         for step in self._range:
             epoch, place = divmod(step, self._per_epoch)
             if epoch != known and not self._pictures.endless:
@@ -117,20 +123,23 @@ class _Steps:
                 order = positions(len(self._pictures), epoch, seed=self._seed, repeats=self._repeats, count=count)
                 known = epoch
             first = place * layout.batch
-            mine = range(first + layout.rank, first + layout.batch, layout.world)
-            offset = epoch * self._per_epoch * layout.batch
-            keys = [(epoch, p, offset + p if self._pictures.endless else order[p]) for p in mine]
+            keys: list[Key] = []
+            # Processes take positions in turns, so that whatever their number a step has the same images.
+            for position in range(first + layout.rank, first + layout.batch, layout.world):
+                # Endless images are never seen twice: they are numbered on from epoch to epoch.
+                offset = epoch * self._per_epoch * layout.batch
+                keys.append((epoch, position, offset + position if self._pictures.endless else order[position]))
             for begin in range(0, len(keys), layout.micro):
                 yield keys[begin : begin + layout.micro]
 
 
-class _Views(Dataset[tuple[Tensor, int, int, list[str]]]):
+class _Views(Dataset[View]):
     """Augmented pictures by (epoch, position, index). One that cannot be read is replaced by the next that can."""
 
     def __init__(self, pictures: Pictures, transform: Transform, seed: int) -> None:
         self._pictures, self._transform, self._seed = pictures, transform, seed
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int, int, list[str]]:
+    def __getitem__(self, key: Key) -> View:
         epoch, position, index = key
         broken: list[str] = []
         while True:
@@ -149,22 +158,22 @@ class _Views(Dataset[tuple[Tensor, int, int, list[str]]]):
             return self._transform(picture), label, index, broken
 
 
-class _StreamViews(IterableDataset[tuple[Tensor, int, int, list[str]]]):
+class _StreamViews(IterableDataset[View]):
     """One pass over a stream, augmented; what was seen before (`skip` per worker) is read and dropped."""
 
     def __init__(self, stream: Stream, transform: Transform, seed: int, epoch: int) -> None:
         self._stream, self._transform, self._seed, self._epoch = stream, transform, seed, epoch
 
-    def __iter__(self) -> Iterator[tuple[Tensor, int, int, list[str]]]:
+    def __iter__(self) -> Iterator[View]:
         worker = get_worker_info()
         for position, (picture, label) in enumerate(self._stream.epoch(self._epoch)):
             with seeded(self._seed, self._epoch, worker.id if worker else 0, position):
                 yield self._transform(picture), int(label), position, []
 
 
-def _stacked(items: list[tuple[Tensor, int, int, list[str]]]) -> Batch:
-    images, labels, numbers, broken = zip(*items, strict=True)
-    return Batch(torch.stack(images), torch.tensor(labels), list(numbers), [name for one in broken for name in one])
+def _stacked(views: list[View]) -> Batch:
+    images, labels, numbers, broken = zip(*views, strict=True)
+    return Batch(torch.stack(images), torch.tensor(labels), list(numbers), list(itertools.chain(*broken)))
 
 
 def _loader(dataset: Any, workers: int, pin: bool, **options: Any) -> "DataLoader[Any]":
@@ -209,6 +218,7 @@ def training_batches(
         views = _Views(data, transform, seed)
         yield from _loader(views, workers, pin, batch_sampler=steps, collate_fn=_stacked)
         return
+    # A stream is read in order alone: what the steps before `start` had of its epoch is read again, and skipped.
     epoch, place = divmod(start, steps_per_epoch)
     skip, left = place * layout.accumulate, (end - start) * layout.accumulate
     while left > 0:
@@ -226,6 +236,7 @@ def _stream_epoch(
 ) -> Iterator[Batch]:
     """A whole epoch's micro-batches, going round again where the stream is shorter."""
     for turn in itertools.count():
+        # Another turn is another epoch to the stream, with a number that no run gets to.
         views = _StreamViews(stream, transform, seed, epoch + 1_000_003 * turn)
         given = 0
         for batch in _loader(views, workers, pin, batch_size=layout.micro, drop_last=True, collate_fn=_stacked):
@@ -249,17 +260,23 @@ class _Plain(Dataset[tuple[Tensor | None, int, int, list[str]]]):
             picture, label = self._pictures.read(index)
             return self._transform(picture), label, index, []
         except DataError:
+            # Not about this image but about the data as a whole.
             raise
         except Exception as error:
+            # Every image format has its own way of being damaged.
             return None, -1, index, [f"{self._pictures.name(index)} ({type(error).__name__}: {error})"]
 
 
 def _whole(items: list[tuple[Tensor | None, int, int, list[str]]]) -> Batch:
     """The images of a batch that could be read; it may be left without any."""
-    good = [(image, label, number) for image, label, number, _ in items if image is not None]
-    broken = [name for _, _, _, names in items for name in names]
-    images = torch.stack([image for image, _, _ in good]) if good else torch.empty(0)
-    return Batch(images, torch.tensor([label for _, label, _ in good]), [number for _, _, number in good], broken)
+    images, labels, numbers, broken = [], [], [], []
+    for image, label, number, names in items:
+        broken += names
+        if image is not None:
+            images.append(image)
+            labels.append(label)
+            numbers.append(number)
+    return Batch(torch.stack(images) if images else torch.empty(0), torch.tensor(labels), numbers, broken)
 
 
 def evaluation_batches(
@@ -286,5 +303,6 @@ def evaluation_batches(
     blocks = [indices[begin : begin + batch_size] for begin in range(0, len(indices), batch_size)]
     views = _Plain(data, transform)
     yield from _loader(views, workers, False, batch_sampler=blocks, collate_fn=_whole)
+    # Who has fewer batches goes on with empty ones: a sharded model only runs where all processes run it.
     longest = math.ceil(math.ceil(total / world) / batch_size)
     yield from (_whole([]) for _ in range(longest - len(blocks)))

@@ -32,15 +32,11 @@ class RunLog:
     def __init__(self, folder: Path, step: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._lines, self._summary = folder / "log.jsonl", folder / "summary.csv"
-        kept = [line for line in _read_lines(self._lines) if line.get("step", 0) <= step] if step else []
-        write_text(self._lines, "".join(json.dumps(line) + "\n" for line in kept))
-        self.epochs: list[dict[str, Any]] = []
-        if step and self._summary.is_file():
-            with self._summary.open(newline="", encoding="utf-8") as stream:
-                rows: list[dict[str, Any]] = list(csv.DictReader(stream))
-            self.epochs = [
-                {key: _number(value) for key, value in row.items() if value} for row in rows if int(row["step"]) <= step
-            ]
+        # A run from the start leaves nothing of one that was here before.
+        lines = _read_lines(self._lines) if step else []
+        kept = [json.dumps(line) + "\n" for line in lines if line.get("step", 0) <= step]
+        write_text(self._lines, "".join(kept))
+        self.epochs = _read_epochs(self._summary, step) if step else []
         self._board = _tensorboard(folder, step)
 
     def step(self, values: Mapping[str, Any]) -> None:
@@ -52,9 +48,12 @@ class RunLog:
     def epoch(self, values: Mapping[str, Any]) -> None:
         """One row of `summary.csv`."""
         self.epochs.append(dict(values))
-        columns = list(dict.fromkeys(key for row in self.epochs for key in row))
+        # Not every epoch is judged, so rows have different keys. They keep the order in which they first came.
+        columns: dict[str, None] = {}
+        for row in self.epochs:
+            columns |= dict.fromkeys(row)
         text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.epochs)
         write_text(self._summary, text.getvalue())
@@ -94,6 +93,7 @@ def draw_curves(folder: Path, epochs: Sequence[Mapping[str, Any]]) -> Path | Non
         axes[1].legend()
     axes[-1].set_xlabel("step")
     path = folder / "curves.png"
+    # In memory first, so that the file appears whole.
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     _write(path, picture.getvalue())
@@ -102,16 +102,31 @@ def draw_curves(folder: Path, epochs: Sequence[Mapping[str, Any]]) -> Path | Non
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a JSON lines file; one that was cut short is left out."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
         try:
-            found.append(json.loads(line))
+            lines.append(json.loads(text))
         except ValueError:
             continue
-    return found
+    return lines
+
+
+def _read_epochs(path: Path, step: int) -> list[dict[str, Any]]:
+    """The rows of `summary.csv` up to a step, without the columns that they leave empty."""
+    if not path.is_file():
+        return []
+    epochs = []
+    with path.open(newline="", encoding="utf-8") as stream:
+        for row in csv.DictReader(stream):
+            if int(row["step"]) <= step:
+                epochs.append({key: _number(value) for key, value in row.items() if value})
+    return epochs
 
 
 def _number(text: str) -> Any:
+    """What a CSV file holds as text."""
     try:
         return json.loads(text)
     except ValueError:
@@ -124,4 +139,5 @@ def _tensorboard(folder: Path, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
+    # What the board has after the checkpoint is dropped there too.
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)

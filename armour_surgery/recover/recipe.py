@@ -27,6 +27,7 @@ LR_BATCH = 512
 
 
 class _Part(BaseModel):
+    # Strict: the word "0.1" is no number, and a misspelled key is no key that can be left out.
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
@@ -213,54 +214,95 @@ class Recipe(_Part):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        """Refuse what cannot work together; the text says what to change."""
-        loss, data, schedule = self.loss, self.data, self.schedule
-        problems = {
-            "loss: every weight is 0, so there is nothing to learn from; set loss.labels=1, or loss.features=1 for "
-            "images without labels": not (loss.labels or loss.needs_teacher),
-            "loss.local=true is about loss.blocks, and that is 0; set loss.blocks=1, or loss.local=false": loss.local
-            and not loss.blocks,
-            f"data.batch_size={data.batch_size} is not a multiple of data.micro_batch={data.micro_batch}; "
-            "change one": bool(data.micro_batch and data.batch_size % data.micro_batch),
-            f"schedule.warmup_epochs={schedule.warmup_epochs:g} is longer than "
-            f"schedule.epochs={schedule.epochs}; shorten the warm-up": schedule.warmup_epochs > schedule.epochs,
-            "loss.logits_head=token with loss.logits=0: the distillation token would learn nothing; set "
-            "loss.logits=0.5, or loss.logits_head=main": loss.logits_head == "token" and not loss.logits,
-            "loss.smoothing needs labels; set loss.labels, or loss.smoothing=0": bool(
-                loss.smoothing and not loss.labels
-            ),
-            "judge.metric=top1 needs labels; set loss.labels, or judge.metric=cosine": self.judge.metric == "top1"
-            and not loss.labels,
-            f"judge.metric={self.judge.metric} compares with a teacher, and no weight in loss asks for one; set "
-            "judge.metric=top1": self.judge.metric in ("cosine", "agreement") and not loss.needs_teacher,
-            "model.init without model.mode: there is nothing to convert; set model.mode=auto": self.model.init != "wq"
-            and self.model.mode is None,
-            "model.args builds a model anew, so it has no weights; set model.start=scratch": bool(self.model.args)
-            and self.model.start != "scratch",
-            "model.start=scratch with model.trainable=attention leaves random weights as they are; set "
-            "model.trainable=all": self.model.start == "scratch" and self.model.trainable == "attention",
-            "teacher is named, and no weight in loss asks for one; set loss.logits=0.5, or remove teacher": bool(
-                self.teacher and not loss.needs_teacher
-            ),
-            "run.grad_checkpointing computes blocks twice, and loss.attention or loss.blocks would compare the second "
-            "time; set loss.attention=0 and loss.blocks=0, or leave it out": bool(
-                self.run.grad_checkpointing and (loss.attention or loss.blocks)
-            ),
-            f"augment.scale={self.augment.scale} must rise from above 0 to at most 1": not (
-                0 < self.augment.scale[0] <= self.augment.scale[1] <= 1
-            ),
-        }
-        for text, wrong in problems.items():
-            if wrong:
-                raise ValueError(text)
+        """Refuse what cannot work together; the text says what to change. Of several problems the first is told."""
+        self._check_terms()
+        self._check_lengths()
+        self._check_what_terms_read()
+        self._check_model()
+        self._check_teacher()
+        self._check_scale()
         return self
+
+    def _check_terms(self) -> None:
+        loss = self.loss
+        if not (loss.labels or loss.needs_teacher):
+            raise ValueError(
+                "loss: every weight is 0, so there is nothing to learn from; set loss.labels=1, or loss.features=1 for "
+                "images without labels"
+            )
+        if loss.local and not loss.blocks:
+            raise ValueError(
+                "loss.local=true is about loss.blocks, and that is 0; set loss.blocks=1, or loss.local=false"
+            )
+
+    def _check_lengths(self) -> None:
+        data, schedule = self.data, self.schedule
+        if data.micro_batch and data.batch_size % data.micro_batch:
+            raise ValueError(
+                f"data.batch_size={data.batch_size} is not a multiple of data.micro_batch={data.micro_batch}; "
+                "change one"
+            )
+        if schedule.warmup_epochs > schedule.epochs:
+            raise ValueError(
+                f"schedule.warmup_epochs={schedule.warmup_epochs:g} is longer than schedule.epochs={schedule.epochs}; "
+                "shorten the warm-up"
+            )
+
+    def _check_what_terms_read(self) -> None:
+        """Labels and teacher outputs have to be there for whatever trains or judges by them."""
+        loss, metric = self.loss, self.judge.metric
+        if loss.logits_head == "token" and not loss.logits:
+            raise ValueError(
+                "loss.logits_head=token with loss.logits=0: the distillation token would learn nothing; set "
+                "loss.logits=0.5, or loss.logits_head=main"
+            )
+        if loss.smoothing and not loss.labels:
+            raise ValueError("loss.smoothing needs labels; set loss.labels, or loss.smoothing=0")
+        if metric == "top1" and not loss.labels:
+            raise ValueError("judge.metric=top1 needs labels; set loss.labels, or judge.metric=cosine")
+        if metric in ("cosine", "agreement") and not loss.needs_teacher:
+            raise ValueError(
+                f"judge.metric={metric} compares with a teacher, and no weight in loss asks for one; set "
+                "judge.metric=top1"
+            )
+
+    def _check_model(self) -> None:
+        model = self.model
+        if model.init != "wq" and model.mode is None:
+            raise ValueError("model.init without model.mode: there is nothing to convert; set model.mode=auto")
+        if model.args and model.start != "scratch":
+            raise ValueError("model.args builds a model anew, so it has no weights; set model.start=scratch")
+        if model.start == "scratch" and model.trainable == "attention":
+            raise ValueError(
+                "model.start=scratch with model.trainable=attention leaves random weights as they are; set "
+                "model.trainable=all"
+            )
+
+    def _check_teacher(self) -> None:
+        loss = self.loss
+        if self.teacher and not loss.needs_teacher:
+            raise ValueError(
+                "teacher is named, and no weight in loss asks for one; set loss.logits=0.5, or remove teacher"
+            )
+        if self.run.grad_checkpointing and (loss.attention or loss.blocks):
+            raise ValueError(
+                "run.grad_checkpointing computes blocks twice, and loss.attention or loss.blocks would compare the "
+                "second time; set loss.attention=0 and loss.blocks=0, or leave it out"
+            )
+
+    def _check_scale(self) -> None:
+        smallest, largest = self.augment.scale
+        if not 0 < smallest <= largest <= 1:
+            raise ValueError(f"augment.scale={self.augment.scale} must rise from above 0 to at most 1")
 
 
 def known_keys() -> list[str]:
     """Every key there is, as `--set` names it."""
-    found: list[str] = []
+    keys: list[str] = []
     for name, field in Recipe.model_fields.items():
         part = field.annotation
-        inner = part.model_fields if isinstance(part, type) and issubclass(part, _Part) else {}
-        found += [f"{name}.{key}" for key in inner] or [name]
-    return found
+        if isinstance(part, type) and issubclass(part, _Part):
+            keys += [f"{name}.{key}" for key in part.model_fields]
+        else:
+            keys.append(name)
+    return keys

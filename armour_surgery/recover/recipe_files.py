@@ -1,6 +1,7 @@
 """Reading recipes: shipped ones by name, files, and `--set a.b=c`; each mistake becomes one line with a suggestion."""
 
 import difflib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -55,8 +56,8 @@ def recipe_path(name: str | Path) -> Path:
 def header_of(path: Path) -> list[str]:
     """The comment lines at the top of a recipe: command, hardware, cost, expected result."""
     lines = path.read_text(encoding="utf-8").splitlines()
-    end = next((place for place, line in enumerate(lines) if not line.startswith("#")), len(lines))
-    return [line.lstrip("#").strip() for line in lines[:end]]
+    top = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    return [line.lstrip("#").strip() for line in top]
 
 
 def to_yaml(recipe: Recipe, header: Iterable[str] = ()) -> str:
@@ -78,13 +79,14 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise ValueError(f"{twice} is given twice")
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"{key} is given twice")
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         return mapping
 
 
+# Copies, since the table is the class's, and every reader of YAML in this process shares it.
 _Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
@@ -106,6 +108,7 @@ def _set(values: dict[str, Any], override: str) -> None:
     keys = path.strip().split(".")
     if not equals or not all(keys):
         raise UsageError(f"--set {override!r} is not KEY=VALUE; write for example --set optimizer.lr=1e-4")
+    # As in a file, so that 1e-4, null and [0.9, 0.95] mean the same here.
     value = _parse(f"value: {text.strip() or 'null'}", f"--set {override!r}").get("value")
     place = values
     for key in keys[:-1]:
@@ -138,7 +141,9 @@ def _explained(error: ValidationError) -> str:
 
 
 def _meant(name: str, known: list[str]) -> str:
+    """A suggestion of up to two known names, as the end of a sentence; empty without one that is close."""
     last = name.rpartition(".")[2]
+    # The right key in another section first, then what is written alike, then a key alike in another section.
     close = [key for key in known if key.rpartition(".")[2] == last]
     close += difflib.get_close_matches(name, known, n=2, cutoff=0.6)
     close += [key for key in known if difflib.SequenceMatcher(None, key.rpartition(".")[2], last).ratio() > 0.75]

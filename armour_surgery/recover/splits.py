@@ -1,4 +1,4 @@
-"""The images that a run trains on and those that judge it."""
+"""The images that a run trains on, those that judge it, and how the recipe has both prepared."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,10 +8,36 @@ from armour_surgery.hosts.preprocessing import Preprocessing
 from armour_surgery.images.sources import Pictures, Stream, has_split, held_out, open_pictures, open_stream
 from armour_surgery.recover.recipe import DataPart, Recipe
 
-__all__ = ["adapted", "open_images", "open_split"]
+__all__ = ["adapted_preprocessing", "open_images"]
 
 
-def adapted(prep: Preprocessing, data: DataPart) -> Preprocessing:
+def open_images(source: str, recipe: Recipe, prep: Preprocessing) -> tuple[Pictures | Stream, Pictures | Stream, str]:
+    """Images to train on, those to judge by, and what the latter are, in words.
+
+    Raises:
+        UsageError: the recipe holds images out of a stream.
+        DataError: there are no such images, or none to judge by.
+    """
+    training = _open_split(source, "train", recipe, prep)
+    holdout = recipe.data.holdout
+    if isinstance(training, Stream):
+        if holdout:
+            raise UsageError(f"data.holdout: {source} is read in order, so nothing can be kept out of it; set it to 0")
+        return training, _open_split(source, "val", recipe, prep), f"the validation split of {source}"
+    if not holdout and has_split(source, "val", recipe.data.val_split):
+        # With the training images' classes, so that a label means the same in both.
+        judged = _open_split(source, "val", recipe, prep, training.classes)
+        return training, judged, f"the validation images of {source}"
+    if not holdout:
+        raise DataError(
+            f"{source} has no images to judge by (a folder val/); add them, or keep some of the training images out "
+            "with --set data.holdout=0.1"
+        )
+    training, kept_out = held_out(training, holdout)
+    return training, kept_out, f"{len(kept_out)} images of {source} that were not trained on"
+
+
+def adapted_preprocessing(prep: Preprocessing, data: DataPart) -> Preprocessing:
     """A model's preprocessing with what a recipe says about it.
 
     Raises:
@@ -19,10 +45,11 @@ def adapted(prep: Preprocessing, data: DataPart) -> Preprocessing:
     """
     changes: dict[str, Any] = {}
     for name, values in (("mean", data.mean), ("std", data.std)):
-        if values is not None:
-            if len(values) != prep.size[0]:
-                raise UsageError(f"data.{name} has {len(values)} values, and the model takes {prep.size[0]} channels")
-            changes[name] = tuple(values)
+        if values is None:
+            continue
+        if len(values) != prep.size[0]:
+            raise UsageError(f"data.{name} has {len(values)} values, and the model takes {prep.size[0]} channels")
+        changes[name] = tuple(values)
     if data.crop_pct is not None:
         changes["crop_pct"] = data.crop_pct
     if data.interpolation is not None:
@@ -30,7 +57,7 @@ def adapted(prep: Preprocessing, data: DataPart) -> Preprocessing:
     return replace(prep, **changes)
 
 
-def open_split(
+def _open_split(
     source: str, split: str, recipe: Recipe, prep: Preprocessing, classes: tuple[str, ...] = ()
 ) -> Pictures | Stream:
     """The `train` or `val` split of a source, as the recipe names it."""
@@ -46,23 +73,3 @@ def open_split(
         seed=recipe.seed,
         per_epoch=recipe.data.images_per_epoch or 0,
     )
-
-
-def open_images(source: str, recipe: Recipe, prep: Preprocessing) -> tuple[Pictures | Stream, Pictures | Stream, str]:
-    """Images to train on, those to judge by, and what the latter are, in words."""
-    training = open_split(source, "train", recipe, prep)
-    holdout = recipe.data.holdout
-    if isinstance(training, Stream):
-        if holdout:
-            raise UsageError(f"data.holdout: {source} is read in order, so nothing can be kept out of it; set it to 0")
-        return training, open_split(source, "val", recipe, prep), f"the validation split of {source}"
-    if not holdout and has_split(source, "val", recipe.data.val_split):
-        judged = open_split(source, "val", recipe, prep, training.classes)
-        return training, judged, f"the validation images of {source}"
-    if not holdout:
-        raise DataError(
-            f"{source} has no images to judge by (a folder val/); add them, or keep some of the training images out "
-            "with --set data.holdout=0.1"
-        )
-    training, kept_out = held_out(training, holdout)
-    return training, kept_out, f"{len(kept_out)} images of {source} that were not trained on"

@@ -41,6 +41,7 @@ class Runner(nn.Module):
         """Run the model, in whatever mode it is in."""
         inputs = {self.argument: images}
         both = self.two_heads and self.training
+        # `hosts.features` asks for the logits alone, and here both heads are wanted.
         if want_features and both and hosts.library_of(self.model) == "transformers":
             raw: Any = self.model(**inputs, output_hidden_states=True)
             features: Any = raw.hidden_states[-1]
@@ -67,8 +68,8 @@ class Runner(nn.Module):
                 )
 
             def keep(_: nn.Module, args: Any, output: Any, fqn: str = fqn) -> None:
-                found = output if isinstance(output, Tensor) else output[0]
-                seen[fqn] = found
+                # Attention of transformers gives its weights too, after what it computes.
+                seen[fqn] = output if isinstance(output, Tensor) else output[0]
 
             handles.append(modules[fqn].register_forward_hook(keep))
         return handles
@@ -79,7 +80,8 @@ class Runner(nn.Module):
         def detached(_: nn.Module, args: Any, kwargs: Any) -> Any:
             return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
 
-        return [self.model.get_submodule(fqn).register_forward_pre_hook(detached, with_kwargs=True) for fqn in fqns]
+        modules = map(self.model.get_submodule, fqns)
+        return [module.register_forward_pre_hook(detached, with_kwargs=True) for module in modules]
 
     def watch_input(self, fqn: str, tell: Callable[[Tensor], None]) -> RemovableHandle:
         """Tell what goes into a module each time that it is called, until the handle is removed."""
@@ -113,6 +115,7 @@ def prepare(model: nn.Module, *, token: bool, grad_checkpointing: bool) -> None:
     Raises:
         UsageError: it cannot do one of them.
     """
+    # timm has a switch; models of transformers give both sets of logits at any time.
     if hasattr(model, "set_distilled_training"):
         model.set_distilled_training(token)  # type: ignore[operator]
     elif token and not hasattr(model, "distillation_classifier") and not hasattr(model, "classifier_distill"):
@@ -122,6 +125,7 @@ def prepare(model: nn.Module, *, token: bool, grad_checkpointing: bool) -> None:
         )
     if not grad_checkpointing:
         return
+    # timm's name for it, and transformers'.
     switch = getattr(model, "set_grad_checkpointing", None) or getattr(model, "gradient_checkpointing_enable", None)
     if switch is None:
         raise UsageError(f"run.grad_checkpointing: {type(model).__name__} does not offer it; set it to false")
@@ -130,8 +134,9 @@ def prepare(model: nn.Module, *, token: bool, grad_checkpointing: bool) -> None:
 
 def train_only(model: nn.Module, fqns: Sequence[str]) -> None:
     """Freeze everything but the parameters below these modules."""
+    below = tuple(f"{fqn}." for fqn in fqns)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(name.startswith(f"{fqn}.") for fqn in fqns))
+        parameter.requires_grad_(name.startswith(below))
 
 
 def freeze_norms(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Whom a student learns from."""
+"""Whom a student learns from: the teacher that is found, and how it is asked."""
 
 from typing import Any
 
@@ -50,7 +50,14 @@ def find_teacher(
     prep: Preprocessing,
     given: str | nn.Module | None,
 ) -> Teacher | None:
-    """The teacher that was given, the recipe's, or the original; None where nothing asks for one."""
+    """The teacher that was given, the recipe's, or the original; None where nothing asks for one.
+
+    `own` is the student's preprocessing by itself, `prep` with what the recipe changes: what images come in.
+
+    Raises:
+        UsageError: one was given, and the recipe does not ask for any.
+        TeacherError: it is not known or cannot be loaded, or takes other images.
+    """
     if not recipe.loss.needs_teacher:
         if given is not None:
             raise UsageError("--teacher is given, and no weight in the recipe's loss asks for one; set loss.logits=0.5")
@@ -65,8 +72,10 @@ def find_teacher(
     theirs = preprocessing(model)
     if theirs.size[0] != prep.size[0]:
         raise TeacherError(f"the teacher takes {theirs.size[0]} channels and the student {prep.size[0]}; name another")
+    # Made for the same normalization as the student, it takes the recipe's as the student does.
     if (theirs.mean, theirs.std) == (own.mean, own.std):
         return Teacher(model)
+    # (image * std + mean - their_mean) / their_std, the student's normalization undone and the teacher's done.
     mean, std = torch.tensor(prep.mean), torch.tensor(prep.std)
     their_mean, their_std = torch.tensor(theirs.mean), torch.tensor(theirs.std)
     scale, shift = std / their_std, (mean - their_mean) / their_std
@@ -83,14 +92,19 @@ def _original(student: nn.Module, surgery: SurgeryPlan | None) -> nn.Module:
         from armour_surgery.demo.digits_vit import load_digits_vit
 
         return load_digits_vit()
-    sizes: dict[str, Any] = {name: source.arguments.get(name) for name in ("img_size", "num_classes", "in_chans")}
-    sizes = {name: size[0] if isinstance(size, list) else size for name, size in sizes.items() if size}
+    sizes: dict[str, Any] = {}
+    for name in ("img_size", "num_classes", "in_chans"):
+        size = source.arguments.get(name)
+        if size:
+            # A height and a width, as JSON holds them; who loads by name gives one number.
+            sizes[name] = size[0] if isinstance(size, list) else size
     try:
         model, _ = hosts.load_model(source.name, **sizes)
     except ArmourError as error:
         raise TeacherError(
             f"the original, {source.name or 'a model built in Python'}, cannot be loaded: {error}; {advice}"
         ) from error
+    # After a training any matrix may have moved, and nobody can tell any more.
     if surgery.trained is None and not _share_weights(model, student):
         raise TeacherError(
             f"{source.name} has other weights than the model that the student was converted from (was that given "
@@ -102,7 +116,8 @@ def _original(student: nn.Module, surgery: SurgeryPlan | None) -> nn.Module:
 def _share_weights(first: nn.Module, second: nn.Module) -> bool:
     """Whether any matrix that is not constant is the same in both: a conversion leaves most as they are."""
     theirs = dict(second.named_parameters())
-    return any(
-        value.ndim > 1 and name in theirs and torch.equal(value, theirs[name]) and bool(value.std() > 0)
-        for name, value in first.named_parameters()
-    )
+    for name, value in first.named_parameters():
+        # Biases and norms start out as zeros and ones in every model, and say nothing.
+        if value.ndim > 1 and name in theirs and torch.equal(value, theirs[name]) and bool(value.std() > 0):
+            return True
+    return False

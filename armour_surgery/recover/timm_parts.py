@@ -61,13 +61,16 @@ def training_transform(prep: Preprocessing, augment: AugmentPart) -> Callable[[I
 
 
 def _auto_augment(config: str, prep: Preprocessing) -> Any:
+    # What a rotation or a shift leaves empty gets the mean color, as in timm's own transforms.
     fill = tuple(min(255, round(255 * value)) for value in prep.mean)
     options = {
         "translate_const": int(min(prep.size[1:]) * 0.45),
+        # PIL wants a number for a gray picture.
         "img_mean": fill if len(fill) > 1 else fill[0],
         "interpolation": str_to_pil_interp(prep.interpolation),
     }
     try:
+        # timm tells the policies apart by how they begin.
         if config.startswith("rand"):
             return rand_augment_transform(config, options)
         return auto_augment_transform(config, options)
@@ -101,6 +104,7 @@ def make_optimizer(model: nn.Module, part: OptimizerPart, lr: float) -> torch.op
     options: dict[str, Any] = {"eps": part.eps}
     if "adam" in part.name.lower() or "lamb" in part.name.lower():
         options["betas"] = tuple(part.betas)
+    # SGD has neither.
     if "sgd" in part.name.lower():
         options = {}
     try:
@@ -159,11 +163,12 @@ def set_drop_path(model: nn.Module, rate: float) -> None:
     Raises:
         UsageError: the model has no place for it.
     """
-    blocks = [
-        (module, names)
-        for module in model.modules()
-        if (names := [name for name in ("drop_path", "drop_path1", "drop_path2") if hasattr(module, name)])
-    ]
+    blocks: list[tuple[nn.Module, list[str]]] = []
+    for module in model.modules():
+        # A block has one for each of its branches, or one for both.
+        names = [name for name in ("drop_path", "drop_path1", "drop_path2") if hasattr(module, name)]
+        if names:
+            blocks.append((module, names))
     if not blocks:
         raise UsageError(f"model.drop_path={rate}: {type(model).__name__} has no blocks that can drop; set it to 0")
     for place, (module, names) in enumerate(blocks):

@@ -16,25 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from armour_surgery.errors import DataError, DivergedError, InterruptedRunError, ResumeError, UsageError
+from armour_surgery.errors import DataError, DivergedError, InterruptedRunError, UsageError
 from armour_surgery.images.sources import Pictures, Stream
 from armour_surgery.recover import checkpoint
 from armour_surgery.recover.distillation import Objective
 from armour_surgery.recover.distributed import Process, no_sync, shard, wrapped
+from armour_surgery.recover.divergence import cause_of_divergence
 from armour_surgery.recover.loading import Batch, seeded, training_batches
 from armour_surgery.recover.log import RunLog, draw_curves
+from armour_surgery.recover.progress import Best, RunProgress
 from armour_surgery.recover.recipe import Recipe
 from armour_surgery.recover.signals import noted_signals
 from armour_surgery.recover.student import Runner, freeze_norms, prepare, train_only
 from armour_surgery.recover.teacher import Teacher
-from armour_surgery.recover.timm_parts import (
-    average_of,
-    clip_gradients,
-    make_mixer,
-    make_optimizer,
-    make_scheduler,
-)
-from armour_surgery.recover.workload import count_steps, identity, make_layout
+from armour_surgery.recover.timm_parts import average_of, clip_gradients, make_mixer, make_optimizer, make_scheduler
+from armour_surgery.recover.workload import check_same_run, count_steps, identity, known_length, make_layout
 
 __all__ = ["Judge", "Outcome", "Task", "Watch", "train"]
 
@@ -115,9 +111,10 @@ class _Run:
         self.end = min(planned, recipe.schedule.max_steps or planned)
         self.checkpoints = task.out / "checkpoints"
         self.step = 0
-        self.progress: dict[str, Any] = {"best": None, "start": {}, "last": {}, "seconds": 0.0, "broken": {}}
+        self.progress = RunProgress()
         # The weights that held-out images judge best so far; they travel in the checkpoint, so that it is one piece.
         self.best: dict[str, Tensor] = {}
+        # Losses stay on the device until somebody looks at them: asking for a number would wait for the GPU every step.
         self.losses: list[Tensor] = []
         self.epoch_losses: list[float] = []
 
@@ -139,6 +136,7 @@ class _Run:
             shard(self.runner, task.sites)
             if self.average is not None:
                 shard(self.average.module, task.sites)
+        # After sharding, which puts other parameters into the modules.
         self.optimizer = make_optimizer(task.student, recipe.optimizer, recipe.effective_lr)
         self.set_rates = make_scheduler(self.optimizer, recipe.schedule, self.steps_per_epoch)
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=recipe.run.precision == "fp16")
@@ -147,8 +145,10 @@ class _Run:
             self._resume()
         objective = Objective(self.runner, task.teacher, recipe.loss, task.sites)
         self.release = objective.release
+        # In place and not by torch.compile(module), whose wrapper would put a prefix before every name.
         if recipe.run.compile:
             self.runner.compile()
+        # FSDP sums gradients by hooks of its own.
         self.objective = objective if self.sharded else wrapped(objective, process, unused=not recipe.loss.labels)
         self.log = RunLog(task.out, self.step) if process.first else None
 
@@ -168,8 +168,8 @@ class _Run:
             pin=self.process.device.type == "cuda",
         )
         if recipe.judge.keep == "best" and self.step == 0:
-            self.progress["start"] = self._judged(self.runner)
-            self._keep_if_best(self.progress["start"], average=False)
+            self.progress.start = self._judged(self.runner)
+            self._keep_if_best(self.progress.start, average=False)
         with noted_signals() as stop:
             began, logged = time.perf_counter(), self.step
             while self.step < self.end:
@@ -178,9 +178,10 @@ class _Run:
                 epoch_ends = self.step % self.steps_per_epoch == 0 or self.step == self.end
                 cadence = recipe.run.checkpoint_every
                 saves = epoch_ends or bool(cadence and self.step % cadence == 0)
+                # Among several processes a signal waits for the next look, at which all of them hear of it.
                 if self._looks() or saves or (stop and self.process.world == 1):
                     seconds = time.perf_counter() - began
-                    self.progress["seconds"] += seconds
+                    self.progress.seconds += seconds
                     stopping = self._look(stop, (self.step - logged) * self.layout.batch / max(seconds, 1e-9))
                     began, logged = time.perf_counter(), self.step
                     if epoch_ends:
@@ -201,10 +202,11 @@ class _Run:
         for part in range(layout.accumulate):
             batch = next(batches)
             for name in batch.broken:
-                self.progress["broken"][name] = self.progress["broken"].get(name, 0) + 1
+                self.progress.broken[name] = self.progress.broken.get(name, 0) + 1
             last = part == layout.accumulate - 1
             with seeded(recipe.seed, self.step, self.process.rank, part), no_sync(self.objective, self.runner, last):
                 if device.type == "cuda":
+                    # A GPU draws from its own generator, which `seeded` leaves alone.
                     torch.cuda.manual_seed(torch.initial_seed())
                 self.images, targets = self._on_device(batch)
                 with torch.autocast(device.type, _DTYPES[recipe.run.precision], recipe.run.precision != "fp32"):
@@ -212,10 +214,12 @@ class _Run:
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         self.losses.append(total)
+        # Where a look costs nothing, it comes before the weights take such a step.
         if device.type == "cpu" and self.process.world == 1 and not math.isfinite(float(total)):
             raise DivergedError(self._cause(self.step + 1))
+        # The limit for clipping is meant for true gradients. In other precisions than fp16 the scaler does nothing.
         self.scaler.unscale_(self.optimizer)
-        clip_gradients([p for p in self.runner.parameters() if p.grad is not None], recipe.optimizer)
+        clip_gradients([weight for weight in self.runner.parameters() if weight.grad is not None], recipe.optimizer)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -230,11 +234,12 @@ class _Run:
         low, high = int(batch.labels.min()), int(batch.labels.max())
         if self.recipe.labelled and not 0 <= low <= high < self.task.classes:
             raise DataError(
-                f"labels run from {low} to {high}, and the model's head has "
-                f"{self.task.classes} classes; name other data, or set loss.labels=0 where there are no labels"
+                f"labels run from {low} to {high}, and the model's head has {self.task.classes} classes; name other "
+                "data, or set loss.labels=0 where there are no labels"
             )
         if self.mixer is None:
             return images, labels
+        # Without labels in the loss (-1) the mixed targets are not read, but the mixer has to be able to make them.
         mixed: tuple[Tensor, Tensor] = self.mixer(images, labels.clamp(min=0))
         return mixed
 
@@ -253,18 +258,18 @@ class _Run:
         losses = torch.stack(self.losses).float().tolist()
         first = self.step - len(losses) + 1
         self.losses.clear()
+        # The signal travels with the losses, so that all processes stop after the same step.
         *summed, stopping = self.process.sum([*losses, float(bool(stop))])
         means = [value / self.process.world for value in summed]
-        for place, value in enumerate(means):
+        for step, value in enumerate(means, first):
             if not math.isfinite(value):
-                raise DivergedError(self._cause(first + place))
-        lr = max(group["lr"] for group in self.optimizer.param_groups)
+                raise DivergedError(self._cause(step))
+        lr = self._lr()
         self.epoch_losses += means
         if self.log is not None:
-            for place, value in enumerate(means):
-                if (first + place) % self.recipe.run.log_every == 0 or first + place in (1, self.end):
-                    values = {"step": first + place, "loss": value, "lr": lr, "images_per_s": round(images_per_s, 1)}
-                    self.log.step(values)
+            for step, value in enumerate(means, first):
+                if step % self.recipe.run.log_every == 0 or step in (1, self.end):
+                    self.log.step({"step": step, "loss": value, "lr": lr, "images_per_s": round(images_per_s, 1)})
         if self.watch is not None and self.process.first:
             self.watch(
                 {"step": self.step, "steps": self.end, "loss": means[-1], "lr": lr, "images_per_s": images_per_s}
@@ -272,29 +277,27 @@ class _Run:
         return stopping > 0
 
     def _cause(self, step: int) -> str:
-        """What made the loss of this step something other than a number, as far as can be seen."""
-        lr = max(group["lr"] for group in self.optimizer.param_groups)
-        where = f"the loss is no number at step {step} (epoch {(step - 1) // self.steps_per_epoch + 1})"
-        bad = next((name for name, p in self.task.student.named_parameters() if not bool(p.isfinite().all())), None)
-        if not bool(self.images.isfinite().all()):
-            return f"{where}: the images of its batch hold NaN or infinite values; look at the data and data.std"
-        if bad is not None and step > 1:
-            return (
-                f"{where}: {bad} holds NaN or infinite values, so an earlier step was too large at the learning rate "
-                f"{lr:.3g}; lower optimizer.lr, or set optimizer.clip=1.0. The last good checkpoint is untouched"
-            )
-        if bad is not None:
-            return f"{where}: {bad} holds NaN or infinite values from the start; name another MODEL"
-        return (
-            f"{where}: images and weights are finite, so a value overflowed in the forward pass at the learning rate "
-            f"{lr:.3g} in {self.recipe.run.precision}; lower optimizer.lr, or set run.precision=fp32"
+        """What made the loss of this step something other than a number."""
+        return cause_of_divergence(
+            self.task.student,
+            self.images,
+            step=step,
+            epoch=(step - 1) // self.steps_per_epoch + 1,
+            lr=self._lr(),
+            precision=self.recipe.run.precision,
         )
 
+    def _lr(self) -> float:
+        """The recipe's rate at this step: with layer decay, that of the last layers."""
+        lr: float = max(group["lr"] for group in self.optimizer.param_groups)
+        return lr
+
     def _judged(self, runner: nn.Module) -> dict[str, float]:
+        # Each process has seen other images, and all have to judge the same model.
         self.process.average_norms(runner)
-        found = dict(self.task.judge(runner))
+        scores = dict(self.task.judge(runner))
         self._train_mode()
-        return found
+        return scores
 
     def _end_epoch(self) -> None:
         """The row of an epoch: its loss, and what held-out images say, where this epoch is judged."""
@@ -302,34 +305,35 @@ class _Run:
         losses = self.epoch_losses
         self.epoch_losses = []
         row: dict[str, Any] = {"epoch": epoch, "step": self.step, "loss": sum(losses) / len(losses)}
-        row["lr"] = max(group["lr"] for group in self.optimizer.param_groups)
+        row["lr"] = self._lr()
         if epoch % recipe.judge.every == 0 or self.step == self.end:
-            found = self._judged(self.runner)
-            row |= found
-            self.progress["last"] = found
+            scores = self._judged(self.runner)
+            row |= scores
+            self.progress.last = scores
             if recipe.judge.keep == "best":
-                self._keep_if_best(found, average=False)
+                self._keep_if_best(scores, average=False)
             if self.average is not None:
-                found = self._judged(self.average.module)
-                row |= {f"ema_{name}": value for name, value in found.items()}
+                scores = self._judged(self.average.module)
+                row |= {f"ema_{name}": value for name, value in scores.items()}
                 if recipe.judge.keep == "best":
-                    self._keep_if_best(found, average=True)
+                    self._keep_if_best(scores, average=True)
         if self.log is not None:
             self.log.epoch(row)
         if self.watch is not None and self.process.first:
             self.watch({"epoch": epoch, "epochs": recipe.schedule.epochs, **row, "steps": self.end})
 
-    def _keep_if_best(self, found: Mapping[str, float], *, average: bool) -> None:
-        score, best = found.get(self.recipe.metric, -math.inf), self.progress["best"]
-        if best is not None and score <= best["score"]:
+    def _keep_if_best(self, scores: Mapping[str, float], *, average: bool) -> None:
+        score, best = scores.get(self.recipe.metric, -math.inf), self.progress.best
+        # Of equals the earlier: training on for nothing is no gain.
+        if best is not None and score <= best.score:
             return
-        self.progress["best"] = {"score": score, "step": self.step, "average": average, "found": dict(found)}
+        self.progress.best = Best(score, self.step, average, dict(scores))
         self.best = self._weights(self.average.module if average else self.runner, "best")
 
     def _weights(self, runner: nn.Module, prefix: str) -> dict[str, Tensor]:
         """Whole weights in the first process; the others only help to put shards together."""
-        found = checkpoint.weights_of(runner, prefix) if self.process.first or self.sharded else {}
-        return found if self.process.first else {}
+        weights = checkpoint.weights_of(runner, prefix) if self.process.first or self.sharded else {}
+        return weights if self.process.first else {}
 
     def _save(self) -> None:
         tensors = {**self.best, **self._weights(self.runner, "model")}
@@ -343,8 +347,8 @@ class _Run:
             "optimizer": checkpoint.optimizer_numbers(self.optimizer),
             "scaler": self.scaler.state_dict(),
             "run": identity(self.recipe),
-            "images": len(self.task.data) if isinstance(self.task.data, Pictures) else None,
-            **self.progress,
+            "images": known_length(self.task.data),
+            **self.progress.to_dict(),
         }
         if self.process.first:
             checkpoint.write(self.checkpoints / checkpoint.LAST, tensors, progress)
@@ -354,15 +358,7 @@ class _Run:
         path = self.checkpoints / checkpoint.LAST
         saved = checkpoint.read(path)
         progress = saved.progress
-        for key, value in identity(self.recipe).items():
-            if progress["run"].get(key) != value:
-                raise ResumeError(
-                    f"{path} belongs to another run: {key} was {progress['run'].get(key)!r} and is {value!r}; set it "
-                    "back, or train into another --out"
-                )
-        images = len(self.task.data) if isinstance(self.task.data, Pictures) else None
-        if progress["images"] != images:
-            raise ResumeError(f"{path} was trained on {progress['images']} images, and now there are {images}")
+        check_same_run(progress["run"], progress["images"], self.recipe, self.task.data, path)
         checkpoint.fill(self.runner, saved.part("model"), path)
         if self.average is not None:
             checkpoint.fill(self.average.module, saved.part("ema"), path)
@@ -371,17 +367,17 @@ class _Run:
             self.scaler.load_state_dict(progress["scaler"])
         self.step = progress["step"]
         self.epoch_losses = progress["epoch_losses"]
-        self.progress = {key: progress[key] for key in self.progress}
+        self.progress = RunProgress.from_dict(progress)
         self.best = {f"best.{name}": value for name, value in saved.part("best").items()}
 
     def _finish(self) -> Outcome:
         """Give the student the weights that are kept, draw the curves, and say what came of it."""
-        progress, best = self.progress, self.progress["best"]
+        progress, best = self.progress, self.progress.best
         if best is not None:
-            weights, end, average = self.best, best["found"], best["average"]
-            kept = "start" if best["step"] == 0 else f"step {best['step']}"
+            weights, end, average = self.best, best.found, best.average
+            kept = "start" if best.step == 0 else f"step {best.step}"
         else:
-            weights, end, average, kept = self._weights(self.runner, "last"), progress["last"], False, "last"
+            weights, end, average, kept = self._weights(self.runner, "last"), progress.last, False, "last"
         if self.process.first and self.log is not None:
             self.log.close()
             draw_curves(self.task.out, self.log.epochs)
@@ -390,10 +386,11 @@ class _Run:
             math.ceil(self.step / self.steps_per_epoch),
             kept,
             average,
-            progress["start"],
+            progress.start,
             end,
             self.step * self.layout.batch,
-            progress["seconds"],
-            self.process.union(progress["broken"]),
+            progress.seconds,
+            self.process.union(progress.broken),
+            # Named as "best.model.blocks.0...": the checkpoint's prefix, and the runner's.
             {name.partition(".model.")[2]: value for name, value in weights.items()},
         )

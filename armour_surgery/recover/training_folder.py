@@ -72,8 +72,10 @@ def write_result(
         "unreadable": len(outcome.broken),
     }
     library, surgery = hosts.library_of(model), getattr(model, "surgery", None)
+    # transformers keeps what it wants done to images in a file of its own, which is not the model's to write.
     overlay = _data_config(model, prep) if library == "timm" else {}
     if surgery is not None:
+        # What was measured about the conversion is no longer true of other weights.
         if outcome.kept != "start":
             model.surgery = replace(surgery_of(model), fidelity=None, trained=_sentence(outcome, judged_on))  # type: ignore[assignment]
         earlier = surgery.source.arguments.get("pretrained_cfg_overlay", {}) if surgery.source is not None else {}
@@ -81,7 +83,9 @@ def write_result(
     elif library == "timm":
         model.pretrained_cfg = {**_config_of(model), **overlay}  # type: ignore[assignment]
         arguments = hosts.outline(model, recipe.model.args).arguments
-        save_pretrained(model, str(out), {k: v for k, v in arguments.items() if k != "pretrained_cfg_overlay"})
+        # timm writes the whole pretrained_cfg beside the arguments.
+        arguments = {name: value for name, value in arguments.items() if name != "pretrained_cfg_overlay"}
+        save_pretrained(model, str(out), arguments)
     else:
         model.save_pretrained(out)  # type: ignore[operator]
     _write_record(out, record)
@@ -96,8 +100,13 @@ def _data_config(model: nn.Module, prep: Preprocessing) -> dict[str, Any]:
     """What timm has to know about images from now on, where the recipe changed it."""
     own = preprocessing(model)
     names = ("mean", "std", "crop_pct", "interpolation")
-    changed = {name: getattr(prep, name) for name in names if getattr(prep, name) != getattr(own, name)}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
+    changed: dict[str, Any] = {}
+    for name in names:
+        value = getattr(prep, name)
+        if value != getattr(own, name):
+            # As JSON has it.
+            changed[name] = list(value) if isinstance(value, tuple) else value
+    return changed
 
 
 def _sentence(outcome: Outcome, judged_on: str) -> str:

@@ -1,13 +1,18 @@
-"""What a recipe comes to on this data and these processes: how batches are spread, how long it runs, what it is."""
+"""What a recipe comes to on this data and these processes: how batches are spread, how long it runs, what it is.
 
+What it is decides whether a run may go on from a checkpoint.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from armour_surgery.errors import DataError, UsageError
+from armour_surgery.errors import DataError, ResumeError, UsageError
 from armour_surgery.images.sources import Pictures, Stream
 from armour_surgery.recover.loading import Layout
 from armour_surgery.recover.recipe import Recipe
 
-__all__ = ["count_steps", "identity", "make_layout"]
+__all__ = ["check_same_run", "count_steps", "identity", "known_length", "make_layout"]
 
 
 def make_layout(recipe: Recipe, rank: int, world: int) -> Layout:
@@ -54,11 +59,41 @@ def count_steps(data: Pictures | Stream, recipe: Recipe) -> int:
 def identity(recipe: Recipe) -> dict[str, Any]:
     """What has to stay the same for a run to be the same, by key: everything but where and how fast it is computed."""
     values = recipe.model_dump(mode="json", exclude={"description", "written_for"})
+    # How fast a run is computed, and where it stops early, changes none of its numbers.
     values["run"] = {"precision": recipe.run.precision}
     values["schedule"].pop("max_steps")
     for key in ("workers", "micro_batch"):
         values["data"].pop(key)
     flat: dict[str, Any] = {}
     for part, inner in values.items():
-        flat |= {f"{part}.{key}": value for key, value in inner.items()} if isinstance(inner, dict) else {part: inner}
+        if not isinstance(inner, dict):
+            flat[part] = inner
+            continue
+        for key, value in inner.items():
+            flat[f"{part}.{key}"] = value
     return flat
+
+
+def known_length(data: Pictures | Stream) -> int | None:
+    """How many images there are to train on; None for a stream, which is not counted."""
+    return len(data) if isinstance(data, Pictures) else None
+
+
+def check_same_run(
+    run: Mapping[str, Any], images: int | None, recipe: Recipe, data: Pictures | Stream, path: Path
+) -> None:
+    """Make sure that a checkpoint's `identity` and `known_length` are those of this recipe and data.
+
+    Raises:
+        ResumeError: they are not; the message says what differs.
+    """
+    for key, value in identity(recipe).items():
+        if run.get(key) != value:
+            raise ResumeError(
+                f"{path} belongs to another run: {key} was {run.get(key)!r} and is {value!r}; set it back, or train "
+                "into another --out"
+            )
+    # Among other images the same position of an epoch would be another image.
+    now = known_length(data)
+    if images != now:
+        raise ResumeError(f"{path} was trained on {images} images, and now there are {now}")

@@ -1,6 +1,7 @@
 """Take out what nothing reads any more, and put the rest back in order."""
 
 import operator
+from collections.abc import Collection
 
 from torch import fx
 
@@ -8,13 +9,21 @@ from armour_surgery.errors import TraceError
 from armour_surgery.rewrite.contract import Surgery
 from armour_surgery.rewrite.edits import KeepRows, Remove
 
-__all__ = ["RemoveDeadNodesPass"]
+__all__ = ["RemoveDeadNodesPass", "erase_unused"]
 
 
 _READS = (getattr, operator.getitem)  # reading a size that is not used has no effect
 
 
 _HARMLESS = ("dtype", "device")  # what stays true of a tensor with fewer rows
+
+
+def erase_unused(graph: fx.Graph, kept: Collection[fx.Node]) -> None:
+    """Remove nodes that lost their last user; those in `kept` never had one, and may act by side effect."""
+    # From the end, so that a node goes before what only it has read.
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node not in kept and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)
 
 
 class RemoveDeadNodesPass:
@@ -29,10 +38,7 @@ class RemoveDeadNodesPass:
     def __call__(self, surgery: Surgery) -> bool:
         """Remove and reorder."""
         before = str(surgery.graph)
-        for node in reversed(list(surgery.graph.nodes)):
-            lost = node not in self.unused or node.target in _READS
-            if not node.users and lost and node.op not in ("placeholder", "output"):
-                surgery.graph.erase_node(node)
+        erase_unused(surgery.graph, {node for node in self.unused if node.target not in _READS})
         _mend_order(surgery.graph)
         return str(surgery.graph) != before
 

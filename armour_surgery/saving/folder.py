@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -105,8 +106,7 @@ def save(model: nn.Module, path: str | Path, *, model_args: Mapping[str, Any] | 
     Raises:
         UsageError: the model is not converted.
         AlreadyDeployedError: it is deployed; save it first, and deploy it after loading.
-        FolderError: it cannot be rebuilt from its library (the message says what differs),
-            or could not be written.
+        FolderError: it cannot be rebuilt from its library (the message says what differs), or could not be written.
         NotOursError: `path` exists and is not ours.
     """
     refuse_deployed(model)
@@ -119,6 +119,7 @@ def save(model: nn.Module, path: str | Path, *, model_args: Mapping[str, Any] | 
     try:
         with written_aside(target) as folder:
             save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+            # safetensors may write for the owner alone, and a folder is there to be handed on.
             os.chmod(folder / WEIGHTS, 0o644)
             document = {
                 "schema_version": SCHEMA_VERSION,
@@ -159,12 +160,7 @@ def load(path: str | Path) -> nn.Module:
         kind = "" if isinstance(error, ArmourError) else f"{type(error).__name__}: "
         raise SchemaError(f"{folder / PLAN} does not fit its own model: {kind}{error}") from error
     _fill(model, tensors, document.tied, weights)
-    for name, type_name in document.buffer_dtypes.items():
-        owner, _, attribute = name.rpartition(".")
-        buffer, dtype = dict(model.named_buffers()).get(name), getattr(torch, type_name, None)
-        if buffer is None or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise SchemaError(f"{folder / PLAN} names a buffer {name!r} of type {type_name!r}, which there is not")
-        setattr(model.get_submodule(owner), attribute, buffer.to(dtype))
+    _cast_buffers(model, document.buffer_dtypes, folder)
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if left:
         raise KeyMismatchError(f"{weights} leaves {left[0]} and {len(left) - 1} more tensors of the model empty")
@@ -183,12 +179,12 @@ def read_plan(path: str | Path) -> SurgeryPlan:
 def _rebuildable(model: nn.Module, surgery: SurgeryPlan, model_args: dict[str, Any]) -> Source:
     """A source from which the host is rebuilt, and after the surgery equals the model in all but weights."""
     candidates: list[Source] = []
+    base: dict[str, Any] = {}
     if surgery.source is not None:
-        given = surgery.source
-        candidates.append(replace(given, arguments={**given.arguments, **model_args}))
+        base = surgery.source.arguments
+        candidates.append(replace(surgery.source, arguments={**base, **model_args}))
     try:
         # After the conversion the head may have changed: read the arguments off the model as it is.
-        base = surgery.source.arguments if surgery.source is not None else {}
         candidates.append(hosts.outline(model, model_args))
         candidates.append(hosts.outline(model, {**base, **model_args}))
     except FolderError as error:
@@ -196,6 +192,7 @@ def _rebuildable(model: nn.Module, surgery: SurgeryPlan, model_args: dict[str, A
             raise FolderError(
                 f"{error}; a saved folder could not build it again. Save its state_dict instead"
             ) from error
+    # Of several problems the first is told, since the first candidate is the likeliest.
     problem = ""
     for candidate in candidates:
         try:
@@ -222,6 +219,7 @@ def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]
         if tensor.is_meta:
             raise FolderError(f"{name} is on the meta device: the model has no weights to save")
         place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        # Empty tensors have no storage to share, and all the same address.
         if tensor.numel() and place in places:
             tied[name] = places[place]
         else:
@@ -233,21 +231,32 @@ def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]
 def _buffer_dtypes(model: nn.Module) -> dict[str, str]:
     """Types of the floating buffers that are not in the state dict: they are rebuilt in float32."""
     saved = set(model.state_dict())
-    return {
-        name: str(buffer.dtype)[6:]
-        for name, buffer in model.named_buffers()
-        if name not in saved and buffer.is_floating_point() and buffer.dtype is not torch.float32
-    }
+    dtypes = {}
+    for name, buffer in model.named_buffers():
+        if name not in saved and buffer.is_floating_point() and buffer.dtype is not torch.float32:
+            dtypes[name] = str(buffer.dtype).removeprefix("torch.")
+    return dtypes
+
+
+def _cast_buffers(model: nn.Module, dtypes: Mapping[str, str], folder: Path) -> None:
+    """Give rebuilt buffers the types of `_buffer_dtypes`."""
+    for name, type_name in dtypes.items():
+        owner, _, attribute = name.rpartition(".")
+        buffer, dtype = dict(model.named_buffers()).get(name), getattr(torch, type_name, None)
+        # `type_name` comes from a file, and torch has attributes of many kinds.
+        if buffer is None or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise SchemaError(f"{folder / PLAN} names a buffer {name!r} of type {type_name!r}, which there is not")
+        setattr(model.get_submodule(owner), attribute, buffer.to(dtype))
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    """What the folder was written with, for whoever has to load it in some years."""
+    versions = {}
     for package in ("armour-surgery", "torch", "timm", "transformers", "torchvision", "safetensors"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+        # A library whose models nobody here uses need not be installed.
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
 
 
 def _read(folder: Path) -> _Document:
@@ -256,6 +265,7 @@ def _read(folder: Path) -> _Document:
         raise SchemaError(f"{folder} is not a folder saved by armour-surgery: there is no {PLAN} in it")
     try:
         text = path.read_text(encoding="utf-8")
+        # Whose file it is and of which schema comes first: only then do its other keys mean anything.
         head = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise SchemaError(f"{path} is not readable JSON ({error}); save the model again") from error
@@ -289,18 +299,20 @@ def _check_plan(surgery: SurgeryPlan) -> None:
         ValueError: an example that cannot be, or a site that is named twice.
     """
     for name, shape, dtype in surgery.example:
-        if not all(size > 0 for size in shape) or math.prod(shape) > 2**31:
+        # The example is run, on the meta device, and torch itself stops at sizes beyond what fits an integer.
+        if min(shape, default=1) <= 0 or math.prod(shape) > 2**31:
             raise ValueError(f"an example {name!r} of shape {shape} is not possible")
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"example type {dtype!r} is unknown")
     names = [site.fqn for site in surgery.sites]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise ValueError(f"site {twice[0]!r} is named twice")
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"site {name!r} is named twice")
 
 
 def _weights_path(folder: Path, document: _Document) -> Path:
     path = folder / WEIGHTS
+    # The second question is for a model.safetensors that is a link to somewhere else.
     if document.weights != WEIGHTS or not path.resolve().is_relative_to(folder.resolve()):
         raise SchemaError(
             f"{folder / PLAN} takes its weights from {document.weights!r}, and only {WEIGHTS} in its own folder is "
@@ -328,31 +340,32 @@ def _read_weights(path: Path, digest: str) -> dict[str, torch.Tensor]:
 def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], tied: dict[str, str], path: Path) -> None:
     """Put the tensors in, all of them and nothing else, and tie again what was tied."""
     wanted = model.state_dict()
-    missing = [name for name in wanted if name not in tensors and name not in tied]
-    extra = [name for name in tensors if name not in wanted] + [name for name in tied if name not in wanted]
-    loose = [name for name in tied.values() if name not in tensors]
-    double = [name for name in tied if name in tensors]
-    wrong = [
-        f"{name} {tuple(tensor.shape)} instead of {tuple(wanted[name].shape)}"
-        for name, tensor in tensors.items()
-        if name in wanted and tensor.shape != wanted[name].shape
-    ]
-    wrong += [
-        f"{name}, tied to {other}: {tuple(tensors[other].shape)} instead of {tuple(wanted[name].shape)}"
-        for name, other in tied.items()
-        if name in wanted and other in tensors and tensors[other].shape != wanted[name].shape
-    ]
-    problems = [
-        ("lacks", missing),
-        ("has in full what is tied:", double),
-        ("has left over", extra),
-        ("ties to absent", loose),
+    wrong = []
+    for name, tensor in tensors.items():
+        if name in wanted and tensor.shape != wanted[name].shape:
+            wrong.append(f"{name} {tuple(tensor.shape)} instead of {tuple(wanted[name].shape)}")
+    for name, other in tied.items():
+        if name in wanted and other in tensors and tensors[other].shape != wanted[name].shape:
+            shape = tuple(tensors[other].shape)
+            wrong.append(f"{name}, tied to {other}: {shape} instead of {tuple(wanted[name].shape)}")
+    problems: list[str] = []
+    for verb, names in (
+        ("lacks", [name for name in wanted if name not in tensors and name not in tied]),
+        ("has in full what is tied:", [name for name in tied if name in tensors]),
+        ("has left over", [name for name in (*tensors, *tied) if name not in wanted]),
+        ("ties to absent", [name for name in tied.values() if name not in tensors]),
         ("has the wrong shape for", wrong),
-    ]
-    found = [f"{verb} {', '.join(names[:3])}{' and more' * (len(names) > 3)}" for verb, names in problems if names]
-    if found:
-        raise KeyMismatchError(f"{path} {'; '.join(found)}: it does not belong to this surgery.json")
-    model.load_state_dict({**tensors, **{name: tensors[other] for name, other in tied.items()}}, assign=True)
+    ):
+        if names:
+            problems.append(f"{verb} {', '.join(names[:3])}{' and more' * (len(names) > 3)}")
+    if problems:
+        raise KeyMismatchError(f"{path} {'; '.join(problems)}: it does not belong to this surgery.json")
+    whole = dict(tensors)
+    for name, other in tied.items():
+        whole[name] = tensors[other]
+    # Assigned and not copied: the model's own parameters are on the meta device, and have nowhere to copy to.
+    model.load_state_dict(whole, assign=True)
+    # Loading makes a parameter of its own for each name, so that ties are gone until here.
     for name, other in tied.items():
         owner, _, attribute = name.rpartition(".")
         source, _, original = other.rpartition(".")

@@ -12,7 +12,8 @@ from pathlib import Path
 __all__ = ["CARD", "PLAN", "STAGE", "WEIGHTS", "digest_of", "names_weights", "written_aside"]
 
 PLAN, WEIGHTS, CARD = "surgery.json", "model.safetensors", "README.md"
-STAGE = ".armour-new"  # where the next version of a folder waits until its surgery.json is in place
+# Where the next version of a folder waits until its surgery.json is in place.
+STAGE = ".armour-new"
 
 
 def digest_of(path: Path) -> str:
@@ -32,6 +33,7 @@ def written_aside(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
+            # mkdtemp makes folders for the owner alone.
             folder.chmod(0o755)
             yield folder
             os.rename(folder, target)
@@ -40,6 +42,7 @@ def written_aside(target: Path) -> Iterator[Path]:
         return
     stage = target / STAGE
     if stage.exists():
+        # An earlier writing was cut short, before or after the moment that counts.
         _finish(target)
     stage.mkdir()
     committed = False
