@@ -1,17 +1,23 @@
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+TESTS = Path(__file__).parent
 # Processes are forked best from one that has not done much yet: torch refuses gradients in a fork of a process whose
 # autograd has threads. And what takes a minute to set up should not be where the tests are divided among workers, or it
 # is set up twice.
-FIRST = ("test_trainer_distributed.py", "test_cli.py", "test_measure.py")
+FIRST = ("test_trainer_distributed.py", "cli/test_convert.py", "paper/test_reproduction.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+    def place(item: pytest.Item) -> int:
+        name = item.path.relative_to(TESTS).as_posix()
+        return FIRST.index(name) if name in FIRST else len(FIRST)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -174,7 +174,7 @@ def test_the_rule_of_deit_scales_the_rate_with_the_batch() -> None:
 
 
 def test_recipes_are_in_the_wheel() -> None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     text = (root / "pyproject.toml").read_text(encoding="utf-8")
     assert '"recipes" = "armour_surgery/recipes"' in text
     for path in (root / "recipes").glob("*.yaml"):

@@ -227,7 +227,7 @@ def test_the_environment_is_recorded_and_names_no_path(monkeypatch: pytest.Monke
     if hasattr(os, "sched_getaffinity"):
         assert found["affinity"] == sorted(os.sched_getaffinity(0))
     assert str(Path.home()) not in json.dumps(found)
-    checkout = Path(__file__).parents[1]
+    checkout = Path(__file__).parents[2]
     if (checkout / ".git").exists():
         words = ("git", "-C", str(checkout), "rev-parse", "--short=12", "HEAD")
         head = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()

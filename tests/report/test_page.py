@@ -145,13 +145,13 @@ def test_equal_arguments_give_an_equal_page_in_every_process_and_matplotlib_is_l
         "import sys, matplotlib\n"
         "def settings(): return {key: matplotlib.rcParams[key] for key in matplotlib.rcParams if key != 'backend'}\n"
         "before = settings()\n"
-        "from tests.test_report import everything; page = everything()\n"
+        "from test_page import everything; page = everything()\n"
         "assert settings() == before\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
         "sys.stdout.buffer.write(page.encode())"
     )
-    root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=root)
+    here = Path(__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=here)
     assert done.stdout.decode() == everything() == everything()
 
 

@@ -184,7 +184,7 @@ def test_the_page_links_to_recipes_that_are_there() -> None:
     )
     page = markdown_page(Reproduction(rows), "x")
     links = re.findall(r"\((\S+\.yaml)\)", page)
-    docs = Path(__file__).parents[1] / "docs"
+    docs = Path(__file__).parents[2] / "docs"
     assert len(links) == len(RECIPES)
     assert all((docs / link).is_file() for link in links)
     assert "| EfficientNet-B0 | 72.0% | not run | - |" in page

@@ -1,17 +1,9 @@
 """What the benchmark holds calibrated conversion against does what it says."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from oracle import merge, outputs, relative_error
-from tiny_hosts import case
-from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-from rivals import (  # noqa: E402
+from rivals import (
     feature_pca,
     mean_of_shared,
     prune_mlp_channels,
@@ -19,9 +11,11 @@ from rivals import (  # noqa: E402
     refit_on_images,
     svd_without_whitening,
 )
+from tiny_hosts import case
+from torch import Tensor, nn
 
-from armour_surgery import convert  # noqa: E402
-from armour_surgery.measure.cost import count_params  # noqa: E402
+from armour_surgery import convert
+from armour_surgery.measure.cost import count_params
 
 
 def difference(model: nn.Module, other: nn.Module, batch: dict[str, Tensor]) -> float:
