@@ -3,14 +3,12 @@
 import io
 from dataclasses import replace
 
-import pytest
+from calibrated_plans import calibrated_plan
 from rich.console import Console  # noqa: TID251
 from rich.table import Table  # noqa: TID251
 
 from armour_surgery.cli.tables import fidelity_lines, frontier_table, sensitivity_table
-from armour_surgery.records import Fidelity, FrontierPoint, Sensitivity, SitePlan, SurgeryPlan
-from armour_surgery.report.wording import grouped_names
-from armour_surgery.saving.model_card import model_card
+from armour_surgery.records import Fidelity, FrontierPoint, Sensitivity
 
 
 def printed(table: Table) -> list[str]:
@@ -18,16 +16,6 @@ def printed(table: Table) -> list[str]:
     console.print(table)
     assert isinstance(console.file, io.StringIO)
     return [line.rstrip() for line in console.file.getvalue().splitlines() if line.strip()]
-
-
-def site(number: int, residual: float | None) -> SitePlan:
-    return SitePlan(f"blocks.{number}.attn", "qv", "calibrated", 53, 39, 710, 530, residual, "x", ("joint-svd", "last"))
-
-
-def surgery(*residuals: float | None) -> SurgeryPlan:
-    sites = tuple(site(number, residual) for number, residual in enumerate(residuals))
-    fidelity = Fidelity(41, "photos", 0.97124, 13.46, 96.75)
-    return SurgeryPlan("qv", "calibrated", sites, (), 1_000_000, 900_000, 700, 600, fidelity=fidelity)
 
 
 # Sensitivities
@@ -53,12 +41,12 @@ def test_sensitivities_without_a_loss_have_no_bars() -> None:
     assert printed(sensitivity_table([]))
 
 
-# The frontier
-
-
 def point(number: int, measured: float | None = None) -> FrontierPoint:
     ways = tuple((f"blocks.{n}.attn", "qv", 32 if n == 2 else None) for n in range(number))
     return FrontierPoint(2_000_000 - 10_000 * number, 0.01 * number, measured, ways)
+
+
+# The frontier
 
 
 def test_the_frontier_goes_from_large_to_small_and_marks_the_choice() -> None:
@@ -88,7 +76,7 @@ def test_a_long_frontier_is_thinned_out_and_keeps_what_matters() -> None:
 
 
 def test_fidelity_in_lines() -> None:
-    first, second = fidelity_lines(surgery(0.1, 0.4, 0.2, 0.3, 0.05))
+    first, second = fidelity_lines(calibrated_plan(0.1, 0.4, 0.2, 0.3, 0.05))
     assert first == (
         "On 41 images (photos) that nothing was fitted to: cosine to the original's features 0.9712, SQNR 13.5 dB, "
         "same first choice on 96.8 %."
@@ -100,48 +88,11 @@ def test_fidelity_in_lines() -> None:
 
 
 def test_fidelity_lines_say_only_what_is_known() -> None:
-    plan = surgery(0.1, 0.2)
+    plan = calibrated_plan(0.1, 0.2)
     assert fidelity_lines(replace(plan, init="wq", fidelity=None)) == []
-    assert fidelity_lines(replace(surgery(None, None), fidelity=None)) == []
-    headless = replace(surgery(0.1), fidelity=Fidelity(4, "synthetic", 0.5, 3.0, None))
+    assert fidelity_lines(replace(calibrated_plan(None, None), fidelity=None)) == []
+    headless = replace(calibrated_plan(0.1), fidelity=Fidelity(4, "synthetic", 0.5, 3.0, None))
     [line] = fidelity_lines(headless)
     assert "first choice" not in line
     [line] = fidelity_lines(replace(plan, init="joint-svd", fidelity=None))
     assert line.startswith("Residual of the sites: median 0.150")
-
-
-# The model card's table of residuals
-
-
-def rows(card: str) -> list[list[str]]:
-    body = card.partition("| attention | mode |")[2].splitlines()[2:]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in body if line.startswith("|")]
-
-
-def test_the_model_card_lists_residuals() -> None:
-    card = model_card(surgery(0.125, None, 0.5), "x")
-    assert rows(card) == [
-        ["`blocks.0.attn`", "`qv`", "0.1250", "joint-svd, last"],
-        ["`blocks.2.attn`", "`qv`", "0.5000", "joint-svd, last"],
-    ]
-    ranked = replace(surgery(), sites=(replace(site(0, 0.125), rank=24),))
-    assert rows(model_card(ranked, "x"))[0][1] == "`qv` rank 24"
-
-
-@pytest.mark.parametrize(("sites", "shown"), [(24, 24), (25, 13), (48, 24), (100, 20)])
-def test_neighbors_share_a_row_where_there_are_many(sites: int, shown: int) -> None:
-    found = rows(model_card(surgery(*(0.001 * (number + 1) for number in range(sites))), "x"))
-    assert len(found) == shown
-    if shown < sites:
-        assert found[0][0].startswith("`blocks.0.attn` to `blocks.")
-        assert found[0][2].startswith("0.0010 to 0.00")
-    assert f"`blocks.{sites - 1}.attn`" in found[-1][0]
-
-
-def test_the_model_card_has_no_residuals_where_nothing_was_calibrated() -> None:
-    assert rows(model_card(replace(surgery(0.5), init="joint-svd"), "x")) == []
-    assert rows(model_card(surgery(None), "x")) == []
-
-
-def test_grouped_names() -> None:
-    assert grouped_names(["blocks.0.attn", "blocks.1.attn", "blocks.3.attn"]) == "blocks.0-1,3.attn"

@@ -1,10 +1,10 @@
 """What `deploy` promises of whole models: the same function, still exportable, the original untouched."""
 
 import copy
-from functools import cache
 
 import pytest
 import torch
+from deployed import double, worst
 from oracle import outputs, relative_error
 from tiny_hosts import CASES
 from torch import nn
@@ -25,27 +25,6 @@ from armour_surgery.rewrite import ArmourAttention
 
 PLAIN = ["deit-distilled", "dinov2", "beit", "swin", "levit", "hf-dinov2"]
 CONVERTED = ["vit", "levit-conv", "hf-levit", "hf-beit"]
-
-
-@cache
-def double(name: str, converted: bool) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """A tiny host in float64, in eval mode, and what deployments are shown."""
-    case = CASES[name]
-    model = case.build(torch.float64)
-    example = {key: value.double() for key, value in case.example().items()}
-    if converted:
-        model = convert(model, example_input=example)
-        model.eval()
-    return model, example
-
-
-def worst(name: str, model: nn.Module, deployed: nn.Module) -> float:
-    """The largest relative error over the host's batches and image sizes."""
-    with torch.no_grad():
-        return max(
-            relative_error(outputs(model, batch), outputs(deployed, batch))
-            for batch in CASES[name].batches(torch.float64)
-        )
 
 
 @pytest.mark.parametrize(("name", "converted"), [*((n, False) for n in PLAIN), *((n, True) for n in CONVERTED)])

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 import pytest
 import torch
 import torch.nn.functional as F
+from deployed import double, worst
 from oracle import outputs, randomize, relative_error
-from test_deploy import double, worst
 from timm.layers import BatchNormAct2d
 from tiny_hosts import CASES
 from torch import nn
@@ -142,9 +142,6 @@ def test_scaled_keys_serve_no_other_forward() -> None:
         attention(torch.randn(2, 36, 24, dtype=torch.float64))
 
 
-# Small nets of one peculiarity each.
-
-
 class Net(nn.Module):
     """Layers in a row, in eval mode, with parameters and statistics that are all different."""
 
@@ -183,6 +180,9 @@ def folded(net: nn.Module, image: torch.Tensor = IMAGE, passes: str = "fold-batc
     with torch.no_grad():
         assert relative_error(outputs(net, {"x": image}), outputs(deployed, {"x": image})) < 1e-12
     return deployed
+
+
+# Small nets of one peculiarity each.
 
 
 def test_batch_norm_goes_into_the_convolution_before_it() -> None:

@@ -1,33 +1,25 @@
-"""Heads with fewer channels than they had: exact where nothing is lost, smaller by what arithmetic says, or refused."""
+"""Heads with fewer channels than they had: exact where nothing is lost, smaller by what arithmetic says."""
 
 import copy
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from oracle import _tensors, merge, outputs, randomize, relative_error
-from test_rewrite import Pieces, Plain, ReadsWidth, Shuffles, UsesPacked
-from test_torchvision import swin, vit
-from tiny_hosts import ANY_SIZE, CASES
+from own_attentions import Plain, ReadsWidth, Shuffles
+from tiny_hosts import CASES
 from torch import nn
-from typer.testing import CliRunner  # noqa: TID251
+from torchvision_hosts import swin, vit
 
-from armour_surgery import convert, load, plan, save
-from armour_surgery.cli import app
-from armour_surgery.cli.tables import cost_table
+from armour_surgery import convert, plan
 from armour_surgery.copies import meta_copy
 from armour_surgery.discover import find_sites
-from armour_surgery.errors import NothingToConvertError, PatternError, SchemaError, UsageError
 from armour_surgery.initialize.weights import locate, read, write
 from armour_surgery.measure.cost import count_macs
 from armour_surgery.rewrite import ArmourAttention
-from armour_surgery.saving.model_card import model_card
 from armour_surgery.surgery.conversion import surgery_of
 
 Example = dict[str, torch.Tensor]
@@ -274,248 +266,7 @@ def test_the_full_rank_is_the_ordinary_conversion() -> None:
     assert all(torch.equal(a, b) for a, b in zip(full.parameters(), ordinary.parameters(), strict=True))
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("vit-qk-norm", "basis of queries and keys"),
-        ("eva02", "rotary"),
-        ("hf-dinov3", "rotary"),
-        ("levit", "takes concat-half"),
-        ("hf-levit", "takes concat-half"),
-    ],
-)
-def test_sites_without_a_free_basis_are_left_alone(name: str, words: str) -> None:
-    host = CASES[name]
-    model = host.build()
-    with pytest.raises(NothingToConvertError, match=words):
-        convert(model, rank=5, example_input=host.example())
-    fqns = [one.site.fqn for one in find_sites(model, host.example()) if host.auto in one.site.modes]
-    rest = convert(model, rank={fqns[0]: 5}, example_input=host.example())
-    refused = {site.fqn: site.reason for site in surgery_of(rest).refused}
-    assert words in refused[fqns[0]]
-    assert [site.fqn for site in surgery_of(rest).sites] == fqns[1:]
-
-
-class NormBefore(Plain):
-    """A LayerNorm over all heads' channels, before the output projection."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(12)
-
-    def after(self, y: torch.Tensor) -> torch.Tensor:
-        return self.out(self.norm(y))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (t.unflatten(-1, (3, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
-        return self.after(self.attend(q, k, v).transpose(1, 2).flatten(2))
-
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return F.scaled_dot_product_attention(q, k, v)
-
-
-class Activation(NormBefore):
-    def after(self, y: torch.Tensor) -> torch.Tensor:
-        return self.out(y.tanh())
-
-
-class Gate(NormBefore):
-    """Each channel times a number of its own: linear, and still in the way."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = nn.Parameter(torch.ones(3, 1))
-
-    def after(self, y: torch.Tensor) -> torch.Tensor:
-        return self.out((y.unflatten(-1, (3, 4)) * self.gate).flatten(2))
-
-
-class KeepsResult(NormBefore):
-    def after(self, y: torch.Tensor) -> Any:
-        return self.out(y), y
-
-
-class ScalesByWidth(NormBefore):
-    """Takes the scale from the number of channels that are there."""
-
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ v
-
-    def after(self, y: torch.Tensor) -> torch.Tensor:
-        return self.out(y)
-
-
-class CountsChannels(ScalesByWidth):
-    """Reshapes by the number of channels after it acted on them."""
-
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return F.scaled_dot_product_attention((q * 0.5).reshape(len(q), 3, -1, 4), k, v)
-
-
-class Checks(ScalesByWidth):
-    """Makes sure that heads have the number of channels that it was built for."""
-
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        if q.shape[-1] != 4:
-            raise ValueError("wrong width")
-        return F.scaled_dot_product_attention(q, k, v)
-
-
-class Twice(ScalesByWidth):
-    def after(self, y: torch.Tensor) -> torch.Tensor:
-        return self.out(y) + self.out(y.flip(1))
-
-
-class Outside(nn.Module):
-    """The output projection is not in the module that attends."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = ScalesByWidth()
-        self.inner.out = nn.Identity()
-        self.out = nn.Linear(12, 20)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.out(self.inner(x))
-
-
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        (NormBefore, "out.weight stands something that is not linear"),
-        (Activation, "out.weight stands something that is not linear"),
-        (Gate, "between its heads and out.weight stands mul"),
-        (KeepsResult, "between its heads and out.weight stands the module's output"),
-        (ScalesByWidth, "depends on the number of channels a head has"),
-        (CountsChannels, "counts on 4 channels a head"),
-        (Checks, "counts on 4 channels a head"),
-        (Twice, "uses out.weight 2 times"),
-        (Outside, "not inside this module"),
-        (UsesPacked, "basis of queries and keys"),
-        (Pieces, "output of its projections"),
-    ],
-)
-def test_what_needs_all_channels_is_refused(kind: type[nn.Module], words: str) -> None:
-    model = randomize(kind())
-    with pytest.raises(NothingToConvertError, match=words) as caught:
-        convert(model, "qv", rank=3, example_input={"x": torch.randn(2, 6, 20)})
-    assert "leave out rank" in str(caught.value)
-    assert convert(model, "qv", example_input={"x": torch.randn(2, 6, 20)}) is not None
-
-
-@pytest.mark.parametrize("rank", [13, 64])
-def test_more_channels_than_there_are(rank: int) -> None:
-    model = CASES["vit"].build()
-    with pytest.raises(UsageError, match=rf"rank {rank} does not fit blocks.0.attn, .* have 12 channels \(key_dim\)"):
-        convert(model, "qv", rank=rank, example_input=CASES["vit"].example())
-    with pytest.raises(UsageError, match="blocks.1.attn"):
-        convert(model, "qv", rank={"blocks.1.attn": rank}, example_input=CASES["vit"].example())
-
-
-@pytest.mark.parametrize("rank", [0, -8, True, 8.0, "8", {"blocks.0.attn": 0}])
-def test_what_is_no_rank(rank: Any) -> None:
-    with pytest.raises(UsageError, match="not a whole number from 1 to key_dim"):
-        convert(CASES["vit"].build(), "qv", rank=rank)
-
-
-@pytest.mark.parametrize("mode", ["qk", "qk-diag", "concat-half", "grouped"])
-def test_modes_without_a_rank(mode: str) -> None:
-    with pytest.raises(UsageError, match=f"mode '{mode}' has no rank"):
-        convert(CASES["vit"].build(), mode, rank=8)
-
-
-def test_a_rank_for_a_site_that_there_is_not() -> None:
-    host = CASES["vit"]
-    with pytest.raises(PatternError, match="'blocks.7.attn', which is none of the 2"):
-        convert(host.build(), "qv", rank={"blocks.7.attn": 8}, example_input=host.example())
-    with pytest.raises(PatternError, match="'blocks.0.attn', which is none of the 1"):
-        convert(host.build(), "qv", rank={"blocks.0.attn": 8}, exclude="blocks.0", example_input=host.example())
-
-
-# Saving.
-
-
-@pytest.fixture(scope="module")
-def narrow() -> nn.Module:
-    """A ViT of which only the first site is narrow."""
-    torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", **ANY_SIZE)
-    return convert(randomize(model), "qv", init="joint-svd", rank={"blocks.0.attn": 8}).eval()
-
-
-def test_a_model_comes_back_bit_identical(narrow: nn.Module, tmp_path: Path) -> None:
-    batch = CASES["vit"].batches()[1]
-    with torch.no_grad():
-        wanted = narrow(**batch)
-        for one in (copy.deepcopy(narrow), load(save(narrow, tmp_path / "saved"))):
-            assert torch.equal(one(**batch), wanted)
-            assert surgery_of(one).sites == surgery_of(narrow).sites
-        again = load(save(load(tmp_path / "saved"), tmp_path / "again"))
-        assert torch.equal(again(**batch), wanted)
-
-
-def test_transformers_model_comes_back(tmp_path: Path) -> None:
-    host = CASES["hf-vit"]
-    converted = convert(host.build(), "qv", rank=8).eval()
-    batch = host.batches()[1]
-    with torch.no_grad():
-        wanted, got = outputs(converted, batch), outputs(load(save(converted, tmp_path / "saved")), batch)
-    assert all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True))
-
-
-def test_the_rank_is_written_and_told(narrow: nn.Module, tmp_path: Path) -> None:
-    document = json.loads((save(narrow, tmp_path / "saved") / "surgery.json").read_text())
-    assert [site["rank"] for site in document["plan"]["sites"]] == [8, None]
-    assert "1 x `qv` with 8 channels a head, 1 x `qv`" in model_card(surgery_of(narrow), "saved")
-    assert "blocks.0.attn  (qv, rank 8)" in next(iter(cost_table(surgery_of(narrow)).columns))._cells
-
-
-def _edited(folder: Path, rank: Any) -> Path:
-    path = folder / "surgery.json"
-    document = json.loads(path.read_text())
-    for site in document["plan"]["sites"]:
-        site["rank"] = rank
-        if rank == "none":
-            del site["rank"]
-    path.write_text(json.dumps(document))
-    return folder
-
-
-@pytest.mark.parametrize("rank", [0, 5, 12, 13, -1, 2**70, "8", 8.5, True, None, "none"])
-def test_a_folder_with_another_rank_is_refused(rank: Any, narrow: nn.Module, tmp_path: Path) -> None:
-    with pytest.raises(SchemaError, match=r"surgery\.json"):
-        load(_edited(save(narrow, tmp_path / "saved"), rank))
-
-
-def test_a_folder_from_before_ranks_loads(tmp_path: Path) -> None:
-    host = CASES["vit"]
-    converted = convert(host.build(), "qv").eval()
-    batch = host.batches()[0]
-    with torch.no_grad():
-        assert torch.equal(load(_edited(save(converted, tmp_path / "saved"), "none"))(**batch), converted(**batch))
-
-
 # The command line.
-
-
-def _command(*arguments: str) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, ["convert", "deit_tiny_patch16_224", "--dry-run", "--json", *arguments])
-    return result.exit_code, result.stdout, result.stderr
-
-
-def test_the_option() -> None:
-    code, out, _ = _command("--rank", "40", "--mode", "qv", "--img-size", "32")
-    assert code == 0
-    assert {(site["mode"], site["rank"]) for site in json.loads(out)["sites"]} == {("qv", 40)}
-
-
-@pytest.mark.parametrize(
-    ("given", "words"), [("many", "'many'"), ("-8", "'-8'"), ("0", "rank 0"), ("65", "64 channels"), ("4.5", "'4.5'")]
-)
-def test_the_option_with_a_wrong_value(given: str, words: str) -> None:
-    code, out, told = _command(f"--rank={given}", "--img-size", "32")
-    assert (code, out) == (2, "")
-    assert words in " ".join(told.split())
 
 
 def test_the_scale_is_what_the_original_had() -> None:

@@ -1,185 +1,24 @@
-"""The passes that rewrite a graph: what they promise, and that a broken promise is told."""
+"""What the passes put into a graph computes what it stands for."""
 
 import copy
-import itertools
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from oracle import check, randomize, relative_error
+from own_attentions import Pieces, Plain, ReadsWidth, Shuffles, UsesPacked, Wide, surgery_on
 from tiny_hosts import CASES
 from torch import nn
 
-from armour_surgery.discover import find_sites
-from armour_surgery.errors import PostconditionError
-from armour_surgery.modes import get_mode
-from armour_surgery.rewrite import rewrite
 from armour_surgery.rewrite.add_grouped_projection_pass import AddGroupedProjectionPass
-from armour_surgery.rewrite.contract import Part, Surgery, parts_of, run_passes
 from armour_surgery.rewrite.edits import AddGrouped, KeepRows, apply_edits
 from armour_surgery.rewrite.grouped import GroupedProjection, group_of_output
-from armour_surgery.rewrite.mask_diagonal_pass import MaskDiagonalPass, diagonal_mask, mask_diagonal_of
+from armour_surgery.rewrite.mask_diagonal_pass import diagonal_mask, mask_diagonal_of
 from armour_surgery.rewrite.narrow_projections_pass import NarrowProjectionsPass
-from armour_surgery.rewrite.relayout import block_layout, relayout, separate
-from armour_surgery.rewrite.remove_dead_nodes_pass import RemoveDeadNodesPass
 from armour_surgery.rewrite.restore_channels_pass import RestoreChannelsPass
 from armour_surgery.rewrite.share_roles_pass import ShareRolesPass, is_expressible
 from armour_surgery.surgery.conversion import convert
-from armour_surgery.traced import Atom, Layout
-
-# Layouts.
-
-SIZES: dict[Atom, int] = {0: 2, 1: 5, 2: 7, "h": 3, "j": 4}
-
-
-def arrange(layout: Layout, sizes: dict[Atom, int]) -> torch.Tensor:
-    """A tensor laid out that way: each element is a number made of its atoms' indices."""
-    order = [atom for axis in layout for atom in axis]
-    value, weight = torch.zeros([sizes[atom] for atom in order], dtype=torch.long), 1
-    for atom in sorted(sizes, key=str):
-        if atom in order:
-            place = order.index(atom)
-            shape = [-1 if index == place else 1 for index in range(len(order))]
-            value = value + weight * torch.arange(sizes[atom]).reshape(shape)
-            weight *= sizes[atom]
-    shape = [torch.Size([sizes[atom] for atom in axis]).numel() for axis in layout]
-    return value.reshape(shape)
-
-
-@st.composite
-def layouts(draw: st.DrawFn, atoms: tuple[Atom, ...]) -> Layout:
-    """The atoms in any order, any neighbours on one axis, and axes of size one anywhere."""
-    order = draw(st.permutations(atoms))
-    axes: list[tuple[Atom, ...]] = []
-    for atom in order:
-        if axes and draw(st.booleans()):
-            axes[-1] = (*axes[-1], atom)
-        else:
-            axes.append((atom,))
-    for _ in range(draw(st.integers(0, 1))):
-        axes.insert(draw(st.integers(0, len(axes))), ())
-    return tuple(axes)
-
-
-@st.composite
-def pairs(draw: st.DrawFn) -> tuple[Layout, Layout]:
-    atoms: tuple[Atom, ...] = draw(st.sampled_from([(0, 1, "h", "j"), (0, 1, 2, "h", "j"), (0, "h", "j")]))
-    return draw(layouts(atoms)), draw(layouts(atoms))
-
-
-@settings(max_examples=600, deadline=None)
-@given(pairs())
-def test_relayout_arranges_what_it_says_or_says_that_it_cannot(pair: tuple[Layout, Layout]) -> None:
-    source, target = pair
-    sizes = {atom: SIZES[atom] for axis in source for atom in axis}
-    steps = relayout(source, target, {"h": sizes["h"], "j": sizes["j"]})
-    if steps is None:
-        return
-    # The same steps at other numbers of images and tokens: none of those sizes may be written down.
-    for factor in (1, 3):
-        own = {atom: size * factor if isinstance(atom, int) else size for atom, size in sizes.items()}
-        tensor = arrange(source, own)
-        for method, arguments in steps:
-            assert method in {"unflatten", "flatten", "squeeze", "unsqueeze", "transpose", "permute"}
-            tensor = getattr(tensor, method)(*arguments)
-        assert torch.equal(tensor, arrange(target, own))
-
-
-@settings(max_examples=300, deadline=None)
-@given(layouts((0, 1, "h", "j")))
-def test_relayout_can_always_reach_axes_of_their_own(layout: Layout) -> None:
-    """From a projection's own output `[B, N, H * d]`, every order of whole axes is a view away."""
-    block = block_layout(3, -1)
-    assert block == ((0,), (1,), ("h", "j"))
-    if all(len(axis) <= 1 for axis in layout):
-        assert relayout(block, layout, {"h": 3, "j": 4}) is not None
-    assert relayout(layout, layout, {"h": 3, "j": 4}) == []
-
-
-def test_relayout_refuses_two_unknown_sizes_in_one_axis() -> None:
-    sizes = {"h": 3, "j": 4}
-    assert relayout(((0, "h", 1), ("j",)), ((0,), (1,), ("h",), ("j",)), sizes) is None
-    assert relayout(((0, 1), ("h",), ("j",)), ((0,), (1,), ("h",), ("j",)), sizes) is None
-    assert relayout(((0,), (1,), ("h", "j")), ((0,), (2,), ("h", "j")), sizes) is None
-
-
-def test_layouts_of_packed_outputs() -> None:
-    assert block_layout(4, -3) == ((0,), ("h", "j"), (2,), (3,))
-    assert separate(((0, "h"), (), (1, 2), ("j",))) == ((0,), ("h",), (1, 2), ("j",))
-
-
-# Parts.
-
-
-@pytest.mark.parametrize(
-    ("names", "own", "sizes", "expected"),
-    [
-        (("q",), "v", {"q": 4, "v": 4}, [("q", 0, 4)]),
-        (("q", "v"), "v", {"q": 4, "v": 8}, [("q", 0, 4), ("v", 4, 8)]),
-        (("q", "k", "v"), "v", {"q": 4, "k": 4, "v": 8}, [("q", 0, 4), ("k", 0, 4)]),
-        (("q", "k", "v"), "v", {"q": 4, "k": 4, "v": 11}, [("q", 0, 4), ("k", 0, 4), ("v", 8, 11)]),
-        (("q", "grouped"), "v", {"q": 4, "v": 8}, [("q", 0, 4), ("grouped", 4, 8)]),
-        (("k",), "k", {"k": 6}, [("k", 0, 6)]),
-        (("q",), "v", {"q": 4, "v": 6}, [("q", 0, 4), ("v", 4, 6)]),
-    ],
-)
-def test_parts_fill_a_role(
-    names: tuple[str, ...], own: str, sizes: dict[str, int], expected: list[tuple[str, int, int]]
-) -> None:
-    assert parts_of(names, own, sizes) == tuple(Part(*part) for part in expected)
-
-
-# Attention that views cannot express.
-
-
-class ReadsWidth(nn.Module):
-    """Splits by the packed tensor's own width, and keeps a statistic of all of it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(20, 36)
-        self.out = nn.Linear(12, 20)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        qkv = self.qkv(x)
-        width = qkv.shape[-1] // 3
-        qkv = qkv.unflatten(-1, (3, 4, width // 4)).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv[0], qkv[1], qkv[2]
-        y = ((q @ k.transpose(-2, -1)) * 0.5).softmax(-1) @ v
-        return self.out(y.transpose(1, 2).flatten(2))
-
-
-class Shuffles(nn.Module):
-    """Takes the channels of q, k and v from interleaved places: q0 k0 v0 q1 k1 v1 and so on, backwards."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mix = nn.Linear(20, 36)
-        self.out = nn.Linear(12, 20)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.mix(x).unflatten(-1, (12, 3)).unbind(-1)
-        q, k, v = (t.unflatten(-1, (3, 4)).transpose(1, 2) for t in (q, k, v))
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class UsesPacked(nn.Module):
-    """Adds something made of the whole packed tensor, so no role meets its users at an anchor alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(20, 36)
-        self.out = nn.Linear(12, 20)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        qkv = self.qkv(x)
-        q, k, v = (t.unflatten(-1, (3, 4)).transpose(1, 2) for t in qkv.chunk(3, -1))
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return self.out(y) + qkv.square().mean(-1, keepdim=True)
 
 
 class ChannelShuffle(nn.Module):
@@ -196,19 +35,7 @@ class ChannelShuffle(nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class Pieces(nn.Module):
-    """Values put together from two slices of the packed tensor, the later one first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(20, 36)
-        self.out = nn.Linear(12, 20)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        qkv = self.qkv(x)
-        q, k, v = qkv[..., :12], qkv[..., 16:28], torch.cat([qkv[..., 28:], qkv[..., 12:16]], -1)
-        q, k, v = (t.unflatten(-1, (3, 4)).transpose(1, 2) for t in (q, k, v))
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+# Attention that views cannot express.
 
 
 @pytest.mark.parametrize("kind", [ReadsWidth, Shuffles, UsesPacked, ChannelShuffle, Pieces])
@@ -235,19 +62,6 @@ def test_restoring_is_what_did_it(kind: type[nn.Module]) -> None:
     assert is_expressible(plain)
     assert ShareRolesPass()(plain)
     assert not RestoreChannelsPass()(plain)
-
-
-class Plain(nn.Module):
-    """Packed `[3, H, d]`, fused."""
-
-    def __init__(self, width: int = 36) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(20, width)
-        self.out = nn.Linear(12, 20)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (t.unflatten(-1, (3, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 # Grouped projections.
@@ -301,165 +115,6 @@ def test_a_grouped_projection_is_the_masked_dense_one(
 def test_a_grouped_projection_tells_what_it_is() -> None:
     grouped = GroupedProjection(torch.zeros(12, 5), 4, True, -1)
     assert grouped.extra_repr() == "20, 12, groups=4, shuffle=True"
-
-
-# Promises.
-
-
-def traced_of(model: nn.Module, example: dict[str, torch.Tensor] | None = None) -> Any:
-    found = find_sites(model, example or {"x": torch.empty(2, 6, 20)})[0]
-    assert found.traced is not None, found.site.refused
-    return found.traced
-
-
-def surgery_on(model: nn.Module, mode: str) -> Surgery:
-    traced = traced_of(model)
-    chosen = get_mode(mode)
-    sizes = {letter: getattr(traced, letter).head_dim for letter in "qkv"}
-    return Surgery(
-        traced=traced,
-        mode=chosen,
-        graph=traced.trace.graph,
-        query=Part("q", 0, sizes["q"]),
-        key=parts_of(chosen.key, "k", sizes),
-        value=parts_of(chosen.value, "v", sizes),
-    )
-
-
-class Claims:
-    """A pass that says something about itself, and does what it is told."""
-
-    def __init__(self, claim: bool, act: bool) -> None:
-        self.claim, self.act = claim, act
-
-    def requires(self, surgery: Surgery) -> None: ...
-
-    def __call__(self, surgery: Surgery) -> bool:
-        if self.act:
-            surgery.graph.call_function(torch.add, (1, 2))
-        return self.claim
-
-    def ensures(self, surgery: Surgery) -> None: ...
-
-
-@pytest.mark.parametrize(("claim", "act"), list(itertools.product([False, True], repeat=2)))
-def test_a_pass_that_misreports_is_caught(claim: bool, act: bool) -> None:
-    surgery = surgery_on(Plain(), "qv")
-    if claim == act:
-        run_passes(surgery, [Claims(claim, act)])
-    else:
-        with pytest.raises(PostconditionError, match="Claims misreported whether it changed the graph"):
-            run_passes(surgery, [Claims(claim, act)])
-
-
-def test_grouped_needs_a_plain_projection() -> None:
-    surgery = surgery_on(Wide(), "grouped")
-    AddGroupedProjectionPass().requires(surgery)
-    role = surgery.traced.v
-    surgery.traced = replace(surgery.traced, v=replace(role, producer=replace(role.producer, plain=False)))
-    with pytest.raises(PostconditionError, match="qkv has no grouped form"):
-        AddGroupedProjectionPass().requires(surgery)
-
-
-class Wide(nn.Module):
-    """Values twice as wide as keys, a head after the other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(20, 3 * 16)
-        self.out = nn.Linear(24, 20)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, 16)).transpose(1, 2).split([4, 4, 8], -1)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-def test_a_grouped_part_has_to_be_made() -> None:
-    surgery = surgery_on(Wide(), "grouped")
-    with pytest.raises(PostconditionError, match="the grouped projection was not added"):
-        AddGroupedProjectionPass().ensures(surgery)
-    with pytest.raises(PostconditionError, match="grouped was asked for and not made"):
-        ShareRolesPass().requires(surgery)
-    assert AddGroupedProjectionPass()(surgery)
-    AddGroupedProjectionPass().ensures(surgery)
-    ShareRolesPass().requires(surgery)
-
-
-def test_channels_have_to_be_there() -> None:
-    surgery = surgery_on(Plain(), "qv")
-    role = surgery.traced.v
-    surgery.traced = replace(surgery.traced, v=replace(role, producer=replace(role.producer, channels=20)))
-    with pytest.raises(PostconditionError, match="channels of v exceed those of qkv"):
-        NarrowProjectionsPass().requires(surgery)
-
-
-def test_no_row_is_kept_twice() -> None:
-    surgery = surgery_on(Plain(), "qv")
-    surgery.edits.append(KeepRows(("qkv.weight",), (), (0, 1, 1)))
-    with pytest.raises(PostconditionError, match=r"qkv\.weight would keep a row twice"):
-        NarrowProjectionsPass().ensures(surgery)
-
-
-def test_no_anchor_is_read_after_sharing() -> None:
-    surgery = surgery_on(Plain(), "qv")
-    NarrowProjectionsPass()(surgery)
-    with pytest.raises(PostconditionError, match=r"still feeds"):
-        ShareRolesPass().ensures(surgery)
-    ShareRolesPass()(surgery)
-    ShareRolesPass().ensures(surgery)
-
-
-def test_restoring_needs_channels_on_one_axis() -> None:
-    surgery = surgery_on(UsesPacked(), "qv")
-    NarrowProjectionsPass()(surgery)
-    role = surgery.traced.v
-    other = replace(role.producer, axis=-2, node=next(iter(surgery.graph.nodes)))
-    surgery.traced = replace(surgery.traced, v=replace(role, producer=other))
-    with pytest.raises(PostconditionError, match="its projections have their channels on different axes"):
-        RestoreChannelsPass().requires(surgery)
-
-
-def test_a_diagonal_needs_the_same_tokens() -> None:
-    surgery = surgery_on(Plain(), "qk-diag")
-    MaskDiagonalPass().requires(surgery)
-    surgery.traced = replace(surgery.traced, k=replace(surgery.traced.k, tokens=3))
-    with pytest.raises(PostconditionError, match="there is no diagonal between different tokens"):
-        MaskDiagonalPass().requires(surgery)
-
-
-def test_the_diagonal_is_masked_once() -> None:
-    surgery = surgery_on(Plain(), "qk-diag")
-    with pytest.raises(PostconditionError, match="0 diagonal masks in the graph"):
-        MaskDiagonalPass().ensures(surgery)
-    MaskDiagonalPass()(surgery)
-    MaskDiagonalPass().ensures(surgery)
-    MaskDiagonalPass()(surgery)
-    with pytest.raises(PostconditionError, match="2 diagonal masks in the graph"):
-        MaskDiagonalPass().ensures(surgery)
-
-
-def test_the_whole_list_of_passes_runs_on_every_mode() -> None:
-    for model, modes in ((Plain, ("qv", "qk", "qk-diag", "kv")), (Wide, ("concat-half", "concat-full", "grouped"))):
-        for mode in modes:
-            result = rewrite(traced_of(model()), get_mode(mode))
-            result.graph.lint()
-            assert result.edits
-            assert result.shares
-
-
-def test_dead_nodes_go_and_what_may_have_an_effect_stays() -> None:
-    surgery = surgery_on(Plain(), "qv")
-    before = len(surgery.graph.nodes)
-    with surgery.graph.inserting_before(next(n for n in surgery.graph.nodes if n.op == "output")):
-        effect = surgery.graph.call_function(torch.manual_seed, (0,))
-    clean = RemoveDeadNodesPass(surgery.graph)
-    with surgery.graph.inserting_before(effect):
-        surgery.graph.call_function(torch.add, (1, 2))
-    assert clean(surgery)
-    clean.ensures(surgery)
-    assert effect in surgery.graph.nodes
-    assert len(surgery.graph.nodes) <= before + 1
-    assert not any(node.target is torch.add for node in surgery.graph.nodes)
 
 
 # Edits.

@@ -1,6 +1,6 @@
 """Two processes do what one does, with DDP and FSDP2 (gloo, CPU), and judge every image once.
 
-The processes are forked from this one, which is quick; `test_finetune_cli.py` goes through torchrun.
+The processes are forked from this one, which is quick; `cli/test_finetune.py` goes through torchrun.
 """
 
 import json
@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_trainer import ALONE, CLASSES, armour, case, losses, pictures, task
+from tiny_hosts import case
 from torch import nn
+from training import ALONE, CLASSES, armour, losses, pictures, task
 
 from armour_surgery.hosts.preprocessing import Preprocessing
 from armour_surgery.images.sources import subset
