@@ -140,9 +140,6 @@ def test_inspect_needs_no_weights() -> None:
     assert [site.fqn for site in inspect(model)] == ["blocks.0.attn"]
 
 
-# The command
-
-
 def test_it_is_public() -> None:
     assert armour_surgery.redundancy is redundancy
     assert "redundancy" in armour_surgery.__all__

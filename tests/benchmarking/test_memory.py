@@ -10,8 +10,6 @@ from torch import nn
 
 from armour_surgery.benchmarking.memory import held_bytes, peak_growth
 
-# Memory
-
 
 def test_what_a_model_holds_counts_shared_memory_once() -> None:
     module = nn.Sequential(nn.Linear(10, 20), nn.BatchNorm1d(20), nn.Linear(20, 10, bias=False))
@@ -32,9 +30,6 @@ def test_the_peak_of_a_call_is_what_it_took_on_top() -> None:
     assert 19 * MIB < grown < 24 * MIB
     assert (peak_growth(lambda: None, torch.device("cpu")) or 0) < MIB
     assert peak_growth(call, torch.device("meta")) is None
-
-
-# the paper
 
 
 def test_a_process_that_times_models_can_keep_its_memory() -> None:

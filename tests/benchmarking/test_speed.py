@@ -13,7 +13,7 @@ from armour_surgery.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("short_turns")
 
-# Rounds
+# In whose turn
 
 
 def test_each_model_follows_every_other_and_itself_as_often() -> None:
@@ -86,7 +86,7 @@ class Clock:
         return model
 
 
-# speed
+# What a report says
 
 
 def test_models_take_turns_and_the_order_alternates() -> None:

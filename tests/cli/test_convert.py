@@ -16,8 +16,6 @@ from armour_surgery import SurgeryPlan, load
 from armour_surgery.cli import app
 from armour_surgery.saving.folder import read_plan
 
-# convert
-
 
 def test_convert_tells_a_person_what_was_done(tiny: str, here: Path) -> None:
     result = good("convert", tiny)
@@ -154,7 +152,7 @@ def _command(*arguments: str) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-# The command line.
+# --rank
 
 
 def test_the_option() -> None:

@@ -17,9 +17,6 @@ from armour_surgery.modes import MODES
 COMMANDS = ("inspect", "convert", "finetune", "eval", "bench", "recipes", "redundancy", "paper", "demo")
 
 
-# Help
-
-
 def test_the_command_line_loads_without_the_heavy_libraries() -> None:
     heavy = "{'torch', 'timm', 'transformers', 'torchvision', 'numpy', 'safetensors', 'huggingface_hub', 'matplotlib'}"
     code = f"import sys, armour_surgery.cli; print(sorted({heavy} & set(sys.modules)))"
@@ -91,9 +88,6 @@ def test_wrong_flags_are_wrong_usage(arguments: list[str], here: Path) -> None:
     assert "rror: " in result.stderr
     assert result.stdout == ""
     assert os.listdir(here) == []
-
-
-# paper and demo
 
 
 def test_every_command_has_a_docstring_and_metavars() -> None:

@@ -31,7 +31,7 @@ def paper() -> dict[str, Any]:
     return found
 
 
-# paper and demo
+# Without timing
 
 
 def test_paper_json_counts_rows(paper: dict[str, Any]) -> None:
@@ -70,7 +70,7 @@ def test_paper_for_a_person(paper: dict[str, Any], monkeypatch: pytest.MonkeyPat
     assert "deit_tiny_qv_300ep" in result.stdout
 
 
-# The command
+# With it
 
 
 def test_the_command_times_and_writes_a_page(

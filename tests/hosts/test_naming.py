@@ -34,9 +34,6 @@ def test_library_and_suggestions() -> None:
     assert suggest("org/name") == []
 
 
-# Loading.
-
-
 @pytest.mark.parametrize(
     ("name", "options", "error", "message"),
     [

@@ -14,7 +14,7 @@ from PIL import Image
 from armour_surgery.errors import CalibrationError
 from armour_surgery.images.for_calibration import calibration_batches
 
-# Folders.
+# Sources and their names.
 
 
 def test_sources_joined_by_a_comma_give_half_each(tmp_path: Path) -> None:

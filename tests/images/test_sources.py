@@ -46,9 +46,6 @@ def refusal(source: str | Path, split: str = "train", *, labelled: bool = True, 
     return str(caught.value)
 
 
-# Sources
-
-
 def test_a_folder_by_class_and_its_validation_split_share_their_numbers(tmp_path: Path) -> None:
     by_class(tmp_path / "train", {"ant": 2, "bee": 3, "cow": 1})
     by_class(tmp_path / "val", {"bee": 1, "cow": 2})
@@ -181,9 +178,6 @@ def test_what_is_held_out_is_not_trained_on(count: int, share: float) -> None:
 def test_holding_everything_out_is_refused() -> None:
     with pytest.raises(DataError, match="none to train on"):
         held_out(numbered(5), 5)
-
-
-# Plans and transforms
 
 
 def test_a_subset_keeps_its_names() -> None:

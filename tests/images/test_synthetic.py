@@ -10,8 +10,6 @@ from armour_surgery.errors import CalibrationError
 from armour_surgery.images.for_calibration import calibration_batches
 from armour_surgery.images.synthetic import synthetic_images
 
-# Synthetic images.
-
 
 @pytest.mark.parametrize("size", [(3, 48, 48), (1, 32, 32), (3, 8, 8), (5, 17, 40), (2, 1, 7), (1, 1, 1)])
 def test_synthetic_images_have_any_size(size: tuple[int, int, int]) -> None:
@@ -52,9 +50,6 @@ def test_synthetic_images_are_varied_and_balanced() -> None:
 def test_synthetic_images_of_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(CalibrationError, match=message):
         synthetic_images(**arguments)
-
-
-# Folders.
 
 
 def test_synthetic_source_is_normalized() -> None:

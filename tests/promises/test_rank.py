@@ -266,9 +266,6 @@ def test_the_full_rank_is_the_ordinary_conversion() -> None:
     assert all(torch.equal(a, b) for a, b in zip(full.parameters(), ordinary.parameters(), strict=True))
 
 
-# The command line.
-
-
 def test_the_scale_is_what_the_original_had() -> None:
     host = CASES["vit"]
     converted = convert(host.build(), "qv", rank=8, example_input=host.example())

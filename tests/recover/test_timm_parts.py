@@ -19,7 +19,7 @@ from armour_surgery.recover.timm_parts import make_optimizer, make_scheduler, se
 PREP = Preprocessing(SIZE, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 
 
-# Plans and transforms
+# Transforms
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -44,7 +44,7 @@ def test_an_unknown_policy_is_refused() -> None:
         training_transform(PREP, AugmentPart(auto="rand-q9"))
 
 
-# Parts
+# Rates and decay
 
 
 def test_drop_path_rises_as_timm_builds_it() -> None:

@@ -32,7 +32,7 @@ NOT_JSON = {
 }
 
 
-# What load refuses
+# One edit at a time
 
 
 @pytest.mark.parametrize("kind", NOT_JSON)
@@ -276,7 +276,7 @@ VALUES = st.recursive(
 NUMBERS_THAT_BUILD = {"depth", "embed_dim", "num_classes", "img_size", "num_hidden_layers", "hidden_size"}
 
 
-# Whatever is in the file
+# Any edit
 
 
 @pytest.mark.parametrize("kind", ["timm", "transformers"])

@@ -17,7 +17,7 @@ def rows(card: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in body if line.startswith("|")]
 
 
-# The model card's table of residuals
+# The table of residuals
 
 
 def test_the_model_card_lists_residuals() -> None:
@@ -45,7 +45,7 @@ def test_the_model_card_has_no_residuals_where_nothing_was_calibrated() -> None:
     assert rows(model_card(calibrated_plan(None), "x")) == []
 
 
-# The folder itself
+# The whole card
 
 
 def test_the_model_card_tells_what_was_done(tmp_path: Path) -> None:

@@ -188,9 +188,6 @@ def test_a_parent_that_is_a_file_is_refused(vit: nn.Module, tmp_path: Path) -> N
     assert contents(tmp_path) == {"file": b"x"}
 
 
-# Whatever is in the file
-
-
 def test_usage_errors_are_told_from_folders(tmp_path: Path) -> None:
     assert UsageError.exit_code == 2
     assert FolderError.exit_code == 1

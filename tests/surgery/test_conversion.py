@@ -14,7 +14,7 @@ from torch import nn
 from armour_surgery import ArmourError, convert, inspect, plan
 from armour_surgery.errors import NoAttentionError, NothingToConvertError
 
-# convert
+# What it does
 
 
 def test_the_original_stays_and_the_copy_is_of_its_class() -> None:
@@ -154,9 +154,6 @@ def test_the_counts_are_those_of_the_converted_model() -> None:
         change = sum(site.params_before - site.params_after for site in surgery.sites)
         assert surgery.params_before - surgery.params_after == change
         assert surgery.macs_before - surgery.macs_after == sum(s.macs_before - s.macs_after for s in surgery.sites)
-
-
-# What may be asked.
 
 
 def test_a_plan_tells_what_convert_does() -> None:

@@ -11,8 +11,6 @@ from armour_surgery.errors import UsageError
 from armour_surgery.modes import MODES
 from armour_surgery.surgery.order import INITS
 
-# convert
-
 
 def test_unknown_modes_and_inits_are_wrong_usage() -> None:
     message = refused(UsageError, lambda: convert(vit(), "vq"))
@@ -21,9 +19,6 @@ def test_unknown_modes_and_inits_are_wrong_usage() -> None:
     message = refused(UsageError, lambda: convert(vit(), init="magic"))
     assert "'magic'" in message
     assert all(name in message for name in INITS)
-
-
-# Which sites.
 
 
 @pytest.mark.parametrize("rank", [0, -8, True, 8.0, "8", {"blocks.0.attn": 0}])

@@ -29,9 +29,6 @@ class TwoInputs(Own):
         return super().forward(pictures) * scale
 
 
-# convert
-
-
 @pytest.mark.parametrize("again", [convert, inspect, plan], ids=lambda function: function.__name__)
 def test_a_converted_model_is_refused(again: Callable[[nn.Module], Any]) -> None:
     converted = convert(vit(), include="blocks.1*")
@@ -224,9 +221,6 @@ def test_a_call_that_cannot_be_followed_is_explained_and_not_guessed() -> None:
     assert "contents of a tensor" in message
 
 
-# What may be asked.
-
-
 def test_examples_in_every_form() -> None:
     class Image(nn.Module):
         def __init__(self) -> None:
@@ -263,9 +257,6 @@ def test_wrong_names_are_told() -> None:
     with pytest.raises(PatternError, match="leave none"):
         convert(model, example_input=torch.empty(SHAPE), exclude=["inner"])
     assert convert(model, example_input=torch.empty(SHAPE), include="inn*").surgery.sites[0].fqn == "inner"
-
-
-# Which sites.
 
 
 def test_a_rank_for_a_site_that_there_is_not() -> None:
