@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import timm
 import torch
 import transformers
 from torch import nn
 
-from armour_surgery import ArmourError, convert
+from armour_surgery import convert
 from armour_surgery.hosts import example_input
 
 __all__ = [
@@ -29,7 +28,6 @@ __all__ = [
     "host",
     "outputs",
     "put",
-    "refused",
     "same",
 ]
 
@@ -145,16 +143,6 @@ def same(first: nn.Module, second: nn.Module) -> bool:
 
 def contents(path: Path) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
-
-
-def refused(kind: type[ArmourError], action: Callable[[], Any]) -> str:
-    """The message with which an action fails: of that class, and one line."""
-    with pytest.raises(kind) as caught:
-        action()
-    message = str(caught.value)
-    assert message
-    assert "\n" not in message
-    return message
 
 
 @functools.cache

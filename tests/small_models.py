@@ -42,10 +42,13 @@ def surgery_of(model: nn.Module) -> SurgeryPlan:
 
 
 def refused(kind: type[ArmourError], action: Callable[[], Any]) -> str:
+    """The message with which an action fails: of that class, and one line."""
     with pytest.raises(kind) as caught:
         action()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    message = str(caught.value)
+    assert message
+    assert "\n" not in message
+    return message
 
 
 def tiny_levit() -> nn.Module:

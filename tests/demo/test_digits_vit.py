@@ -1,3 +1,5 @@
+"""The demonstration's model and data are those that its numbers were measured with."""
+
 import json
 import sys
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from saved_models import PLAN, WEIGHTS, armour, edit, host, refused
+from saved_models import PLAN, WEIGHTS, armour, edit, host
+from small_models import refused
 
 from armour_surgery import load
 from armour_surgery.errors import CorruptFileError, FolderError, KeyMismatchError, SchemaError

@@ -14,7 +14,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from saved_models import PLAN, armour, edit, put, refused
+from saved_models import PLAN, armour, edit, put
+from small_models import refused
 
 from armour_surgery import ArmourError, load, save
 from armour_surgery.errors import FolderError, SchemaError

@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
-from saved_models import HF, HOSTS, PLAN, WEIGHTS, armour, host, refused, same
+from saved_models import HF, HOSTS, PLAN, WEIGHTS, armour, host, same
+from small_models import refused
 from torch import nn
 
 from armour_surgery import convert, load, save

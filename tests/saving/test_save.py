@@ -8,7 +8,8 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from saved_models import CARD, PLAN, WEIGHTS, contents, host, refused, same
+from saved_models import CARD, PLAN, WEIGHTS, contents, host, same
+from small_models import refused
 from torch import nn
 
 from armour_surgery import ArmourError, SurgeryPlan, convert, load, save

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from saved_models import contents, refused
+from saved_models import contents
+from small_models import refused
 from torch import nn
 
 from armour_surgery import load, save
