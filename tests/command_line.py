@@ -1,6 +1,7 @@
 """Run the command line inside this process, and check what every command promises."""
 
 import json
+import os
 from typing import Any
 
 from click.testing import Result
@@ -8,7 +9,7 @@ from typer.testing import CliRunner  # noqa: TID251
 
 from armour_surgery.cli import app
 
-__all__ = ["document", "failed", "good", "run"]
+__all__ = ["CONVERT_KEYS", "bad", "document", "failed", "good", "run"]
 
 
 def run(*arguments: str) -> Result:
@@ -39,3 +40,21 @@ def failed(*arguments: str, code: int = 1) -> Result:
     assert lines[0].startswith("error: ")
     assert "this is a bug" not in lines[0]
     return result
+
+
+def bad(*arguments: str, code: int = 1) -> str:
+    """The message of a command that fails: one line on stderr, nothing on stdout, and nothing written."""
+    before = sorted(os.listdir())
+    result = failed(*arguments, code=code)
+    assert result.stdout == ""
+    assert sorted(os.listdir()) == before
+    return result.stderr.rstrip("\n")
+
+
+CONVERT_KEYS = {
+    "model", "mode", "init", "out", "params_before", "params_after", "macs_before", "macs_after", "sites", "refused",
+    "fidelity",
+    "frontier",
+    "max_loss",
+    "seconds",
+}  # fmt: skip

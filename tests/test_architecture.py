@@ -12,6 +12,9 @@ import armour_surgery
 PACKAGE = Path(armour_surgery.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]
+TESTS = Path(__file__).parent
+BENCHMARKS = TESTS.parent / "benchmarks"
+BESIDE = [*sorted(TESTS.rglob("*.py")), *sorted(BENCHMARKS.rglob("*.py"))]
 # From the top down: whoever stands on a floor imports from the floors below it, and from nobody else.
 FLOORS = (
     ("__main__",),
@@ -189,9 +192,17 @@ def test_what_commands_import_at_once_is_light() -> None:
         assert not roots(PACKAGE / name) & heavy
 
 
-@pytest.mark.parametrize("path", FILES, ids=NAMES)
+@pytest.mark.parametrize(
+    "path", [*FILES, *BESIDE], ids=[*NAMES, *(path.relative_to(TESTS.parent).as_posix() for path in BESIDE)]
+)
 def test_files_stay_readable(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) < 400
+
+
+def test_folders_of_tests_are_rooms_of_the_package() -> None:
+    """Besides what no room promises alone, and what is tested of benchmarks/."""
+    folders = {path.relative_to(TESTS).parts[0] for path in TESTS.rglob("*.py") if path.parent != TESTS}
+    assert folders - {"promises", "benchmarks"} <= {room for room in LEVELS if (PACKAGE / room).is_dir()}
 
 
 def _public_names(tree: ast.Module) -> list[str] | None:

@@ -84,7 +84,7 @@ def test_every_class_is_raised_somewhere(name: str) -> None:
 @functools.cache
 def _tested() -> str:
     here = Path(__file__)
-    return "\n".join(path.read_text(encoding="utf-8") for path in here.parent.glob("test_*.py") if path != here)
+    return "\n".join(path.read_text(encoding="utf-8") for path in here.parent.rglob("test_*.py") if path != here)
 
 
 # A bug of ours, by definition: a test that could raise it would be a bug report.

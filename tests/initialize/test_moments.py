@@ -1,0 +1,22 @@
+"""Regressions weigh rows as if they were repeated."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from armour_surgery.initialize.moments import Regression
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(6, 12), st.booleans(), st.integers(0, 2**16))
+def test_a_row_of_weight_n_counts_like_n_rows(inputs: int, outputs: int, rows: int, biases: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    x, y = torch.randn(rows, inputs, dtype=torch.float64), torch.randn(rows, outputs, dtype=torch.float64)
+    times = torch.randint(1, 4, (rows,))
+    present = torch.randn(inputs + biases, outputs, dtype=torch.float64)
+    weighted, repeated = Regression(present, biases), Regression(present, biases)
+    for held_out in (False, True):
+        weighted.add(x, y, held_out, weights=times[:, None])
+        repeated.add(x.repeat_interleave(times, 0), y.repeat_interleave(times, 0), held_out)
+    for found, wanted in zip(weighted.solve(), repeated.solve(), strict=True):
+        torch.testing.assert_close(found, wanted)

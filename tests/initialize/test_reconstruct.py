@@ -1,0 +1,14 @@
+"""Errors weigh tokens as if they were repeated."""
+
+import torch
+
+from armour_surgery.initialize.reconstruct import relative_error
+
+
+def test_a_token_of_weight_n_errs_like_n_tokens() -> None:
+    torch.manual_seed(0)
+    wanted, got = torch.randn(2, 3, 5, 7, dtype=torch.float64)
+    times = torch.tensor([3, 1, 2, 1, 4])
+    repeated = relative_error(got.repeat_interleave(times, 1), wanted.repeat_interleave(times, 1))
+    torch.testing.assert_close(relative_error(got, wanted, lambda count: times[:count, None]), repeated)
+    assert not torch.isclose(relative_error(got, wanted), repeated)

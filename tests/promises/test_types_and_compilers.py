@@ -1,0 +1,102 @@
+"""Types, memory formats, gradients and compilers work on what `convert` returns as on the original."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from before_and_after import SAMPLE, close, converted_host, merged_host, pair
+from oracle import outputs
+from tiny_hosts import CASES
+
+from armour_surgery.surgery.conversion import convert
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays(name: str, dtype: torch.dtype) -> None:
+    one = CASES[name]
+    model, converted = pair(name)
+    example = {key: value.to(dtype) for key, value in one.example().items()}
+    batch = one.batches(dtype)[0]
+    model, cast = model.to(dtype), converted.to(dtype)
+    fresh = convert(model, one.auto, example_input=example)
+    with torch.no_grad():
+        expected = outputs(model, batch)
+        for other in (cast, fresh):
+            assert {p.dtype for p in other.parameters()} == {dtype}
+            got = outputs(other, batch)
+            assert [tensor.dtype for tensor in got] == [tensor.dtype for tensor in expected]
+            close([tensor.double() for tensor in expected], [tensor.double() for tensor in got], 2e-2)
+
+
+def test_levit_runs_in_channels_last() -> None:
+    model, converted = pair("levit-conv")
+    x = CASES["levit-conv"].batches()[0]["x"].to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        close([model(x)], [converted.to(memory_format=torch.channels_last)(x)])
+    model = merged_host("levit-conv").to(memory_format=torch.channels_last)
+    converted = convert(model, "concat-half", example_input=CASES["levit-conv"].example())
+    with torch.no_grad():
+        close([model(x)], [converted(x)])
+
+
+def test_a_levit_that_ran_before_still_converts() -> None:
+    """Its cache then holds tensors that deepcopy refuses."""
+    one = CASES["levit"]
+    model = merged_host("levit")
+    outputs(model, one.batches()[0])
+    converted = convert(model, "concat-half", example_input=one.example())
+    close(outputs(model, one.batches()[0]), outputs(converted, one.batches()[0]))
+
+
+@pytest.mark.parametrize("name", ["vit", "levit", "hf-vit", "hf-beit"])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_where_no_gradients_are_recorded_convert_works_and_training_does_after(name: str, context: Any) -> None:
+    model = CASES[name].build()
+    with context():
+        converted = convert(model, CASES[name].auto, example_input=CASES[name].example())
+    assert all(p.requires_grad for p in converted.parameters())
+    close(outputs(converted_host(name), CASES[name].batches()[0]), outputs(converted, CASES[name].batches()[0]))
+    outputs(converted.train(), CASES[name].batches()[0])[0].square().mean().backward()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_reach_every_parameter_that_they_reached(name: str) -> None:
+    model, converted = pair(name)
+    reached = []
+    for one in (model, converted):
+        loss = sum(tensor.square().mean() for tensor in outputs(one, CASES[name].batches()[0]))
+        loss.backward()
+        reached.append({key for key, p in one.named_parameters() if p.grad is not None and bool(p.grad.any())})
+    left = dict(converted.named_parameters())
+    assert {key for key in reached[0] if key in left} <= reached[1]
+
+
+COMPILED = ["vit", "levit", "hf-swin"]
+
+
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("training", [False, True])
+def test_it_compiles_as_one_graph(name: str, training: bool) -> None:
+    torch._dynamo.reset()
+    model, converted = pair(name)
+    model.train(training)
+    converted.train(training)
+    compiled = torch.compile(copy.deepcopy(converted), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for batch in CASES[name].batches()[:2]:
+            close(outputs(model, batch), outputs(compiled, batch))
+
+
+def test_it_compiles_ahead_of_time_with_any_batch() -> None:
+    torch._dynamo.reset()
+    _, converted = pair("vit")
+    compiled = torch.compile(converted, backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for batch in (4, 7, 11):
+            x = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch))
+            close([converted(x)], [compiled(x)])
+    converted.train()
+    compiled(x).square().mean().backward()
+    assert all(p.grad is not None for p in converted.parameters())
