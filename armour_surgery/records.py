@@ -243,22 +243,27 @@ class SurgeryPlan:
         Raises:
             KeyError, TypeError: a key is missing, unknown, or of the wrong kind.
         """
+        # JSON has lists where records have tuples, which compare and hash.
+        sites = []
+        for site in data["sites"]:
+            sites.append(SitePlan(**{**site, "steps": tuple(site.get("steps", ()))}))
+        example = []
+        for name, shape, dtype in data["example"]:
+            example.append((name, tuple(shape), dtype))
+        frontier = []
+        for point in data.get("frontier", ()):
+            frontier.append(FrontierPoint(**{**point, "sites": tuple(map(tuple, point["sites"]))}))
         source, fidelity = data["source"], data.get("fidelity")
-        return cls(
-            **{
-                **data,
-                "sites": tuple(SitePlan(**{**site, "steps": tuple(site.get("steps", ()))}) for site in data["sites"]),
-                "refused": tuple(RefusedSite(**site) for site in data["refused"]),
-                "example": tuple((name, tuple(shape), dtype) for name, shape, dtype in data["example"]),
-                "source": Source(**source) if source else None,
-                "fidelity": Fidelity(**fidelity) if fidelity else None,
-                "sensitivities": tuple(Sensitivity(**one) for one in data.get("sensitivities", ())),
-                "frontier": tuple(
-                    FrontierPoint(**{**point, "sites": tuple(tuple(site) for site in point["sites"])})
-                    for point in data.get("frontier", ())
-                ),
-            }
-        )
+        records = {
+            "sites": tuple(sites),
+            "refused": tuple(RefusedSite(**site) for site in data["refused"]),
+            "example": tuple(example),
+            "source": Source(**source) if source else None,
+            "fidelity": Fidelity(**fidelity) if fidelity else None,
+            "sensitivities": tuple(Sensitivity(**option) for option in data.get("sensitivities", ())),
+            "frontier": tuple(frontier),
+        }
+        return cls(**{**data, **records})
 
 
 @dataclass(frozen=True)

@@ -177,9 +177,15 @@ class OutputProjection:
 
     def narrowed(self, rank: int | None) -> "OutputProjection":
         """The same where only the first `rank` dimensions of every head are left, in their old order."""
-        kept = sorted(channel for head in self.channels for channel in head[:rank])
+        kept: list[int] = []
+        for head in self.channels:
+            kept += head[:rank]
+        kept.sort()
         place = {channel: index for index, channel in enumerate(kept)}
-        return replace(self, channels=tuple(tuple(place[channel] for channel in head[:rank]) for head in self.channels))
+        heads = []
+        for head in self.channels:
+            heads.append(tuple(place[channel] for channel in head[:rank]))
+        return replace(self, channels=tuple(heads))
 
 
 @dataclass(frozen=True)

@@ -12,30 +12,37 @@ from armour_surgery.hosts.preprocessing import preprocessing
 from armour_surgery.images.for_calibration import calibration_batches
 from armour_surgery.initialize import HELD_OUT
 from armour_surgery.records import Progress
-from armour_surgery.surgery.order import Images
+from armour_surgery.surgery.order import SYNTHETIC, Images
 
 __all__ = ["CalibrationData"]
 
-# Images at once: what a site's activations of one batch take stays small, and a batch is still worth its overhead.
+# Images in a batch.
 _BATCH = 16
+# More images than any run will ask for.
+_WITHOUT_END = 2**40
+
+
+def _images_argument(model: nn.Module, example: dict[str, Tensor]) -> str:
+    for name, value in example.items():
+        if value.is_floating_point() and value.ndim == 4:
+            return name
+    raise CalibrationError(
+        f"calibration knows models that take images [B, C, H, W], and {type(model).__name__} takes "
+        f"{', '.join(example)}; use init 'joint-svd'"
+    )
 
 
 class CalibrationData:
     """The images of one calibration, and how a model is run on them."""
 
     def __init__(self, model: nn.Module, example: dict[str, Tensor], images: Images, progress: Progress | None) -> None:
-        name = next((name for name, value in example.items() if value.is_floating_point() and value.ndim == 4), None)
-        if name is None:
-            raise CalibrationError(
-                f"calibration knows models that take images [B, C, H, W], and {type(model).__name__} takes "
-                f"{', '.join(example)}; use init 'joint-svd'"
-            )
-        self.name = name
+        self.name = _images_argument(model, example)
         self.source = images.source if isinstance(images.source, str) else "images given in Python"
         self._images = images
         self._progress = progress
         self._like = next(p for p in model.parameters() if p.is_floating_point())
         self._prep = preprocessing(model, example)
+        # Few images are cut into smaller batches: some of them must be left to judge by.
         self._size = max(1, min(_BATCH, images.count // 4))
 
     def call(self, model: nn.Module, batch: Tensor) -> Any:
@@ -84,24 +91,25 @@ class CalibrationData:
         """
         source = self._images.source
         if isinstance(source, str | Iterator):
-            drawn: Iterable[Tensor] = calibration_batches(
-                source if isinstance(source, str) else "synthetic",
+            again: Iterator[Tensor] = calibration_batches(
+                source if isinstance(source, str) else SYNTHETIC,
                 self._prep,
-                images=2**40,
+                images=_WITHOUT_END,
                 batch_size=self._size,
                 seed=1,
                 apart=HELD_OUT,
             )
             count = HELD_OUT
         else:
-            passes = (
-                itertools.islice(
-                    calibration_batches(source, self._prep, images=self._images.count, batch_size=self._size), count
-                )
-                for _ in itertools.count()
-            )
-            drawn = itertools.chain.from_iterable(passes)
+            again = self._pass_after_pass(source, count)
+        # Every so-many-th batch judges, counted within a pass as `calibrate` counted it.
         every = min(HELD_OUT, count)
-        for number, batch in enumerate(drawn):
+        for number, batch in enumerate(again):
             if number % count % every != every - 1:
                 yield batch.to(self._like)
+
+    def _pass_after_pass(self, source: Iterable[Any], count: int) -> Iterator[Tensor]:
+        """The first `count` batches of a source that can be read again, over and over."""
+        while True:
+            read = calibration_batches(source, self._prep, images=self._images.count, batch_size=self._size)
+            yield from itertools.islice(read, count)

@@ -64,7 +64,10 @@ def choose_weights(
 def _as_precise(example: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The example in the type that a model computes with."""
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in example.items()}
+    inputs = {}
+    for name, value in example.items():
+        inputs[name] = value.to(dtype) if value.is_floating_point() else value
+    return inputs
 
 
 def _reconstruct(
@@ -144,13 +147,19 @@ def _per_channel(model: nn.Module, problem: Problem) -> int:
 
 def _halves(batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The same images in two lists: to judge by, and to report on."""
-    return [batch[::2] for batch in batches], [batch[1::2] for batch in batches if len(batch) > 1] or batches
+    judged, reported = [], []
+    for batch in batches:
+        judged.append(batch[::2])
+        if len(batch) > 1:
+            reported.append(batch[1::2])
+    # Where every batch has one image, it has to do for both.
+    return judged, reported or batches
 
 
 @contextmanager
 def _precise(original: nn.Module, converted: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Both models in eval mode and in float32 at least; what the second one learns goes back into it."""
-    modes = {name: module.training for name, module in converted.named_modules()}
+    modes = [(module, module.training) for module in converted.modules()]
     low = any(p.dtype not in _EXACT for p in original.parameters() if p.is_floating_point())
     before = full_copy(original).float() if low else alias(original)
     after = full_copy(converted).float() if low else converted
@@ -161,5 +170,6 @@ def _precise(original: nn.Module, converted: nn.Module) -> Iterator[tuple[nn.Mod
     finally:
         if low:
             copy_weights(after, converted)
-        for name, module in converted.named_modules():
-            module.training = modes[name]
+        # Module by module: `train()` would set all of them alike, and some hosts override it.
+        for module, training in modes:
+            module.training = training

@@ -37,14 +37,17 @@ def refuse_shared(model: nn.Module, fqn: str, edits: list[Edit]) -> None:
     site = model.get_submodule(fqn)
     edited: dict[int, str] = {}
     for name, tensor in [*site.named_parameters(), *site.named_buffers()]:
-        if any(name in edited_names(edit) or name.startswith(f"{removed_name(edit)}.") for edit in edits):
-            edited[id(tensor)] = name
+        for edit in edits:
+            if name in edited_names(edit) or name.startswith(f"{removed_name(edit)}."):
+                edited[id(tensor)] = name
     # The site itself may have several names, and under each of them its tensors are its own.
-    own = [name for name, module in model.named_modules(remove_duplicate=False) if module is site]
-    inside = tuple(f"{name}." if name else "" for name in own)
+    inside: list[str] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module is site:
+            inside.append(f"{name}." if name else "")
     everywhere = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in everywhere:
-        if id(tensor) in edited and not name.startswith(inside):
+        if id(tensor) in edited and not name.startswith(tuple(inside)):
             raise TraceError(f"its {edited[id(tensor)]} is shared with {name}, outside this attention")
 
 

@@ -64,14 +64,23 @@ class _Attempts:
 
     def convert(self, choice: Choice, *, budget: float) -> tuple[nn.Module, float]:
         """The model with these sites converted, and its loss on held-out images; `budget` is why others are not."""
-        modes = {fqn: mode for fqn, mode, _ in choice}
-        ranks = {fqn: rank for fqn, _, rank in choice if rank is not None}
-        sites = [operation.found for operation in self._everything.operations]
-        chosen = prepare(self._model, [site for site in sites if site.fqn in modes], modes, ranks)
-        left = sorted(site.fqn for site in sites if site.fqn not in modes)
-        reason = f"converting it costs more than a loss of {budget:.4g} allows"
-        refused = [*self._everything.refused, *(RefusedSite(fqn, reason) for fqn in left)]
-        self.prepared[choice] = Prepared(chosen.operations, refused)
+        modes: dict[str, str] = {}
+        ranks: dict[str, int] = {}
+        for fqn, mode, rank in choice:
+            modes[fqn] = mode
+            if rank is not None:
+                ranks[fqn] = rank
+        sites: list[FoundSite] = []
+        left: list[RefusedSite] = []
+        for operation in self._everything.operations:
+            if operation.fqn in modes:
+                sites.append(operation.found)
+            else:
+                reason = f"converting it costs more than a loss of {budget:.4g} allows"
+                left.append(RefusedSite(operation.fqn, reason))
+        left.sort(key=lambda site: site.fqn)
+        operations = prepare(self._model, sites, modes, ranks).operations
+        self.prepared[choice] = Prepared(operations, [*self._everything.refused, *left])
         converted = perform(self._model, self.prepared[choice], self._order, inplace=False)
         return converted, surgery_of(converted).loss
 
@@ -126,7 +135,10 @@ def _beyond(options: Sequence[Sensitivity], full: Choice, params: int) -> list[F
         if option.rank is not None and option.mode == start.mode:
             saved = option.params_saved - start.params_saved
             further.append(replace(option, params_saved=saved, loss=option.loss - start.loss))
-    saved, loss = sum(start.params_saved for start in base.values()), sum(start.loss for start in base.values())
+    saved, loss = 0, 0.0
+    for start in base.values():
+        saved += start.params_saved
+        loss += start.loss
     points = []
     for point in frontier(further, params - saved):
         ranks = {fqn: rank for fqn, _, rank in point.sites}
@@ -163,7 +175,11 @@ def measure_sites(model: nn.Module, sites: Sequence[SeenSite], order: Order, *, 
 def _modes(sites: list[FoundSite], requested: str) -> list[str]:
     if requested != AUTO:
         return [requested]
-    usual = {mode for mode, _ in (choose(site.site, AUTO) for site in sites) if mode is not None}
+    usual: set[str] = set()
+    for site in sites:
+        mode, _ = choose(site.site, AUTO)
+        if mode is not None:
+            usual.add(mode)
     wide = ["concat-full"] if "concat-half" in usual else []
     return [*sorted(usual), *wide]
 
@@ -241,8 +257,11 @@ def search(
     tried: dict[int, float] = {}
     low, high = 0, len(points)
     for number in range(_TRIES):
-        fitting = [place for place in range(low + 1, high) if points[place].predicted * scale <= budget]
-        place = max(fitting, default=low + 1)
+        # The furthest that should fit, or else the next one after what is known to.
+        place = low + 1
+        for further in range(low + 1, high):
+            if points[further].predicted * scale <= budget:
+                place = further
         if place >= high:
             break
         if progress is not None:

@@ -27,10 +27,12 @@ def refuse_converted(model: nn.Module) -> None:
         AlreadyDeployedError: it is deployed, too late for surgery.
     """
     refuse_deployed(model)
-    done = next((name for name, module in model.named_modules() if isinstance(module, ArmourAttention)), None)
-    if done is not None or hasattr(model, "surgery"):
+    signs = [name for name, module in model.named_modules() if isinstance(module, ArmourAttention)]
+    if hasattr(model, "surgery"):
+        signs.append("it carries a surgery plan")
+    if signs:
         raise AlreadyConvertedError(
-            f"{type(model).__name__} is converted already ({done or 'it carries a surgery plan'}). Convert the "
+            f"{type(model).__name__} is converted already ({signs[0] or 'it carries a surgery plan'}). Convert the "
             "original model, with everything that you want in one call"
         )
 
