@@ -18,6 +18,7 @@ __all__ = [
     "inputs_of",
     "is_call_of",
     "is_tensor",
+    "outputs_of",
     "projection_arguments",
     "result_of",
 ]
@@ -39,7 +40,12 @@ def is_tensor(node: fx.Node) -> bool:
 
 def inputs_of(node: fx.Node) -> list[fx.Node]:
     """The nodes that a node takes tensors from."""
-    return [source for source in node.all_input_nodes if is_tensor(source)]
+    return list(filter(is_tensor, node.all_input_nodes))
+
+
+def outputs_of(node: fx.Node) -> list[fx.Node]:
+    """The nodes that compute tensors from a node."""
+    return list(filter(is_tensor, node.users))
 
 
 def is_call_of(node: fx.Node, modules: dict[str, nn.Module], *classes: type[nn.Module]) -> bool:
@@ -86,11 +92,6 @@ def _softmax_axis(node: fx.Node, modules: dict[str, nn.Module]) -> int | None:
     return axis - node.meta["value"].ndim if axis is not None and axis >= 0 else axis
 
 
-def _readers_of(node: fx.Node) -> list[fx.Node]:
-    """The nodes that compute tensors from a node."""
-    return list(filter(is_tensor, node.users))
-
-
 def _above(node: fx.Node) -> Iterator[fx.Node]:
     """Everything a node is computed from, nearest first; matrix products end a path."""
     return _nearest_first(node, inputs_of)
@@ -98,7 +99,7 @@ def _above(node: fx.Node) -> Iterator[fx.Node]:
 
 def _below(node: fx.Node) -> Iterator[fx.Node]:
     """Everything that is computed from a node, nearest first; matrix products end a path."""
-    return _nearest_first(node, _readers_of)
+    return _nearest_first(node, outputs_of)
 
 
 def _nearest_first(start: fx.Node, neighbors: Callable[[fx.Node], list[fx.Node]]) -> Iterator[fx.Node]:
@@ -123,6 +124,11 @@ def _einsum_axes(node: fx.Node) -> tuple[str, str, str]:
     return first, second, output
 
 
+def _shared_axes(term: str, other: str, absent_from: str) -> list[str]:
+    """The axes that two terms of an einsum have in common and a third lacks."""
+    return [axis for axis in term if axis in other and axis not in absent_from]
+
+
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
     arguments = node.args[1:] if node.target is torch.einsum else node.args
     first, second = arguments[0], arguments[1]
@@ -136,9 +142,9 @@ def _product_axes(node: fx.Node) -> tuple[tuple[int, int], tuple[int, int]]:
     if node.target is not torch.einsum:
         return (-2, -1), (-1, -2)
     first, second, output = _einsum_axes(node)
-    contracted = [axis for axis in first if axis in second and axis not in output]
-    rows = [axis for axis in first if axis in output and axis not in second]
-    columns = [axis for axis in second if axis in output and axis not in first]
+    contracted = _shared_axes(first, second, output)
+    rows = _shared_axes(first, output, second)
+    columns = _shared_axes(second, output, first)
     if (len(contracted), len(rows), len(columns)) != (1, 1, 1):
         raise TraceError(f"its einsum {node.args[0]!r} is not a batched matrix product")
     return (
@@ -229,7 +235,7 @@ def result_of(core: Core) -> tuple[fx.Node, tuple[int, int]]:
         first, second, output = _einsum_axes(product)
         value = second if weights_left else first
         weights = first if weights_left else second
-        channel = next(axis for axis in output if axis in value and axis not in weights)
-        token = next(axis for axis in output if axis in weights and axis not in value)
+        channel = _shared_axes(output, value, weights)[0]
+        token = _shared_axes(output, weights, value)[0]
         return product, (output.index(token) - len(output), output.index(channel) - len(output))
     return product, (-2, -1) if weights_left else (-1, -2)

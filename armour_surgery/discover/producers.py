@@ -9,7 +9,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from armour_surgery.discover.layout import follow
-from armour_surgery.discover.match import inputs_of, is_call_of, is_tensor, projection_arguments
+from armour_surgery.discover.match import inputs_of, is_call_of, is_tensor, outputs_of, projection_arguments
 from armour_surgery.traced import BiasPiece, Producer, Trace
 
 __all__ = ["extend_by_bias", "find_producers"]
@@ -211,7 +211,7 @@ def _only_parameters(node: fx.Node) -> bool:
 
 def extend_by_bias(producer: Producer) -> Producer:
     """Take in a bias that the host adds right after the product (`qkv = self.qkv(x); qkv += bias`)."""
-    users = [user for user in producer.node.users if is_tensor(user)]
+    users = outputs_of(producer.node)
     if producer.bias or len(users) != 1 or users[0].op != "call_function":
         return producer
     node = users[0]

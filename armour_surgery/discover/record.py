@@ -81,7 +81,6 @@ def _stack_of(model: nn.Module, recording: Recording) -> Iterator[list[str]]:
     stack: list[str] = []
     handles = []
     for fqn, module in model.named_modules():
-
         # `fqn` is bound by its default: a closure would see the name of the last module in all of them.
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fqn: str = fqn) -> None:
             stack.append(fqn)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from armour_surgery.discover.layout import Flow, find_layout, follow, is_cast
-from armour_surgery.discover.match import inputs_of, is_call_of, is_tensor, result_of
+from armour_surgery.discover.match import inputs_of, is_call_of, is_tensor, outputs_of, result_of
 from armour_surgery.errors import TraceError
 from armour_surgery.traced import Anchor, Handover, Layout, OutputProjection, Results, TracedSite
 
@@ -85,7 +85,7 @@ def _reader(graph: fx.Graph, out: OutputProjection) -> fx.Node:
         if node.op == "call_module" and out.weight.startswith(f"{node.target}."):
             readers.append(node)
         elif node.op == "get_attr" and node.target == out.weight:
-            readers += [user for user in node.users if is_tensor(user)]
+            readers += outputs_of(node)
     if len(readers) != 1:
         raise TraceError(f"its forward uses {out.weight} {len(readers)} times instead of once; leave out rank")
     reader: fx.Node = readers[0]

@@ -77,16 +77,24 @@ class Surgery:
     def parts(self) -> list[Part]:
         """Everything that is still needed, in the order q, k, v, new."""
         needed = {self.query, *self.key, *self.value}
+        # `find` gives -1 for a new part: it comes after v, its channels are made by a projection of its own.
         return sorted(needed, key=lambda part: ("qkv".find(part.letter[0]) % 4, part.start))
 
     def producers(self) -> list[Producer]:
         """The projections of the site, each once."""
-        found = {role.producer.node: role.producer for role in (self.traced.q, self.traced.k, self.traced.v)}
-        return list(found.values())
+        by_node = {role.producer.node: role.producer for role in (self.traced.q, self.traced.k, self.traced.v)}
+        return list(by_node.values())
 
     def channels(self, part: Part) -> list[int]:
         """Old output channels of a part in its producer, heads outermost."""
-        return [channel for head in self.role(part.letter).channels for channel in head[part.start : part.stop]]
+        channels: list[int] = []
+        for head in self.role(part.letter).channels:
+            channels += head[part.start : part.stop]
+        return channels
+
+    def parts_in(self, node: fx.Node) -> dict[Part, Block]:
+        """The parts whose channels are in the output of a node, and where."""
+        return {part: block for part, block in self.blocks.items() if block.node is node}
 
 
 class Pass(Protocol):
@@ -129,10 +137,11 @@ def run_passes(surgery: Surgery, passes: Iterable[Pass]) -> None:
     Raises:
         PostconditionError: a check failed; nothing has happened to any module yet.
     """
-    for one in passes:
-        one.requires(surgery)
+    for graph_pass in passes:
+        graph_pass.requires(surgery)
         before = str(surgery.graph)
-        modified = one(surgery)
+        modified = graph_pass(surgery)
+        # A pass that says nothing happened, and is wrong, has done something that its `ensures` does not know of.
         if modified != (str(surgery.graph) != before):
-            raise PostconditionError(f"{type(one).__name__} misreported whether it changed the graph")
-        one.ensures(surgery)
+            raise PostconditionError(f"{type(graph_pass).__name__} misreported whether it changed the graph")
+        graph_pass.ensures(surgery)

@@ -70,6 +70,8 @@ def rewrite(traced: TracedSite, mode: Mode, rank: int | None = None, results: Re
         value=parts_of(mode.value, "v", sizes),
         results=results,
     )
+    # The order matters: a grouped projection starts from V's while that is whole, roles are shared among what is left
+    # of the projections, and only at the end is it known what nothing reads any more.
     passes: list[Pass] = [
         AddGroupedProjectionPass(),
         NarrowProjectionsPass(),
@@ -85,6 +87,7 @@ def rewrite(traced: TracedSite, mode: Mode, rank: int | None = None, results: Re
 
 def _shares(surgery: Surgery) -> list[Share]:
     """For K and V, where they changed: the rows they had and the rows that serve now."""
+    # A grouped projection starts from rows of V's, and is told by them: a part does not know its edit.
     grouped = {edit.rows: edit for edit in surgery.edits if isinstance(edit, AddGrouped)}
     shares = []
     for letter, parts in (("k", surgery.key), ("v", surgery.value)):
@@ -93,11 +96,12 @@ def _shares(surgery: Surgery) -> list[Share]:
             continue
         filled = 0
         for part in parts:
-            rows = tuple(c for head in role.channels for c in head[filled : filled + part.size])
+            replaced = Part(letter, filled, filled + part.size)
             filled += part.size
+            rows = tuple(surgery.channels(replaced))
             source = tuple(surgery.channels(part))
-            edit = grouped.get(source)
             weight = surgery.role(part.letter).producer.weight
+            edit = grouped.get(source)
             groups, shuffle = (edit.groups, edit.shuffle) if edit else (1, False)
             shares.append(Share(role.producer.weight, rows, weight, source, groups, shuffle))
     return shares
