@@ -8,11 +8,13 @@ from torch import Tensor, fx, nn
 from armour_surgery.deployment.emit import make_deployed_class
 from armour_surgery.deployment.findings import Findings
 from armour_surgery.discover import FoundSite, find_sites
+from armour_surgery.discover.match import is_call_of
 from armour_surgery.errors import NoAttentionError
 from armour_surgery.rewrite import render
+from armour_surgery.rewrite.remove_dead_nodes_pass import erase_unused
 from armour_surgery.traced import TracedSite
 
-__all__ = ["AttentionGraph", "AttentionPass", "deploy_attention"]
+__all__ = ["CHANGED", "NOTHING_TO_DO", "AttentionGraph", "AttentionPass", "Outcome", "deploy_attention"]
 
 
 @dataclass
@@ -40,8 +42,17 @@ class AttentionGraph:
         return dict(self.modules[0].named_modules())
 
 
-# True where it did something, False where there is nothing for it to do, a reason where it left something alone.
-AttentionPass = Callable[[AttentionGraph], bool | str]
+@dataclass(frozen=True)
+class Outcome:
+    """What a pass did: it changed the attention, or left it alone for a reason, or (neither) found nothing to do."""
+
+    changed: bool = False
+    reason: str | None = None
+
+
+CHANGED = Outcome(changed=True)
+NOTHING_TO_DO = Outcome()
+AttentionPass = Callable[[AttentionGraph], Outcome]
 
 
 def deploy_attention(
@@ -61,8 +72,8 @@ def deploy_attention(
     except NoAttentionError:
         return
     groups: dict[str, list[FoundSite]] = {}
-    for one in sites:
-        groups.setdefault(one.fingerprint, []).append(one)
+    for site in sites:
+        groups.setdefault(site.fingerprint, []).append(site)
     for alike in groups.values():
         _deploy_alike(model, alike, list(passes), compiled, forced)
 
@@ -74,35 +85,38 @@ def _deploy_alike(
     if traced is None:
         reason = next(iter(alike[0].site.refused.values()), "it could not be followed")
         for _, findings in passes:
-            for one in alike:
-                findings.left(one.site.fqn, reason)
+            for member in alike:
+                findings.left(member.site.fqn, reason)
         return
-    modules = [model.get_submodule(one.site.fqn) for one in alike]
+    modules = [model.get_submodule(member.site.fqn) for member in alike]
     graph = traced.trace.graph
+    # What nobody ever read may act by side effect: it stays.
     unused = {node for node in graph.nodes if not node.users}
     state = AttentionGraph(
         traced, graph, modules, compiled, forced, traced.core.kind != "softmax", buffers=[{} for _ in modules]
     )
-    for one_pass, findings in passes:
-        outcome = one_pass(state)
-        _drop_unused(graph, unused)
-        for one in alike:
-            if outcome is True:
-                findings.did(one.site.fqn)
-            elif isinstance(outcome, str):
-                findings.left(one.site.fqn, outcome)
+    for attention_pass, findings in passes:
+        outcome = attention_pass(state)
+        # Before the next pass: it asks how often a node is read, and what is dead reads nothing.
+        erase_unused(graph, unused)
+        for member in alike:
+            if outcome.changed:
+                findings.did(member.site.fqn)
+            elif outcome.reason is not None:
+                findings.left(member.site.fqn, outcome.reason)
     for module in modules:
         for edit in state.edits:
             edit(module)
     if not state.changed:
         return
     _drop_idle(state)
-    _drop_unused(graph, unused)
+    erase_unused(graph, unused)
     graph.lint()
     cls = make_deployed_class(type(modules[0]), render(graph, traced.trace.signature), bound=state.bound)
     for module, buffers in zip(modules, state.buffers, strict=True):
         for name, tensor in buffers.items():
             module.register_buffer(name, tensor, persistent=False)
+        # The object stays the same, with its hooks and its place in the model; only the class, and so forward, is new.
         object.__setattr__(module, "__class__", cls)
 
 
@@ -110,12 +124,5 @@ def _drop_idle(state: AttentionGraph) -> None:
     """Leave out calls of modules that do nothing at rest."""
     modules = state.submodules()
     for node in list(state.graph.nodes):
-        if node.op == "call_module" and isinstance(modules[str(node.target)], nn.Identity | nn.Dropout):
+        if is_call_of(node, modules, nn.Identity, nn.Dropout):
             node.replace_all_uses_with(node.args[0])
-
-
-def _drop_unused(graph: fx.Graph, unused: set[fx.Node]) -> None:
-    """Remove nodes that lost their last user (what never had one may act by side effect: it stays)."""
-    for node in reversed(list(graph.nodes)):
-        if not node.users and node not in unused and node.op not in ("placeholder", "output"):
-            graph.erase_node(node)

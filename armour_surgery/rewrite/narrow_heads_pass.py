@@ -89,6 +89,10 @@ def _lay_out(surgery: Surgery, handover: Handover) -> bool:
 
 def _columns(surgery: Surgery, out: OutputProjection) -> KeepColumns:
     """Which input channels the output projection keeps: of every head those that are still made."""
-    kept = sorted(head[place] for head in out.channels for part in surgery.value for place in range(part.size))
+    width = sum(part.size for part in surgery.value)
+    kept: list[int] = []
+    for head in out.channels:
+        kept += head[:width]
     owner = out.weight.rpartition(".")[0]
-    return KeepColumns(out.weight, tuple((owner, name) for name in _INPUTS if owner), tuple(kept))
+    sizes = tuple((owner, name) for name in _INPUTS) if owner else ()
+    return KeepColumns(out.weight, sizes, tuple(sorted(kept)))
