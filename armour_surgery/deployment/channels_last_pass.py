@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from armour_surgery.deployment.dataflow import FunctionCall, follow_model
 from armour_surgery.deployment.findings import Findings
-from armour_surgery.deployment.folding import tensor_named
+from armour_surgery.rewrite.edits import tensor_named
 
 __all__ = ["channels_last"]
 

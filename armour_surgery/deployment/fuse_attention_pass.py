@@ -76,7 +76,7 @@ def _replace(graph: fx.Graph, written: WrittenOut, core: Core, extra: int) -> No
     for term in written.terms:
         node = term.node if term.factor == 1.0 else call("mul", term.node, term.factor)
         mask = node if mask is None else call("add", mask, node)
-    # The kernel takes masks of two or four axes: `[H, N, N]` would be read as a batch of them.
+    # The kernel for CPUs takes masks of two or four axes; with three, torch writes the attention out.
     if mask is not None and mask.meta["value"].ndim == 3:
         mask = call("unsqueeze", mask, 0)
     fused = call(F.scaled_dot_product_attention, query, key, value, attn_mask=mask, scale=written.scale)

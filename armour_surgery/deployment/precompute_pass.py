@@ -93,7 +93,7 @@ def _evaluate(node: fx.Node, module: nn.Module, known: dict[fx.Node, Any]) -> An
     elif node.op == "get_attr":
         value = operator.attrgetter(str(node.target))(module)
     elif node.target is getattr and node.args[1] in _OF_ANY_INPUT:
-        # Of an input, which there is none of here. A buffer of indices would give the wrong type.
+        # Asked of an input, which is not at hand here; its own numbers are of the same type, its indices are not.
         tensors = itertools.chain(module.parameters(), module.buffers())
         first = next(tensor for tensor in tensors if tensor.is_floating_point())
         value = getattr(first, str(node.args[1]))
