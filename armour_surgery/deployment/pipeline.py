@@ -4,7 +4,6 @@ Each pass is one file and can be run alone; it leaves a place as it is where it 
 says why on `model.deployment`.
 """
 
-import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -26,7 +25,7 @@ from armour_surgery.deployment.fuse_attention_pass import fuse_attention
 from armour_surgery.deployment.precompute_pass import precompute
 from armour_surgery.deployment.remove_idle_modules_pass import remove_idle_modules
 from armour_surgery.errors import NothingToDeployError, PostconditionError, UsageError
-from armour_surgery.records import Deployment
+from armour_surgery.records import DeployedPlace, Deployment, KeptPlace
 from armour_surgery.surgery.targets import Example, example_of, refuse_deployed
 
 __all__ = ["PASSES", "deploy"]
@@ -104,13 +103,12 @@ def deploy(
             if name in _LAST_PASSES:
                 _LAST_PASSES[name](result, example, findings[name])
         error = _compare(type(model).__name__, expected, _run(result, noise))
-    report = Deployment(
-        names,
-        compiled,
-        tuple(itertools.chain.from_iterable(notes.done for notes in findings.values())),
-        tuple(itertools.chain.from_iterable(notes.kept for notes in findings.values())),
-        error,
-    )
+    done: list[DeployedPlace] = []
+    kept: list[KeptPlace] = []
+    for notes in findings.values():
+        done += notes.done
+        kept += notes.kept
+    report = Deployment(names, compiled, tuple(done), tuple(kept), error)
     _refuse_if_nothing_done(report, type(model).__name__)
     result.deployment = report  # type: ignore[assignment]
     result.register_forward_pre_hook(_refuse_training)

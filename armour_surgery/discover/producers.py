@@ -124,9 +124,9 @@ def _norms_between(
     graph: fx.Graph, layer: Producer, result: fx.Node, modules: dict[str, nn.Module]
 ) -> list[str] | None:
     """The BatchNorms that act on a layer's channels; None where the result is not these channels in their order."""
-    norms = [node for node in graph.nodes if is_call_of(node, modules, _BatchNorm)]
-    idle = [node for node in graph.nodes if is_call_of(node, modules, nn.Identity)]
-    flow = follow(graph, layer.node, transparent=[*norms, *idle])
+    # They act on each channel for itself, and the rows of a norm are narrowed together with the layer's.
+    transparent = [node for node in graph.nodes if is_call_of(node, modules, _BatchNorm, nn.Identity)]
+    flow = follow(graph, layer.node, transparent=transparent)
     if result not in flow.pure:
         return None
     numbers: torch.Tensor = flow[result]
@@ -134,9 +134,9 @@ def _norms_between(
     if not in_place or numbers.shape[layer.axis] != layer.channels:
         return None
     names = []
-    for norm in norms:
+    for norm in transparent:
         # A norm before the layer acts on other channels; its rows are none of ours.
-        if norm not in flow:
+        if norm not in flow or is_call_of(norm, modules, nn.Identity):
             continue
         if not _sees_whole_channels(flow[norm], layer):
             return None
@@ -219,9 +219,7 @@ def extend_by_bias(producer: Producer) -> Producer:
     if getattr(node.target, "__name__", "") not in ("add", "iadd") or len(node.args) != 2 or producer.axis != -1:
         return producer
     others = [argument for argument in node.args if argument is not producer.node]
-    if len(others) != 1:
-        return producer
-    bias = others[0]
+    bias = others[0] if len(others) == 1 else None
     if not isinstance(bias, fx.Node) or not is_tensor(bias):
         return producer
     pieces = _bias_pieces(bias, producer.channels)

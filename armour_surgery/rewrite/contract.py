@@ -69,6 +69,7 @@ class Surgery:
 
         Where heads get fewer channels, its anchors are its ends: views before them may count on the old number.
         """
+        # What is grouped has another letter ("grouped"), and V's heads and axes.
         role: Role = getattr(self.traced, letter if letter in ("q", "k") else "v")
         if self.results is None:
             return role

@@ -76,6 +76,7 @@ def _lay_out(surgery: Surgery, handover: Handover) -> bool:
         raise TraceError(
             f"its heads' results reach {handover.readers[0]} in a layout that cannot be made narrower; leave out rank"
         )
+    # Before the first reader, and not where the old views were: those are still there, and die when nothing reads them.
     node: fx.Node = handover.start.node
     for method, arguments in steps:
         with surgery.graph.inserting_before(handover.readers[0]):

@@ -24,12 +24,13 @@ class NarrowProjectionsPass:
         Raises:
             TraceError: the host calls one projection more than once.
         """
+        # Each call would ask for rows of its own, and there is one weight.
         called = [producer.fqn for producer in surgery.producers()]
         if len(set(called)) != len(called):
             raise TraceError(f"its forward calls {called[0]} more than once")
         for letter in "qkv":
             role = surgery.role(letter)
-            if max(max(head) for head in role.channels) >= role.producer.channels:
+            if max(map(max, role.channels)) >= role.producer.channels:
                 raise PostconditionError(f"channels of {letter} exceed those of {role.producer.fqn}")
 
     def __call__(self, surgery: Surgery) -> bool:
@@ -98,19 +99,20 @@ def _head_by_head(surgery: Surgery, producer: Producer, letters: list[str]) -> b
     num_heads = roles[0].num_heads
     if any(role.num_heads != num_heads for role in roles):
         return False
+    # V is made of several parts of this projection.
     if sum(part.letter in letters for part in surgery.value) > 1:
         return True
     width = producer.channels // num_heads
     for role in roles:
         for head, channels in enumerate(role.channels):
-            if any(channel // width != head for channel in channels):
+            if min(channels) < head * width or max(channels) >= (head + 1) * width:
                 return False
     return True
 
 
 def _value_together(surgery: Surgery, parts: list[Part]) -> list[Part]:
     """The parts in an order in which those of V are neighbors, in V's own order."""
-    value = [part for part in surgery.value if part in parts]
+    value = list(filter(parts.__contains__, surgery.value))
     return [part for part in parts if part not in value] + value
 
 
@@ -134,9 +136,9 @@ def _narrow_bias(surgery: Surgery, producer: Producer, rows: list[int]) -> bool:
     if not producer.bias:
         return False
     runs = _bias_runs(producer, rows)
-    kept = [piece.node for piece, _ in runs]
-    gone = []
+    kept, gone = [], []
     for piece, local in runs:
+        kept.append(piece.node)
         if piece.node.op == "get_attr" and local != list(range(piece.stop - piece.start)):
             surgery.edits.append(KeepRows((str(piece.node.target),), (), tuple(local)))
     for piece in producer.bias:
@@ -161,13 +163,19 @@ def _bias_runs(producer: Producer, rows: list[int]) -> list[tuple[BiasPiece, lis
     """
     runs: list[tuple[BiasPiece, list[int]]] = []
     for row in rows:
-        piece = next(piece for piece in producer.bias if piece.start <= row < piece.stop)
+        piece = _piece_of(producer, row)
         if not runs or runs[-1][0] is not piece:
             runs.append((piece, []))
         runs[-1][1].append(row - piece.start)
-    if len({id(piece) for piece, _ in runs}) != len(runs):
+    # A piece that comes up twice would have to be cut in two, and is one parameter.
+    if len({piece.start for piece, _ in runs}) != len(runs):
         raise TraceError(f"the bias of {producer.fqn} mixes q, k and v in a way that cannot be taken apart")
     return runs
+
+
+def _piece_of(producer: Producer, row: int) -> BiasPiece:
+    """The piece of a concatenated bias that a row comes from."""
+    return next(piece for piece in producer.bias if piece.start <= row < piece.stop)
 
 
 def _rebase_zeros(kept: list[fx.Node], gone: list[fx.Node]) -> None:

@@ -7,33 +7,17 @@ from torch import fx
 from armour_surgery.modes import Mode
 from armour_surgery.rewrite.add_grouped_projection_pass import AddGroupedProjectionPass
 from armour_surgery.rewrite.contract import Part, Pass, Surgery, parts_of, run_passes
-from armour_surgery.rewrite.edits import AddGrouped, Edit, KeepRows, apply_edits, edited_names, removed_name
-from armour_surgery.rewrite.emit import ArmourAttention, Variant, make_class, render, write_forward
+from armour_surgery.rewrite.edits import AddGrouped, Edit
 from armour_surgery.rewrite.mask_diagonal_pass import MaskDiagonalPass
 from armour_surgery.rewrite.narrow_heads_pass import NarrowHeadsPass
 from armour_surgery.rewrite.narrow_projections_pass import NarrowProjectionsPass
 from armour_surgery.rewrite.remove_dead_nodes_pass import RemoveDeadNodesPass
-from armour_surgery.rewrite.residual import Share, residual
+from armour_surgery.rewrite.residual import Share
 from armour_surgery.rewrite.restore_channels_pass import RestoreChannelsPass
 from armour_surgery.rewrite.share_roles_pass import ShareRolesPass
 from armour_surgery.traced import Results, TracedSite
 
-__all__ = [
-    "AddGrouped",
-    "ArmourAttention",
-    "Edit",
-    "KeepRows",
-    "Rewritten",
-    "Variant",
-    "apply_edits",
-    "edited_names",
-    "make_class",
-    "removed_name",
-    "render",
-    "residual",
-    "rewrite",
-    "write_forward",
-]
+__all__ = ["Rewritten", "rewrite"]
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,8 @@ def _unmerge(layout: Layout, sizes: dict[Atom, int]) -> tuple[list[Step], Layout
             continue
         pieces = list(separate((atoms,)))
         if len(pieces) > 1:
-            lengths = tuple(sizes[piece[0]] if isinstance(piece[0], str) else -1 for piece in pieces)
+            # Atoms with a size are ours: heads and dimensions.
+            lengths = tuple(sizes.get(piece[0], -1) for piece in pieces)
             # torch works out one size that is not given, and no more.
             if lengths.count(-1) > 1:
                 return None
