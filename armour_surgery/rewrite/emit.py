@@ -22,6 +22,7 @@ __all__ = ["ArmourAttention", "Variant", "make_class", "render", "write_forward"
 _SELF = "_self"
 # fx ends a line with `;  a = b = None  # why` where it is the last that reads these names.
 _FREED = re.compile(r";\s+((?:\w+ = )+)None\b.*$")
+# How fx writes the `guard` of a traced size: generated code leaves the branch where the size is another.
 _GUARD = re.compile(r"^\w+ = _?guard\((?P<value>\w+), (?P<expected>.+)\)$")
 
 _UNKNOWN = object()
@@ -161,6 +162,7 @@ def _merge(variants: list[Variant]) -> list[Variant]:
     """Drop what two branches do not differ by: equal bodies need no condition on the flag that tells them apart."""
     if len(variants) != 2 or variants[0].body != variants[1].body:
         return variants
+    # Where a host has no dropout, the branches for training and for rest are the same, and one says so.
     first, second = variants
     differing = set(first.conditions) - set(second.conditions)
     if set(map(_negated, differing)) != set(second.conditions) - set(first.conditions):
@@ -175,6 +177,7 @@ def _negated(condition: str) -> str:
 
 def _install(cls: type[ArmourAttention]) -> None:
     """Write the class's forward from its branches, newest first, and compile it."""
+    # A name for each version of the source, since tracebacks look lines up by it, and older code may still be running.
     name = f"<armour {cls.__name__} {id(cls):x}.{len(cls.armour_variants)}>"
     source, forward = write_forward(cls.armour_variants, name, "self.armour_specialize({})", {})
     cls.armour_source = source

@@ -12,6 +12,7 @@ from armour_surgery.traced import Atom, Handover, OutputProjection
 
 __all__ = ["NarrowHeadsPass"]
 
+# How Linear and convolutions state what they read.
 _INPUTS = ("in_features", "in_channels")
 
 

@@ -112,7 +112,7 @@ def _head_by_head(surgery: Surgery, producer: Producer, letters: list[str]) -> b
 
 def _value_together(surgery: Surgery, parts: list[Part]) -> list[Part]:
     """The parts in an order in which those of V are neighbors, in V's own order."""
-    value = list(filter(parts.__contains__, surgery.value))
+    value = [part for part in surgery.value if part in parts]
     return [part for part in parts if part not in value] + value
 
 
@@ -139,6 +139,7 @@ def _narrow_bias(surgery: Surgery, producer: Producer, rows: list[int]) -> bool:
     kept, gone = [], []
     for piece, local in runs:
         kept.append(piece.node)
+        # A piece that stays whole, and in its order, needs no edit; zeros that are made on the fly have no rows.
         if piece.node.op == "get_attr" and local != list(range(piece.stop - piece.start)):
             surgery.edits.append(KeepRows((str(piece.node.target),), (), tuple(local)))
     for piece in producer.bias:
@@ -195,6 +196,7 @@ def _parameter_of_size(nodes: list[fx.Node], size: torch.Size) -> fx.Node | None
 
 
 def _bias_argument(producer: Producer) -> fx.Node:
+    # The bias itself, or what the host joins the pieces with; another input is the tokens.
     pieces = {piece.node for piece in producer.bias}
     for argument in producer.node.all_input_nodes:
         if argument in pieces or (argument.target is torch.cat and set(argument.all_input_nodes) <= pieces):

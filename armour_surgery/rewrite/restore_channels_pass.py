@@ -56,6 +56,7 @@ class RestoreChannelsPass:
 
 def _lay_out(surgery: Surgery, producer: Producer, places: list[Place], created: set[fx.Node]) -> fx.Node:
     """Concatenate the runs of channels that `places` consists of; new nodes are noted in `created`."""
+    # Neighbors are taken together: a slice for each channel would be thousands of nodes.
     runs: list[tuple[fx.Node, int, int]] = []
     for node, channel in places:
         if runs and runs[-1][0] is node and runs[-1][2] == channel:

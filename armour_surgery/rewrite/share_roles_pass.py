@@ -61,6 +61,7 @@ def _widths(surgery: Surgery, parts: Iterable[Part]) -> list[int]:
 
 
 def _touched(surgery: Surgery, letter: str) -> bool:
+    # A role that is made of its own channels is touched too where its projection lost others: they are elsewhere now.
     own = (Part(letter, 0, surgery.role(letter).head_dim),)
     return surgery.role(letter).producer.node in surgery.replaced or wanted_parts(surgery, letter) != own
 
@@ -188,6 +189,7 @@ class _Writer:
         else:
             open_layout = separate(layout)
             pieces = tuple(self.run(run, open_layout, anchor.node) for run in runs)
+            # Counted from the end, so that it reads as in the host's code: channels are last there as a rule.
             axis = open_layout.index(("j",)) - len(open_layout)
             new = self.call(anchor.node, "cat", (pieces, axis))
             for method, arguments in relayout(open_layout, layout, _sizes(self.surgery, parts)) or ():
@@ -223,7 +225,7 @@ class _Writer:
         size = sum(part.size for part in run)
         if size == block.stride:
             return self.heads[block.node]
-        name = run[0].letter if len(run) == 1 else "v"
+        name = run[0].letter if len(run) == 1 else "v"  # only V is ever made of several parts
         return self.call(before, "narrow", (self.heads[block.node], block.axis, block.offset, size), name)
 
     def piece(self, part: Part, block: Block, before: fx.Node) -> fx.Node:
