@@ -11,7 +11,7 @@ from armour_surgery.discover import FoundSite, find_sites
 from armour_surgery.discover.match import is_call_of
 from armour_surgery.errors import NoAttentionError
 from armour_surgery.rewrite import render
-from armour_surgery.rewrite.remove_dead_nodes_pass import erase_unused
+from armour_surgery.rewrite.remove_dead_nodes_pass import erase_unused, unread_nodes
 from armour_surgery.traced import TracedSite
 
 __all__ = ["CHANGED", "NOTHING_TO_DO", "AttentionGraph", "AttentionPass", "Outcome", "deploy_attention"]
@@ -90,15 +90,14 @@ def _deploy_alike(
         return
     modules = [model.get_submodule(member.site.fqn) for member in alike]
     graph = traced.trace.graph
-    # What nobody ever read may act by side effect: it stays.
-    unused = {node for node in graph.nodes if not node.users}
+    acting = unread_nodes(graph)
     state = AttentionGraph(
         traced, graph, modules, compiled, forced, traced.core.kind != "softmax", buffers=[{} for _ in modules]
     )
     for attention_pass, findings in passes:
         outcome = attention_pass(state)
         # Before the next pass: it asks how often a node is read, and what is dead reads nothing.
-        erase_unused(graph, unused)
+        erase_unused(graph, acting)
         for member in alike:
             if outcome.changed:
                 findings.did(member.site.fqn)
@@ -110,7 +109,7 @@ def _deploy_alike(
     if not state.changed:
         return
     _drop_idle(state)
-    erase_unused(graph, unused)
+    erase_unused(graph, acting)
     graph.lint()
     cls = make_deployed_class(type(modules[0]), render(graph, traced.trace.signature), bound=state.bound)
     for module, buffers in zip(modules, state.buffers, strict=True):

@@ -14,7 +14,7 @@ from armour_surgery.discover.record import record
 from armour_surgery.discover.trace import trace, value_of
 from armour_surgery.errors import TraceError
 from armour_surgery.rewrite import render
-from armour_surgery.rewrite.remove_dead_nodes_pass import erase_unused
+from armour_surgery.rewrite.remove_dead_nodes_pass import erase_unused, unread_nodes
 
 __all__ = ["drop_dead_tokens"]
 
@@ -43,15 +43,14 @@ def drop_dead_tokens(model: nn.Module, example: dict[str, Tensor], findings: Fin
 
     try:
         traced = trace(model, recording.calls[""], is_opaque)
-        # What nobody ever read may act by side effect: it stays.
-        unused = {node for node in traced.graph.nodes if not node.users}
+        acting = unread_nodes(traced.graph)
         reason = _narrow(traced.graph, follow_model(model, example), dict(model.named_modules()))
     except TraceError as error:
         reason = f"the whole model cannot be followed: {error}"
     if reason is not None:
         findings.left(last, reason)
         return
-    erase_unused(traced.graph, unused)
+    erase_unused(traced.graph, acting)
     traced.graph.lint()
     cls = make_deployed_class(type(model), render(traced.graph, traced.signature), bound=False)
     object.__setattr__(model, "__class__", cls)
@@ -66,6 +65,7 @@ def _narrow(graph: fx.Graph, flow: Dataflow, modules: dict[str, nn.Module]) -> s
     tokens = core.q.meta["value"].shape[-2]
     selections: dict[fx.Node, int] = {}
     ours: list[fx.Node] = [core.node]
+    # Everything after the core has all tokens on axis 1, up to where a head selects some; those stay where they are.
     for node in graph.nodes:
         if not any(source in ours for source in node.all_input_nodes):
             continue
@@ -137,6 +137,7 @@ def _treats_tokens_alone(flow: Dataflow, name: str) -> bool:
         normed = call.name == "layer_norm" and len(call.args[1]) == 1
         if not whole or not (call.name == "linear" or normed or call.name in _ELEMENTWISE):
             return False
+        # With four axes, say, nothing tells which one the tokens are on.
         if call.name in _ELEMENTWISE and any(t.ndim not in (0, 1, 3) for t in call.reads()):
             return False
     return True
@@ -166,6 +167,7 @@ def _apply(graph: fx.Graph, core: fx.Node, query: fx.Node, ours: list[fx.Node], 
     # A mask with one row serves all queries.
     if isinstance(mask, fx.Node) and mask.meta["value"].shape[-2] != 1:
         narrow_argument(3, "attn_mask", mask)
+    # The core is first, and was narrowed above.
     for node in ours[1:]:
         if node.op == "call_method" and node.target in ("reshape", "view"):
             node.update_arg(2, kept)

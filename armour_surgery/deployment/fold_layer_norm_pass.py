@@ -33,6 +33,7 @@ def fold_layer_norm(model: nn.Module, example: dict[str, Tensor], findings: Find
         else:
             scale, shift = (flow.own_name(call.argument(index, name)) for index, name in _AFFINE)
             folds.append(_Fold(call.module, scale, shift, outcome))
+    # All at once on one copy: each norm's host is asked by running without any of them.
     kept = survivors(model, example, list(itertools.chain.from_iterable(fold.removals for fold in folds)))
     for fold in folds:
         if not set(kept).isdisjoint(fold.removals):

@@ -53,6 +53,7 @@ def read_written_out(core: Core, modules: dict[str, nn.Module]) -> WrittenOut | 
     while node is not logits:
         if not isinstance(node, fx.Node) or len(node.users) != 1 or len(node.args) != 2 or node.kwargs:
             return "its logits are used for more than their softmax, or something is done to them in between"
+        # A sum or product may be written either way round; the logits are what comes from the product.
         first, second = node.args
         if second in below and first not in below:
             first, second = second, first
@@ -76,6 +77,7 @@ def read_written_out(core: Core, modules: dict[str, nn.Module]) -> WrittenOut | 
 
 def _changes_type(softmax: fx.Node) -> bool:
     """Whether a softmax is told of a type, or of anything else than its input and its axis."""
+    # F.softmax hands `_stacklevel` to its own warnings, and no more.
     for name, value in softmax.kwargs.items():
         if name not in ("dim", "input", "_stacklevel") and value is not None:
             return True
@@ -94,6 +96,7 @@ def _descendants(node: fx.Node) -> set[fx.Node]:
 
 def _weights_alone(node: fx.Node, result: fx.Node, modules: dict[str, nn.Module]) -> str | None:
     """Whether the attention weights go to the product with V only, unchanged; why not otherwise."""
+    # Down from the softmax, to see that nobody else (a host that returns attention maps) needs the weights.
     while node is not result:
         if len(node.users) != 1:
             return "its attention weights are used for more than the product with values"

@@ -111,7 +111,7 @@ def follow(
             continue
         if not started or not is_tensor(node) or node in barriers or node.op == "output":
             continue
-        if not any(source in flow for source in inputs_of(node)):
+        if flow.keys().isdisjoint(inputs_of(node)):
             continue
         first: Any = node.args[0] if node.args else None
         is_layout = _is_layout(node)

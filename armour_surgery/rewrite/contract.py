@@ -11,7 +11,7 @@ from armour_surgery.modes import Mode
 from armour_surgery.rewrite.edits import Edit, KeepRows
 from armour_surgery.traced import Producer, Results, Role, TracedSite
 
-__all__ = ["Block", "Part", "Pass", "Surgery", "kept_channels", "parts_of", "run_passes"]
+__all__ = ["Block", "Part", "Pass", "Surgery", "kept_channels", "parts_of", "run_passes", "width_of"]
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,15 @@ def parts_of(names: tuple[str, ...], own: str, sizes: dict[str, int]) -> tuple[P
 
 def kept_channels(surgery: Surgery, producer: Producer) -> int:
     """How many output channels a narrowed projection has left."""
-    kept = (edit.rows for edit in surgery.edits if isinstance(edit, KeepRows) and edit.tensors == producer.rows)
-    return len(next(kept, ()))
+    for edit in surgery.edits:
+        if isinstance(edit, KeepRows) and edit.tensors == producer.rows:
+            return len(edit.rows)
+    return 0
+
+
+def width_of(parts: Iterable[Part]) -> int:
+    """Channels per head of some parts together."""
+    return sum(part.size for part in parts)
 
 
 def run_passes(surgery: Surgery, passes: Iterable[Pass]) -> None:

@@ -4,7 +4,7 @@ from torch import fx
 
 from armour_surgery.errors import PostconditionError, TraceError
 from armour_surgery.hosts.attention_interface import is_interface
-from armour_surgery.rewrite.contract import Surgery
+from armour_surgery.rewrite.contract import Surgery, width_of
 from armour_surgery.rewrite.edits import KeepColumns
 from armour_surgery.rewrite.relayout import arrange
 from armour_surgery.rewrite.share_roles_pass import is_expressible
@@ -71,7 +71,7 @@ def _state_scale(surgery: Surgery) -> bool:
 
 def _lay_out(surgery: Surgery, handover: Handover) -> bool:
     """Lead from the start of a handover to its readers by views of the new width; old views die."""
-    sizes: dict[Atom, int] = {"h": surgery.role("v").num_heads, "j": sum(part.size for part in surgery.value)}
+    sizes: dict[Atom, int] = {"h": surgery.role("v").num_heads, "j": width_of(surgery.value)}
     steps = arrange(handover.start.layout, handover.layout, sizes) if handover.start.layout is not None else None
     if steps is None:
         raise TraceError(
@@ -91,7 +91,7 @@ def _lay_out(surgery: Surgery, handover: Handover) -> bool:
 
 def _columns(surgery: Surgery, out: OutputProjection) -> KeepColumns:
     """Which input channels the output projection keeps: of every head those that are still made."""
-    width = sum(part.size for part in surgery.value)
+    width = width_of(surgery.value)
     kept: list[int] = []
     for head in out.channels:
         kept += head[:width]

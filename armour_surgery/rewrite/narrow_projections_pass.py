@@ -4,7 +4,7 @@ import torch
 from torch import fx
 
 from armour_surgery.errors import PostconditionError, TraceError
-from armour_surgery.rewrite.contract import Block, Part, Surgery
+from armour_surgery.rewrite.contract import Block, Part, Surgery, width_of
 from armour_surgery.rewrite.edits import KeepRows, Remove
 from armour_surgery.traced import BiasPiece, Producer
 
@@ -76,7 +76,7 @@ def _new_rows(surgery: Surgery, producer: Producer) -> tuple[list[int], dict[Par
 
 def _packed_by_head(surgery: Surgery, producer: Producer, parts: list[Part]) -> tuple[list[int], dict[Part, Block]]:
     """`[h0: q k v | h1: q k v | ..]`: the parts of a head next to each other."""
-    stride = sum(part.size for part in parts)
+    stride = width_of(parts)
     blocks = {}
     offset = 0
     for part in parts:
@@ -95,7 +95,7 @@ def _head_by_head(surgery: Surgery, producer: Producer, letters: list[str]) -> b
     Where the host does, products over heads need no copy of strided operands; where V is put together from parts of
     this projection, neighbors need no concatenation.
     """
-    roles = [surgery.role(letter) for letter in letters]
+    roles = list(map(surgery.role, letters))
     num_heads = roles[0].num_heads
     if any(role.num_heads != num_heads for role in roles):
         return False

@@ -16,7 +16,9 @@ Step = tuple[str, tuple[Any, ...]]  # a tensor method and its arguments
 
 def block_layout(rank: int, axis: int) -> Layout:
     """The layout of a projection's own output: `[.., H * d, ..]` with the channels at `axis`."""
-    return tuple(("h", "j") if number == axis % rank else (number,) for number in range(rank))
+    axes: list[tuple[Atom, ...]] = [(number,) for number in range(rank)]
+    axes[axis] = ("h", "j")
+    return tuple(axes)
 
 
 def separate(layout: Layout) -> Layout:
@@ -93,7 +95,7 @@ def relayout(source: Layout, target: Layout, sizes: dict[Atom, int]) -> list[Ste
         return None
     steps = steps + merged[0]
     axes = merged[1]
-    steps += _permutation([axes.index(axis) for axis in wanted])
+    steps += _permutation(list(map(axes.index, wanted)))
     for position, atoms in enumerate(target):
         pieces = len(separate((atoms,)))
         if pieces == 0:

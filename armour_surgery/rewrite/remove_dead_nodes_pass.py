@@ -9,7 +9,7 @@ from armour_surgery.errors import TraceError
 from armour_surgery.rewrite.contract import Surgery
 from armour_surgery.rewrite.edits import KeepRows, Remove
 
-__all__ = ["RemoveDeadNodesPass", "erase_unused"]
+__all__ = ["RemoveDeadNodesPass", "erase_unused", "unread_nodes"]
 
 _READS = (getattr, operator.getitem)  # reading a size that is not used has no effect
 _HARMLESS = ("dtype", "device")  # what stays true of a tensor with fewer rows
@@ -19,7 +19,7 @@ class RemoveDeadNodesPass:
     """Remove nodes that lost their last user in this surgery (what never had one may act by side effect: it stays)."""
 
     def __init__(self, graph: fx.Graph) -> None:
-        self.acting = {node for node in graph.nodes if not node.users and node.target not in _READS}
+        self.acting = {node for node in unread_nodes(graph) if node.target not in _READS}
 
     def requires(self, surgery: Surgery) -> None:
         """Nothing: any graph can be cleaned."""
@@ -43,6 +43,11 @@ class RemoveDeadNodesPass:
             if node.op in ("get_attr", "call_module") and not gone.isdisjoint(_with_owners(str(node.target))):
                 raise TraceError(f"its forward also uses {node.target} for something other than attention")
         _refuse_other_readers(surgery)
+
+
+def unread_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """What nothing reads, to be asked before passes run: if a host calls it all the same, it acts by side effect."""
+    return {node for node in graph.nodes if not node.users}
 
 
 def erase_unused(graph: fx.Graph, acting: set[fx.Node]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from armour_surgery.errors import PostconditionError, TraceError
-from armour_surgery.rewrite.contract import Block, Part, Surgery, kept_channels
+from armour_surgery.rewrite.contract import Block, Part, Surgery, kept_channels, width_of
 from armour_surgery.rewrite.relayout import block_layout, relayout, separate
 from armour_surgery.traced import Anchor, Atom, Layout, Producer
 
@@ -86,7 +86,7 @@ def _are_neighbors(surgery: Surgery, first: Part, second: Part) -> bool:
 
 
 def _sizes(surgery: Surgery, run: Run) -> dict[Atom, int]:
-    return {"h": surgery.role(run[0].letter).num_heads, "j": sum(part.size for part in run)}
+    return {"h": surgery.role(run[0].letter).num_heads, "j": width_of(run)}
 
 
 def _source(surgery: Surgery, run: Run, target: Layout) -> tuple[fx.Node, Layout] | None:
@@ -222,7 +222,7 @@ class _Writer:
         if block.node not in self.heads:
             count = self.surgery.role(run[0].letter).num_heads
             self.heads[block.node] = self.call(before, "unflatten", (block.node, block.axis, (count, block.stride)))
-        size = sum(part.size for part in run)
+        size = width_of(run)
         if size == block.stride:
             return self.heads[block.node]
         name = run[0].letter if len(run) == 1 else "v"  # only V is ever made of several parts
