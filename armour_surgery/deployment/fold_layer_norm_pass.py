@@ -1,6 +1,5 @@
 """LayerNorm's own scale and shift go into the projections that read it."""
 
-import itertools
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -31,17 +30,20 @@ def fold_layer_norm(model: nn.Module, example: dict[str, Tensor], findings: Find
         if isinstance(outcome, str):
             findings.left(call.module, outcome)
         else:
-            scale, shift = (flow.own_name(call.argument(index, name)) for index, name in _AFFINE)
-            folds.append(_Fold(call.module, scale, shift, outcome))
-    # All at once on one copy: each norm's host is asked by running without any of them.
-    kept = survivors(model, example, list(itertools.chain.from_iterable(fold.removals for fold in folds)))
+            weight, bias = flow.own_name(call.argument(2, "weight")), flow.own_name(call.argument(3, "bias"))
+            folds.append(_Fold(call.module, weight, bias, outcome))
+    removals: list[Removal] = []
+    for fold in folds:
+        removals += fold.removals
+    # One run without any of them tells whether their hosts can do without.
+    kept = survivors(model, example, removals)
     for fold in folds:
         if not set(kept).isdisjoint(fold.removals):
             findings.left(fold.module, "its host cannot do without its scale and shift")
             continue
-        scale_values = None if fold.scale is None else tensor_named(model, fold.scale).detach()
-        shift_values = None if fold.shift is None else tensor_named(model, fold.shift).detach()
-        fold_into_readers(model, fold.readers, scale_values, shift_values)
+        scale = None if fold.weight is None else tensor_named(model, fold.weight).detach()
+        shift = None if fold.bias is None else tensor_named(model, fold.bias).detach()
+        fold_into_readers(model, fold.readers, scale, shift)
         do_removals(model, fold.removals)
         findings.did(fold.module)
 
@@ -51,13 +53,13 @@ class _Fold:
     """A norm that can go into what reads it: the names of its parameters, where it has them."""
 
     module: str
-    scale: str | None
-    shift: str | None
+    weight: str | None
+    bias: str | None
     readers: Readers
 
     @property
     def removals(self) -> list[Removal]:
-        return [Removal(name) for name in (self.scale, self.shift) if name is not None]
+        return [Removal(name) for name in (self.weight, self.bias) if name is not None]
 
 
 def _readers(flow: Dataflow, call: FunctionCall) -> Readers | str:

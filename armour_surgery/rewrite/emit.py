@@ -110,8 +110,7 @@ def _freeing(graph: fx.Graph, source: str) -> str:
     large = {node.name for node in graph.nodes if _is_large(node)}
 
     def freed(match: re.Match[str]) -> str:
-        names = match[1].replace("=", " ").split()
-        done_with = list(filter(large.__contains__, names))
+        done_with = [name for name in match[1].replace("=", " ").split() if name in large]
         return f"; del {', '.join(done_with)}" if done_with else ""
 
     _, *lines = source[source.index("def forward(") :].splitlines()
