@@ -51,6 +51,8 @@ def alias(module: nn.Module) -> nn.Module:
 
 def _copy(module: nn.Module, stand_in: Callable[[Tensor], Tensor | None], hooks: bool) -> nn.Module:
     """A deep copy in which every tensor for which there is a stand-in is that."""
+    # deepcopy asks its memo first and takes what stands there: so tensors are replaced wherever they are kept, which
+    # includes plain attributes and containers that no method of nn.Module knows of.
     memo: dict[int, Any] = {}
     seen: set[int] = set()
     waiting: list[Any] = [module]
@@ -60,6 +62,7 @@ def _copy(module: nn.Module, stand_in: Callable[[Tensor], Tensor | None], hooks:
             continue
         seen.add(id(item))
         if isinstance(item, Tensor):
+            # A lazy parameter has no shape yet; deepcopy knows how to copy it.
             replacement = None if is_lazy(item) else stand_in(item)
             if replacement is not None:
                 memo[id(item)] = replacement
@@ -70,6 +73,7 @@ def _copy(module: nn.Module, stand_in: Callable[[Tensor], Tensor | None], hooks:
         else:
             attributes = dict(getattr(item, "__dict__", {}))
             if isinstance(item, nn.Module) and not hooks:
+                # In place of each dictionary of hooks, deepcopy takes an empty one; the hooks are not walked through.
                 for name in _CALL_HOOKS:
                     memo[id(attributes.pop(name))] = OrderedDict()
             waiting.extend(attributes.values())

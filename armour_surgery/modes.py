@@ -36,14 +36,8 @@ class Mode:
         return self.key == ("k",) and self.value in (("q",), ("k",))
 
 
-def _roles(site: AttentionSite) -> tuple[Projection, Projection, Projection]:
-    assert site.q is not None
-    assert site.k is not None
-    assert site.v is not None
-    return site.q, site.k, site.v
-
-
 def _same_tokens(site: AttentionSite, a: str, b: str) -> str | None:
+    # Modes judge sites that were followed alone: these have all three projections.
     first: Projection = getattr(site, a)
     second: Projection = getattr(site, b)
     letters = f"{a.upper()} and {b.upper()}"
@@ -104,8 +98,8 @@ def _fits_concat_full(site: AttentionSite) -> str | None:
 
 def _fits_grouped(site: AttentionSite) -> str | None:
     reason = _fits_wide_value(site)
-    if reason is None and not site.plain_value_projection:
-        return f"{_roles(site)[2].fqn} is not a plain Linear or 1x1 convolution, so it has no grouped form"
+    if reason is None and site.v is not None and not site.plain_value_projection:
+        return f"{site.v.fqn} is not a plain Linear or 1x1 convolution, so it has no grouped form"
     return reason
 
 
@@ -144,8 +138,8 @@ def get_mode(name: str) -> Mode:
 def judge(site: AttentionSite) -> tuple[tuple[str, ...], dict[str, str]]:
     """Ask every mode whether it fits: the names that do, and the reasons of those that do not."""
     reasons = {name: mode.fits(site) for name, mode in MODES.items()}
-    fitting = tuple(name for name, reason in reasons.items() if reason is None)
-    return fitting, {name: reason for name, reason in reasons.items() if reason is not None}
+    refused = {name: reason for name, reason in reasons.items() if reason is not None}
+    return tuple(name for name in reasons if name not in refused), refused
 
 
 def choose(site: AttentionSite, requested: str) -> tuple[str | None, str]:
@@ -157,6 +151,7 @@ def choose(site: AttentionSite, requested: str) -> tuple[str | None, str]:
     for name in candidates:
         if name in site.modes:
             return name, ""
+    # `auto` was going to take the one for this width of V: its reason is the one that says something.
     widest = candidates[-1] if site.value_dim > site.key_dim else candidates[0]
     return None, site.refused.get(widest, "nothing fits")
 
@@ -174,7 +169,7 @@ def choose_rank(site: AttentionSite, mode: str, requested: int | Mapping[str, in
     if rank is None:
         return None
     if not MODES[mode].has_rank:
-        names = " and ".join(name for name, one in MODES.items() if one.has_rank)
+        names = " and ".join(fitting.name for fitting in MODES.values() if fitting.has_rank)
         raise TraceError(f"a rank can be chosen in modes {names}, and this attention takes {mode}; leave out rank")
     if not 1 <= rank <= site.key_dim:
         raise UsageError(

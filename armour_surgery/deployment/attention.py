@@ -8,12 +8,13 @@ from torch import Tensor, fx, nn
 from armour_surgery.deployment.emit import make_deployed_class
 from armour_surgery.deployment.findings import Findings
 from armour_surgery.discover import find_sites
+from armour_surgery.discover.match import is_call_of
 from armour_surgery.errors import NoAttentionError
 from armour_surgery.rewrite import render
-from armour_surgery.rewrite.remove_dead_nodes_pass import erase_unused
+from armour_surgery.rewrite.remove_dead_nodes_pass import erase_unused, unread_nodes
 from armour_surgery.traced import FoundSite, TracedSite
 
-__all__ = ["AttentionGraph", "AttentionPass", "deploy_attention"]
+__all__ = ["CHANGED", "NOTHING_TO_DO", "AttentionGraph", "AttentionPass", "Outcome", "deploy_attention"]
 
 
 @dataclass
@@ -41,8 +42,17 @@ class AttentionGraph:
         return dict(self.modules[0].named_modules())
 
 
-# True where it did something, False where there is nothing for it to do, a reason where it left something alone.
-AttentionPass = Callable[[AttentionGraph], bool | str]
+@dataclass(frozen=True)
+class Outcome:
+    """What a pass did: it changed the attention, or left it alone for a reason, or (neither) found nothing to do."""
+
+    changed: bool = False
+    reason: str | None = None
+
+
+CHANGED = Outcome(changed=True)
+NOTHING_TO_DO = Outcome()
+AttentionPass = Callable[[AttentionGraph], Outcome]
 
 
 def deploy_attention(
@@ -77,32 +87,34 @@ def _deploy_alike(
     model: nn.Module, alike: list[FoundSite], passes: list[tuple[AttentionPass, Findings]], compiled: bool, forced: bool
 ) -> None:
     traced = alike[0].traced
-    modules = [model.get_submodule(one.site.fqn) for one in alike]
+    modules = [model.get_submodule(member.fqn) for member in alike]
     graph = traced.trace.graph
-    unused = {node for node in graph.nodes if not node.users}
+    acting = unread_nodes(graph)
     state = AttentionGraph(
         traced, graph, modules, compiled, forced, traced.core.kind != "softmax", buffers=[{} for _ in modules]
     )
-    for one_pass, findings in passes:
-        outcome = one_pass(state)
-        erase_unused(graph, unused)
-        for one in alike:
-            if outcome is True:
-                findings.did(one.site.fqn)
-            elif isinstance(outcome, str):
-                findings.left(one.site.fqn, outcome)
+    for attention_pass, findings in passes:
+        outcome = attention_pass(state)
+        # Before the next pass: it asks how often a node is read, and what is dead reads nothing.
+        erase_unused(graph, acting)
+        for member in alike:
+            if outcome.changed:
+                findings.did(member.fqn)
+            elif outcome.reason is not None:
+                findings.left(member.fqn, outcome.reason)
     for module in modules:
         for edit in state.edits:
             edit(module)
     if not state.changed:
         return
     _drop_idle(state)
-    erase_unused(graph, unused)
+    erase_unused(graph, acting)
     graph.lint()
     cls = make_deployed_class(type(modules[0]), render(graph, traced.trace.signature), bound=state.bound)
     for module, buffers in zip(modules, state.buffers, strict=True):
         for name, tensor in buffers.items():
             module.register_buffer(name, tensor, persistent=False)
+        # The object stays the same, with its hooks and its place in the model; only the class, and so forward, is new.
         object.__setattr__(module, "__class__", cls)
 
 
@@ -110,5 +122,5 @@ def _drop_idle(state: AttentionGraph) -> None:
     """Leave out calls of modules that do nothing at rest."""
     modules = state.submodules()
     for node in list(state.graph.nodes):
-        if node.op == "call_module" and isinstance(modules[str(node.target)], nn.Identity | nn.Dropout):
+        if is_call_of(node, modules, nn.Identity, nn.Dropout):
             node.replace_all_uses_with(node.args[0])

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from armour_surgery.deployment.dataflow import FunctionCall, follow_model
 from armour_surgery.deployment.findings import Findings
-from armour_surgery.deployment.folding import tensor_named
+from armour_surgery.rewrite.edits import tensor_named
 
 __all__ = ["channels_last"]
 
@@ -19,13 +19,15 @@ def channels_last(model: nn.Module, example: dict[str, Tensor], findings: Findin
     LeViT-128S, batch 16, eager, one thread of an EPYC with AVX2: stem 1.15 times, whole model 1.04 times as fast.
     """
     flow = follow_model(model, example)
-    calls = [call for call in flow.calls if call.name == "conv2d" and flow.own_name(call.argument(1, "weight"))]
-    overlapping = [call for call in calls if _overlaps(call)]
-    for call in calls:
-        if call not in overlapping:
+    weights: dict[str, Tensor] = {}
+    for call in flow.calls:
+        name = flow.own_name(call.argument(1, "weight")) if call.name == "conv2d" else None
+        if name is None:
+            continue
+        if _overlaps(call):
+            weights[call.module] = tensor_named(model, name)
+        else:
             findings.left(call.module, "its kernel does not overlap, and the other format is as fast or faster")
-    names = {call.module: str(flow.own_name(call.argument(1, "weight"))) for call in overlapping}
-    weights = {owner: tensor_named(model, name) for owner, name in names.items()}
     if not weights:
         return
     device = next(iter(weights.values())).device
@@ -35,15 +37,14 @@ def channels_last(model: nn.Module, example: dict[str, Tensor], findings: Findin
         return
     old = {owner: weight.data for owner, weight in weights.items()}
     for weight in weights.values():
+        # `.data`, so that the parameters stay the same objects, and whoever holds one still does.
         weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    dtype = next(iter(weights.values())).dtype
+    zeros: dict[str, Tensor] = {}
+    for name, value in example.items():
+        zeros[name] = torch.zeros_like(value, device=device, dtype=dtype if value.is_floating_point() else value.dtype)
     try:
-        dtype = next(iter(weights.values())).dtype
-        model(
-            **{
-                name: torch.zeros_like(value, device=device, dtype=dtype if value.is_floating_point() else value.dtype)
-                for name, value in example.items()
-            }
-        )
+        model(**zeros)
     except RuntimeError as error:
         for owner, weight in weights.items():
             weight.data = old[owner]
@@ -57,5 +58,7 @@ def _overlaps(call: FunctionCall) -> bool:
     """Whether pixels are read by more than one place of the kernel."""
     stride = call.argument(3, "stride") or 1
     strides = (stride, stride) if isinstance(stride, int) else tuple(stride)
-    kernel = call.argument(1, "weight").shape[2:]
-    return any(size > step for size, step in zip(kernel, strides * (2 // len(strides)), strict=True))
+    if len(strides) == 1:  # torch takes (2,) for (2, 2)
+        strides *= 2
+    height, width = call.argument(1, "weight").shape[2:]
+    return bool(height > strides[0] or width > strides[1])

@@ -4,6 +4,7 @@ The record is made at the level of function calls, not of modules: it sees the `
 with a parameter whichever class it is written in, and says which module was running then.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +17,10 @@ from torch.overrides import TorchFunctionMode
 from armour_surgery.copies import meta_copy
 from armour_surgery.discover import could_not_run
 
-__all__ = ["Dataflow", "FunctionCall", "follow_model"]
+__all__ = ["Dataflow", "FunctionCall", "follow_model", "tensors_in"]
 
-# They move numbers and change none: what goes in as channel c comes out as channel c.
+# They move numbers and change none: what goes in as channel c comes out as channel c. Unlike discovery's, this list has
+# `expand` and `roll`, which repeat and wrap tokens: channels stay what they are.
 _LAYOUT = {
     "view", "reshape", "permute", "transpose", "contiguous", "flatten", "unflatten", "squeeze", "unsqueeze", "select",
     "movedim", "moveaxis", "swapaxes", "swapdims", "clone", "view_as", "reshape_as", "__getitem__", "roll", "narrow",
@@ -60,8 +62,8 @@ class FunctionCall:
 
     def reads(self) -> list[Tensor]:
         """The tensors whose numbers it takes, in order; not those that only lend their shape."""
-        leaves = pytree.tree_leaves((self.args[:1] if self.name in _SHAPE_OF_SECOND else self.args, self.kwargs))
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        args = self.args[:1] if self.name in _SHAPE_OF_SECOND else self.args
+        return tensors_in((args, self.kwargs))
 
 
 @dataclass
@@ -76,6 +78,7 @@ class Dataflow:
     inputs: dict[str, list[Any]] = field(default_factory=dict)
     outputs: dict[str, list[Any]] = field(default_factory=dict)
     results: list[Tensor] = field(default_factory=list)
+    # Tensors by their id: they compare number by number, and meta tensors have none.
     makers: dict[int, FunctionCall] = field(default_factory=dict)
     readers: dict[int, list[FunctionCall]] = field(default_factory=dict)
     names: dict[int, list[str]] = field(default_factory=dict)
@@ -105,10 +108,14 @@ class Dataflow:
 
     def alone(self, call: FunctionCall) -> str | None:
         """The module that does this call and nothing else: it takes what the call takes and returns what it returns."""
-        inside = [other for other in self.calls if other.module == call.module]
+        calls = sum(other.module == call.module for other in self.calls)
+        return self.passes_through(call) if calls == 1 else None
+
+    def passes_through(self, call: FunctionCall) -> str | None:
+        """The module, run once, that takes what this call takes and returns what it returns, whatever else it does."""
         taken, given = self.inputs.get(call.module, []), self.outputs.get(call.module, [])
-        whole = len(inside) == len(taken) == len(given) == 1 and call.module
-        return call.module if whole and taken[0] is call.source and given[0] is call.outputs[0] else None
+        once = len(taken) == len(given) == 1 and call.module
+        return call.module if once and taken[0] is call.source and given[0] is call.outputs[0] else None
 
     def back(self, tensor: Any) -> tuple[FunctionCall, list[FunctionCall]] | None:
         """The call that made a tensor, and the layout operations since, first one first.
@@ -149,17 +156,21 @@ class _Notes(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        inputs = tensors_in((args, kwargs))
+        # autograd counts how often a tensor was written to, whichever function did it, under whatever name.
         versions = [tensor._version for tensor in inputs]
         result = func(*args, **kwargs)
-        name = getattr(func, "__name__", str(func))
-        outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        outputs = tensors_in(result)
         self.flow.kept += [*inputs, *outputs]  # an id must not be given to another tensor
-        written = {_memory(t) for t, version in zip(inputs, versions, strict=True) if t._version != version}
+        written: set[int] = set()
+        for tensor, version in zip(inputs, versions, strict=True):
+            if tensor._version != version:
+                written.add(_memory(tensor))
         self.flow.written |= written
         unchanged = len(outputs) == 1 and any(outputs[0] is tensor for tensor in inputs)
         if not written and (unchanged or not outputs):
             return result  # a size, or dropout at rest
+        name = getattr(func, "__name__", str(func))
         call = FunctionCall(name, func, tuple(args), dict(kwargs), tuple(outputs), self.stack[-1])
         self.flow.calls.append(call)
         for tensor in call.reads():
@@ -171,7 +182,16 @@ class _Notes(TorchFunctionMode):
         return result
 
 
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in a nest of sequences and mappings, and in an output of transformers, in order."""
+    # Its outputs are dicts of classes of their own, and pytree takes those that nobody registered for leaves.
+    if hasattr(value, "to_tuple"):
+        value = value.to_tuple()
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
 def _memory(tensor: Tensor) -> int:
+    # Views share the storage object; meta tensors have no address to go by.
     address: int = tensor.untyped_storage()._cdata
     return address
 
@@ -185,14 +205,14 @@ def follow_model(model: nn.Module, example: dict[str, Tensor]) -> Dataflow:
     copied = meta_copy(model)
     copied.eval()
     flow = Dataflow(copied)
-    for name, tensor in [
-        *copied.named_parameters(remove_duplicate=False),
-        *copied.named_buffers(remove_duplicate=False),
-    ]:
+    # With every name of a tied parameter: what has several must not be changed in one place.
+    for name, tensor in itertools.chain(
+        copied.named_parameters(remove_duplicate=False), copied.named_buffers(remove_duplicate=False)
+    ):
         flow.names.setdefault(id(tensor), []).append(name)
     stack: list[str] = [""]
     for fqn, module in copied.named_modules():
-
+        # `fqn` is bound by its default: a closure would see the name of the last module in all of them.
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fqn: str = fqn) -> None:
             stack.append(fqn)
             leaves = pytree.tree_leaves((args, kwargs))
@@ -209,6 +229,5 @@ def follow_model(model: nn.Module, example: dict[str, Tensor]) -> Dataflow:
             result = copied(**{name: value.to("meta") for name, value in example.items()})
     except Exception as error:
         raise could_not_run(model, example, error) from error
-    leaves = pytree.tree_leaves(result.to_tuple() if hasattr(result, "to_tuple") else result)
-    flow.results = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    flow.results = tensors_in(result)
     return flow

@@ -9,12 +9,12 @@ from torch import Tensor, fx, nn
 from armour_surgery.deployment.dataflow import Dataflow, follow_model
 from armour_surgery.deployment.emit import make_deployed_class
 from armour_surgery.deployment.findings import Findings
-from armour_surgery.discover.match import find_core
+from armour_surgery.discover.match import find_core, is_call_of
 from armour_surgery.discover.record import record
 from armour_surgery.discover.trace import trace, value_of
 from armour_surgery.errors import TraceError
 from armour_surgery.rewrite import render
-from armour_surgery.rewrite.remove_dead_nodes_pass import erase_unused
+from armour_surgery.rewrite.remove_dead_nodes_pass import erase_unused, unread_nodes
 
 __all__ = ["drop_dead_tokens"]
 
@@ -34,19 +34,23 @@ def drop_dead_tokens(model: nn.Module, example: dict[str, Tensor], findings: Fin
     if not recording.innermost:
         return
     last = recording.innermost[-1]
-    parts = last.split(".")
-    opened = {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
-    opened |= {name for name in recording.around if name.startswith(f"{last}.")}
+    inside = {name for name in recording.around if name.startswith(f"{last}.")}
+
+    def is_opaque(name: str, _: nn.Module) -> bool:
+        """Looked into are the modules around the last attention, and those inside it that computed part of it."""
+        leads_to_it = f"{last}.".startswith(f"{name}.")
+        return not leads_to_it and name not in inside
+
     try:
-        traced = trace(model, recording.calls[""], lambda name, _: name not in opened)
-        unused = {node for node in traced.graph.nodes if not node.users}
+        traced = trace(model, recording.calls[""], is_opaque)
+        acting = unread_nodes(traced.graph)
         reason = _narrow(traced.graph, follow_model(model, example), dict(model.named_modules()))
     except TraceError as error:
         reason = f"the whole model cannot be followed: {error}"
     if reason is not None:
         findings.left(last, reason)
         return
-    erase_unused(traced.graph, unused)
+    erase_unused(traced.graph, acting)
     traced.graph.lint()
     cls = make_deployed_class(type(model), render(traced.graph, traced.signature), bound=False)
     object.__setattr__(model, "__class__", cls)
@@ -61,9 +65,9 @@ def _narrow(graph: fx.Graph, flow: Dataflow, modules: dict[str, nn.Module]) -> s
     tokens = core.q.meta["value"].shape[-2]
     selections: dict[fx.Node, int] = {}
     ours: list[fx.Node] = [core.node]
+    # Everything after the core has all tokens on axis 1, up to where a head selects some; those stay where they are.
     for node in graph.nodes:
-        sources = [source for source in node.all_input_nodes if source in ours]
-        if not sources:
+        if not any(source in ours for source in node.all_input_nodes):
             continue
         index = _selected(node, tokens)
         if index is not None:
@@ -78,7 +82,7 @@ def _narrow(graph: fx.Graph, flow: Dataflow, modules: dict[str, nn.Module]) -> s
     kept = max(selections.values()) + 1
     if kept >= tokens:
         return "its head reads all tokens"
-    _apply(graph, core.node, ours, kept, tokens)
+    _apply(graph, core.node, core.q, ours, kept, tokens)
     return None
 
 
@@ -104,8 +108,7 @@ def _keeps_tokens(node: fx.Node, tokens: int, flow: Dataflow, modules: dict[str,
         return False
     if node.op == "call_module":
         name = str(node.target)
-        layer = modules[name]
-        if isinstance(layer, nn.Identity | nn.Dropout):
+        if is_call_of(node, modules, nn.Identity, nn.Dropout):
             return True
         return value.ndim == 3 and value.shape[1] == tokens and _treats_tokens_alone(flow, name)
     if node.target in _SUMS:
@@ -134,37 +137,37 @@ def _treats_tokens_alone(flow: Dataflow, name: str) -> bool:
         normed = call.name == "layer_norm" and len(call.args[1]) == 1
         if not whole or not (call.name == "linear" or normed or call.name in _ELEMENTWISE):
             return False
+        # With four axes, say, nothing tells which one the tokens are on.
         if call.name in _ELEMENTWISE and any(t.ndim not in (0, 1, 3) for t in call.reads()):
             return False
     return True
 
 
-def _apply(graph: fx.Graph, core: fx.Node, ours: list[fx.Node], kept: int, tokens: int) -> None:
+def _apply(graph: fx.Graph, core: fx.Node, query: fx.Node, ours: list[fx.Node], kept: int, tokens: int) -> None:
     """Narrow what flows into the nodes from outside, and the sizes that they state."""
     narrowed: dict[fx.Node, fx.Node] = {}
 
     def few(node: fx.Node, axis: int, before: fx.Node) -> fx.Node:
+        # Once for each tensor: a residual and a bias may be added in several places.
         if node not in narrowed:
             with graph.inserting_before(before):
                 narrowed[node] = graph.call_method("narrow", (node, axis, 0, kept))
         return narrowed[node]
 
-    query = core.args[0] if core.args else core.kwargs["query"]
-    assert isinstance(query, fx.Node)
-    with graph.inserting_before(core):
-        first = graph.call_method("narrow", (query, -2, 0, kept))
-    if core.args:
-        core.update_arg(0, first)
-    else:
-        core.update_kwarg("query", first)
-    mask = core.args[3] if len(core.args) > 3 else core.kwargs.get("attn_mask")
-    if isinstance(mask, fx.Node) and mask.meta["value"].shape[-2] != 1:
+    def narrow_argument(index: int, name: str, argument: fx.Node) -> None:
         with graph.inserting_before(core):
-            rows = graph.call_method("narrow", (mask, -2, 0, kept))
-        if len(core.args) > 3:
-            core.update_arg(3, rows)
+            rows = graph.call_method("narrow", (argument, -2, 0, kept))
+        if len(core.args) > index:
+            core.update_arg(index, rows)
         else:
-            core.update_kwarg("attn_mask", rows)
+            core.update_kwarg(name, rows)
+
+    narrow_argument(0, "query", query)
+    mask = core.args[3] if len(core.args) > 3 else core.kwargs.get("attn_mask")
+    # A mask with one row serves all queries.
+    if isinstance(mask, fx.Node) and mask.meta["value"].shape[-2] != 1:
+        narrow_argument(3, "attn_mask", mask)
+    # The core is first, and was narrowed above.
     for node in ours[1:]:
         if node.op == "call_method" and node.target in ("reshape", "view"):
             node.update_arg(2, kept)

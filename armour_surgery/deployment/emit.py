@@ -9,6 +9,7 @@ from armour_surgery.rewrite import Variant, write_forward
 
 __all__ = ["DeployedAttention", "make_deployed_class"]
 
+# Globals of the generated code; no argument of a host is called so.
 _HOST = "_host_class"
 _REFUSE = "_refuse"
 
@@ -31,6 +32,7 @@ def make_deployed_class(host: type[nn.Module], variant: Variant, *, bound: bool)
     forward needs, and such a call is refused.
     """
     conditions = variant.conditions
+    # Norms and dropout were folded away as they are at rest, whether or not the traced code asked for the mode.
     if "not self.training" not in conditions:
         conditions = (*conditions, "not self.training")
     branch = Variant(variant.header, conditions, variant.body, variant.objects)

@@ -11,9 +11,9 @@ from armour_surgery.deployment.folding import (
     numbers_after,
     readers_of,
     runs_along,
-    tensor_named,
     weights_of,
 )
+from armour_surgery.rewrite.edits import owner_of, tensor_named
 
 __all__ = ["fold_batch_norm"]
 
@@ -31,21 +31,28 @@ def fold_batch_norm(model: nn.Module, example: dict[str, Tensor], findings: Find
         rest = _rest_of(flow, call)
         reason = "its module does more than this norm" if rest is None else _fold(model, flow, call)
         if reason is None and rest is not None:
-            parent, _, name = call.module.rpartition(".")
-            left = [model.get_submodule(child) for child in rest]
-            kept = nn.Sequential(*left) if len(left) > 1 else left[0] if left else nn.Identity()
-            setattr(model.get_submodule(parent), name, kept)
+            owner, name = owner_of(model, call.module)
+            setattr(owner, name, _without_norm(model, rest))
             findings.did(call.module)
         else:
             findings.left(call.module, str(reason))
 
 
+def _without_norm(model: nn.Module, rest: list[str]) -> nn.Module:
+    """What takes the place of a norm's module: the children that act after the norm."""
+    children = list(map(model.get_submodule, rest))
+    if not children:
+        return nn.Identity()
+    return children[0] if len(children) == 1 else nn.Sequential(*children)
+
+
 def _rest_of(flow: Dataflow, call: FunctionCall) -> list[str] | None:
     """The children that act after the norm in its module, in order; None where it does something else too."""
     taken, given = flow.inputs.get(call.module, []), flow.outputs.get(call.module, [])
-    inside = [other for other in flow.calls if other.module == call.module]
-    if not call.module or not len(inside) == len(taken) == len(given) == 1 or taken[0] is not call.source:
+    calls = sum(other.module == call.module for other in flow.calls)
+    if not call.module or not calls == len(taken) == len(given) == 1 or taken[0] is not call.source:
         return None
+    # Each child must take what the one before it gave, and the last one give what the module gives.
     tensor, used = call.outputs[0], []
     for name, _ in flow.model.get_submodule(call.module).named_children():
         child = f"{call.module}.{name}"
@@ -57,33 +64,33 @@ def _rest_of(flow: Dataflow, call: FunctionCall) -> list[str] | None:
 
 def _fold(model: nn.Module, flow: Dataflow, call: FunctionCall) -> str | None:
     """Fold one norm into a neighbor; or why not."""
-    mean, variance = (flow.own_name(call.argument(index, name)) for index, name in enumerate(_STATISTICS, start=1))
+    mean = flow.own_name(call.argument(1, "running_mean"))
+    variance = flow.own_name(call.argument(2, "running_var"))
     weight, bias = call.argument(3, "weight"), call.argument(4, "bias")
-    names = [None if tensor is None else flow.own_name(tensor) for tensor in (weight, bias)]
-    if mean is None or variance is None or (weight is not None and names[0] is None):
+    weight_name, bias_name = flow.own_name(weight), flow.own_name(bias)
+    if mean is None or variance is None or (weight is not None and weight_name is None):
         return "it has no statistics of its own, or shares them"
-    if bias is not None and names[1] is None:
+    if bias is not None and bias_name is None:
         return "its bias is shared"
-    gamma, beta = (None if name is None else tensor_named(model, name).detach().double() for name in names)
-    center, spread = (tensor_named(model, name).double() for name in (mean, variance))
-    scale = torch.rsqrt(spread + float(call.argument(7, "eps"))) * (1.0 if gamma is None else gamma)
-    shift = -center * scale + (0.0 if beta is None else beta)
+    # In float64: the result is rounded once, to the type of the weights.
+    center, spread = tensor_named(model, mean).double(), tensor_named(model, variance).double()
+    gamma = 1.0 if weight_name is None else tensor_named(model, weight_name).detach().double()
+    beta = 0.0 if bias_name is None else tensor_named(model, bias_name).detach().double()
+    scale = torch.rsqrt(spread + float(call.argument(7, "eps"))) * gamma
+    shift = -center * scale + beta
     channels = len(center)
     made = flow.back(call.source)
     if made is not None and made[0].is_linear:
         maker, steps = made
-        found = weights_of(flow, maker)
-        if isinstance(found, str):
-            return found
-        if not runs_along(numbers_after(maker.outputs[0], found.axis, steps), 1, channels):
-            return f"its channels are not those of {found.weight}"
-        fold_into_maker(model, found, scale, shift)
+        weights = weights_of(flow, maker)
+        if isinstance(weights, str):
+            return weights
+        if not runs_along(numbers_after(maker.outputs[0], weights.axis, steps), 1, channels):
+            return f"its channels are not those of {weights.weight}"
+        fold_into_maker(model, weights, scale, shift)
         return None
     readers = readers_of(flow, call.outputs[0], 1)
     if isinstance(readers, str):
         return f"no projection alone comes before it, and after it {readers}"
     fold_into_readers(model, readers, scale, shift)
     return None
-
-
-_STATISTICS = ("running_mean", "running_var")

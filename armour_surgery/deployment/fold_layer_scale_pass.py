@@ -8,10 +8,10 @@ from armour_surgery.deployment.folding import (
     Weights,
     fold_into_maker,
     numbers_after,
-    tensor_named,
     weights_of,
 )
 from armour_surgery.deployment.removals import Removal, do_removals, survivors
+from armour_surgery.rewrite.edits import tensor_named
 
 __all__ = ["fold_layer_scale"]
 
@@ -25,7 +25,7 @@ def fold_layer_scale(model: nn.Module, example: dict[str, Tensor], findings: Fin
     parameter becomes None, if the host's code then leaves the product out.
     """
     flow = follow_model(model, example)
-    found: list[tuple[Removal, Weights]] = []
+    folds: dict[Removal, Weights] = {}
     for call in flow.calls:
         if call.name not in _PRODUCTS or len(call.args) != 2:
             continue
@@ -38,9 +38,11 @@ def fold_layer_scale(model: nn.Module, example: dict[str, Tensor], findings: Fin
             if isinstance(outcome, str):
                 findings.left(name, outcome)
             else:
-                found.append((Removal(name, flow.alone(call) if not views else _around(flow, call)), outcome))
-    kept = survivors(model, example, [removal for removal, _ in found])
-    for removal, weights in found:
+                # A reshape of the parameter is a call of its own, inside the same module.
+                module = flow.passes_through(call) if views else flow.alone(call)
+                folds[Removal(name, module)] = outcome
+    kept = survivors(model, example, list(folds))
+    for removal, weights in folds.items():
         if removal in kept:
             findings.left(removal.parameter, "its host cannot do without it")
             continue
@@ -61,23 +63,18 @@ def _from_parameter(flow: Dataflow, tensor: object) -> tuple[Tensor, str, list[F
     return tensor, name, views
 
 
-def _around(flow: Dataflow, call: FunctionCall) -> str | None:
-    """As `Dataflow.alone`, for a product with a reshaped parameter."""
-    taken, given = flow.inputs.get(call.module, []), flow.outputs.get(call.module, [])
-    whole = call.module and len(taken) == len(given) == 1
-    return call.module if whole and taken[0] is call.source and given[0] is call.outputs[0] else None
-
-
 def _maker_of(flow: Dataflow, tensor: Tensor, parameter: Tensor, views: list[FunctionCall]) -> Weights | str:
     """The projection whose channels the factor multiplies one by one; or why there is none."""
     made = flow.back(tensor)
     if made is None or not made[0].is_linear:
         return "what it multiplies is not made by one projection alone"
-    weights = weights_of(flow, made[0])
+    maker, steps = made
+    weights = weights_of(flow, maker)
     if isinstance(weights, str):
         return weights
-    numbers = numbers_after(made[0].outputs[0], weights.axis, made[1])
-    channels = made[0].outputs[0].shape[weights.axis]
+    numbers = numbers_after(maker.outputs[0], weights.axis, steps)
+    channels = maker.outputs[0].shape[weights.axis]
+    # Where the parameter itself has axes of one around its channels (`[C, 1, 1]`, for images), they are on that axis.
     axis = next((axis for axis in range(-1, -1 - parameter.ndim, -1) if parameter.shape[axis] == channels), -1)
     factors = numbers_after(parameter, axis, views)
     if parameter.numel() != channels or not bool((factors.expand(numbers.shape) == numbers).all()):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from armour_surgery.deployment.dataflow import Dataflow, FunctionCall
+from armour_surgery.rewrite.edits import owner_of, tensor_named
 
 __all__ = [
     "Readers",
@@ -14,8 +15,8 @@ __all__ = [
     "fold_into_readers",
     "numbers_after",
     "readers_of",
+    "repeat_layout",
     "runs_along",
-    "tensor_named",
     "weights_of",
 ]
 
@@ -41,11 +42,14 @@ def weights_of(flow: Dataflow, call: FunctionCall) -> Weights | str:
         return f"the weight in {call.module or 'the model'} is shared, computed, or used more than once"
     if bias is not None and bias_name is None:
         return f"the bias of {name} is shared, computed, or used more than once"
-    owner = flow.model.get_submodule(name.rpartition(".")[0])
+    owner, _ = owner_of(flow.model, name)
+    # A shift needs a bias to go to; only torch's own layers are known to use one that they are given later.
     if bias is None and not isinstance(owner, nn.Linear | nn.modules.conv._ConvNd):
         return f"{name} is no Linear's and no convolution's, so it cannot be given a bias"
-    padding = call.argument(4, "padding") if call.name != "linear" else 0
-    return Weights(name, bias_name, -1 if call.name == "linear" else 1 - weight.ndim, padding not in (0, (0,), (0, 0)))
+    if call.name == "linear":
+        return Weights(name, bias_name, axis=-1, pads=False)
+    pads = call.argument(4, "padding") not in (0, (0,), (0, 0))
+    return Weights(name, bias_name, axis=1 - weight.ndim, pads=pads)
 
 
 def numbers_after(tensor: Tensor, axis: int, steps: list[FunctionCall]) -> Tensor:
@@ -54,9 +58,16 @@ def numbers_after(tensor: Tensor, axis: int, steps: list[FunctionCall]) -> Tenso
     shape[axis] = tensor.shape[axis]
     numbers = torch.arange(tensor.shape[axis]).reshape(shape).expand(tensor.shape)
     for step in steps:
-        function = torch.Tensor.reshape if step.name == "view" else step.function
-        numbers = function(numbers, *step.args[1:], **step.kwargs)
+        numbers = repeat_layout(step, numbers)
     return numbers
+
+
+def repeat_layout(step: FunctionCall, numbers: Tensor) -> Tensor:
+    """A layout operation of the run, done once more to numbers."""
+    # These numbers need not have the strides of what the host had, and `view` would refuse them.
+    function = torch.Tensor.reshape if step.name == "view" else step.function
+    moved: Tensor = function(numbers, *step.args[1:], **step.kwargs)
+    return moved
 
 
 def runs_along(numbers: Tensor, axis: int, channels: int) -> bool:
@@ -69,36 +80,33 @@ def runs_along(numbers: Tensor, axis: int, channels: int) -> bool:
 
 def readers_of(flow: Dataflow, tensor: Tensor, axis: int) -> Readers | str:
     """All that reads a tensor with channels at `axis`, if all of it is Linears and convolutions; or what else does."""
-    found: list[Weights] = []
+    readers: list[Weights] = []
     for reader, steps in flow.ends(tensor):
         if reader is None:
             return "the model returns it, or something writes into it"
-        if not reader.is_linear or not any(reader.source is out for out in [tensor, *(s.outputs[0] for s in steps)]):
+        # As its input, that is, and not as its weight or bias.
+        last = steps[-1].outputs[0] if steps else tensor
+        if not reader.is_linear or reader.source is not last:
             return f"{reader.name} in {reader.module or 'the model'} reads it too"
         weights = weights_of(flow, reader)
         if isinstance(weights, str):
             return weights
         if reader.name != "linear" and reader.argument(6, "groups") not in (None, 1):
             return f"{weights.weight} is grouped"
+        # Zeros at the rim would have to be the shift, which they are not.
         if weights.pads:
             return f"the convolution of {weights.weight} pads with zeros"
         if not runs_along(numbers_after(tensor, axis, steps), weights.axis, tensor.shape[axis]):
             return f"{weights.weight} reads its channels in another order"
-        found.append(weights)
-    return tuple(found) or "nothing reads it"
-
-
-def tensor_named(model: nn.Module, name: str) -> Tensor:
-    """A parameter or buffer by its name."""
-    owner, _, attribute = name.rpartition(".")
-    tensor: Tensor = getattr(model.get_submodule(owner), attribute)
-    return tensor
+        readers.append(weights)
+    return tuple(readers) or "nothing reads it"
 
 
 def fold_into_maker(model: nn.Module, weights: Weights, scale: Tensor | None, shift: Tensor | None) -> None:
     """`y -> scale * y + shift` in the projection that makes y; computed in float64."""
     weight, bias = _values(model, weights)
     factor = torch.ones(len(weight), dtype=torch.float64, device=weight.device) if scale is None else scale.double()
+    # Rows of the weight are channels of y.
     new_bias = None if bias is None else bias * factor
     if shift is not None:
         new_bias = shift.double() if new_bias is None else new_bias + shift.double()
@@ -110,6 +118,7 @@ def fold_into_readers(model: nn.Module, readers: Readers, scale: Tensor | None, 
     for weights in readers:
         weight, bias = _values(model, weights)
         if shift is not None:
+            # A constant input meets all places of a kernel: they add up. With the old weight: `scale` is for x alone.
             moved = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
             more = moved @ shift.double()
             bias = more if bias is None else bias + more
@@ -121,16 +130,19 @@ def fold_into_readers(model: nn.Module, readers: Readers, scale: Tensor | None, 
 def _values(model: nn.Module, weights: Weights) -> tuple[Tensor, Tensor | None]:
     weight = tensor_named(model, weights.weight).detach().double()
     # A fold before this one may have given it a bias.
-    bias: Tensor | None = tensor_named(model, weights.bias or f"{weights.weight.rpartition('.')[0]}.bias")
+    bias: Tensor | None = tensor_named(model, _bias_name(weights))
     return weight, None if bias is None else bias.detach().double()
 
 
 def _store(model: nn.Module, weights: Weights, weight: Tensor, bias: Tensor | None) -> None:
-    owner, _, attribute = weights.weight.rpartition(".")
-    module = model.get_submodule(owner)
-    old = getattr(module, attribute)
-    setattr(module, attribute, nn.Parameter(weight.to(old.dtype), old.requires_grad))
-    if bias is None:
-        return
-    owner, _, attribute = weights.bias.rpartition(".") if weights.bias else (owner, "", "bias")
-    setattr(model.get_submodule(owner), attribute, nn.Parameter(bias.to(old.dtype), old.requires_grad))
+    owner, attribute = owner_of(model, weights.weight)
+    old = getattr(owner, attribute)
+    setattr(owner, attribute, nn.Parameter(weight.to(old.dtype), old.requires_grad))
+    if bias is not None:
+        owner, attribute = owner_of(model, _bias_name(weights))
+        setattr(owner, attribute, nn.Parameter(bias.to(old.dtype), old.requires_grad))
+
+
+def _bias_name(weights: Weights) -> str:
+    """Where a bias is, or would be: beside the weight."""
+    return weights.bias or f"{weights.weight.rpartition('.')[0]}.bias"

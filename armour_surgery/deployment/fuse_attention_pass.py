@@ -5,9 +5,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx
 
-from armour_surgery.deployment.attention import AttentionGraph
+from armour_surgery.deployment.attention import CHANGED, NOTHING_TO_DO, AttentionGraph, Outcome
 from armour_surgery.deployment.written_out import WrittenOut, read_written_out
 from armour_surgery.discover import value_of
+from armour_surgery.traced import Core
 
 __all__ = ["fuse_attention"]
 
@@ -16,7 +17,7 @@ __all__ = ["fuse_attention"]
 _FEWEST_KEYS = 64
 
 
-def fuse_attention(state: AttentionGraph) -> bool | str:
+def fuse_attention(state: AttentionGraph) -> Outcome:
     """`softmax(scale q k^T + bias) v` becomes `scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)`.
 
     The kernel for CPUs takes q, k and v of one width. Where V is wider (LeViT), K gets zeros, which makes it
@@ -24,32 +25,35 @@ def fuse_attention(state: AttentionGraph) -> bool | str:
     """
     core = state.traced.core
     if state.fused:
-        return False
+        return NOTHING_TO_DO
     keys = core.k.meta["value"].shape[core.k_axes[0]]
     if state.compiled and not state.forced:
-        return "compiled, its products and softmax are faster as they are written"
+        return Outcome(reason="compiled, its products and softmax are faster as they are written")
     if keys < _FEWEST_KEYS and not state.forced:
-        return f"with {keys} keys its products and softmax are as fast as they are written"
-    found = read_written_out(core, state.submodules())
-    if isinstance(found, str):
-        return found
-    q, k, v = (node.meta["value"] for node in (core.q, core.k, core.v))
+        return Outcome(reason=f"with {keys} keys its products and softmax are as fast as they are written")
+    written = read_written_out(core, state.submodules())
+    if isinstance(written, str):
+        return Outcome(reason=written)
+    q, v = core.q.meta["value"], core.v.meta["value"]
     extra = v.shape[core.v_axes[1]] - q.shape[core.q_axes[1]]
-    terms = [term.node.meta["value"] for term in found.terms]
     if q.ndim != 4 or extra < 0:
-        return f"the fused kernel does not take queries of shape {tuple(q.shape)} and values of {tuple(v.shape)}"
-    if any(term.dtype != q.dtype or term.ndim > 4 or term.ndim < 2 for term in terms):
-        return "what it adds to its logits is of another type"
-    _replace(state.graph, found, state, extra)
+        shapes = f"queries of shape {tuple(q.shape)} and values of {tuple(v.shape)}"
+        return Outcome(reason=f"the fused kernel does not take {shapes}")
+    for term in written.terms:
+        value = term.node.meta["value"]
+        if value.dtype != q.dtype or value.ndim > 4 or value.ndim < 2:
+            return Outcome(reason="what it adds to its logits is of another type")
+    _replace(state.graph, written, core, extra)
     state.fused = state.changed = True
-    return True
+    return CHANGED
 
 
-def _replace(graph: fx.Graph, found: WrittenOut, state: AttentionGraph, extra: int) -> None:
-    core = state.traced.core
+def _replace(graph: fx.Graph, written: WrittenOut, core: Core, extra: int) -> None:
+    """Write the fused call where the product with V is; what that read alone dies."""
 
     def call(method: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        with graph.inserting_before(found.result):
+        # With its value, which later steps and passes ask for, as the tracer would have noted it.
+        with graph.inserting_before(written.result):
             kind = "call_method" if isinstance(method, str) else "call_function"
             node = graph.create_node(kind, method, args, kwargs)
         values, options = value_of(args), value_of(kwargs)
@@ -62,23 +66,24 @@ def _replace(graph: fx.Graph, found: WrittenOut, state: AttentionGraph, extra: i
 
     query, key, value = core.q, upright(core.k, core.k_axes), upright(core.v, core.v_axes)
     if extra:
+        # Zeros in K take out of the logits whatever Q has there: its neighbors in memory, or zeros where it has none.
         wide = _widened(graph, core.q, core.q_axes[1], extra)
         key = call(F.pad, key, (0, extra))
         query = call(F.pad, upright(core.q, core.q_axes), (0, extra)) if wide is None else upright(wide, core.q_axes)
     else:
         query = upright(core.q, core.q_axes)
     mask: fx.Node | None = None
-    for term in found.terms:
+    for term in written.terms:
         node = term.node if term.factor == 1.0 else call("mul", term.node, term.factor)
         mask = node if mask is None else call("add", mask, node)
-    rank = max((term.node.meta["value"].ndim for term in found.terms), default=4)
-    if mask is not None and rank == 3:
+    # The kernel for CPUs takes masks of two or four axes; with three, torch writes the attention out.
+    if mask is not None and mask.meta["value"].ndim == 3:
         mask = call("unsqueeze", mask, 0)
-    fused = call(F.scaled_dot_product_attention, query, key, value, attn_mask=mask, scale=found.scale)
-    result = call("transpose", fused, -2, -1) if found.transposed else fused
-    if any(user.target == "view" for user in found.result.users):
+    fused = call(F.scaled_dot_product_attention, query, key, value, attn_mask=mask, scale=written.scale)
+    result = call("transpose", fused, -2, -1) if written.transposed else fused
+    if any(user.target == "view" for user in written.result.users):
         result = call("contiguous", result)  # the kernel lays out its result in another order than a product does
-    found.result.replace_all_uses_with(result)
+    written.result.replace_all_uses_with(result)
 
 
 def _widened(graph: fx.Graph, query: fx.Node, axis: int, extra: int) -> fx.Node | None:
@@ -88,17 +93,14 @@ def _widened(graph: fx.Graph, query: fx.Node, axis: int, extra: int) -> fx.Node 
     size = query.meta["value"].shape[axis]
     moves: list[fx.Node] = []
     node = query
+    # Up through the moves of axes, to where Q is cut out of the packed output; then down again by the same moves.
     while node.op == "call_method" and node.target in ("permute", "transpose"):
+        source = node.args[0]
+        if not isinstance(source, fx.Node):
+            return None
         moves.insert(0, node)
-        axes = list(value_of(tuple(node.args[1:])))
-        if node.target == "permute":
-            order = axes[0] if isinstance(axes[0], tuple | list) else axes
-            axis = order[axis] % rank
-        else:
-            first, second = (one % rank for one in axes)
-            axis = {first: second, second: first}.get(axis, axis)
-        assert isinstance(node.args[0], fx.Node)
-        node = node.args[0]
+        axis = _axis_before(node, axis, rank)
+        node = source
     place = _place(node, axis, rank)
     if place is None:
         return None
@@ -113,6 +115,17 @@ def _widened(graph: fx.Graph, query: fx.Node, axis: int, extra: int) -> fx.Node 
             wide = graph.call_method(str(move.target), (wide, *move.args[1:]))
             wide.meta["value"] = value
     return wide
+
+
+def _axis_before(move: fx.Node, axis: int, rank: int) -> int:
+    """The axis that a permutation or transposition puts at `axis`."""
+    axes = value_of(tuple(move.args[1:]))
+    if move.target == "permute":
+        order = axes[0] if isinstance(axes[0], tuple | list) else axes
+        return int(order[axis] % rank)
+    first, second = axes[0] % rank, axes[1] % rank
+    swapped = {first: second, second: first}
+    return int(swapped.get(axis, axis))
 
 
 def _place(node: fx.Node, axis: int, rank: int) -> tuple[fx.Node, int] | None:

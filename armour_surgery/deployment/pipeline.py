@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from armour_surgery.copies import full_copy
 from armour_surgery.deployment.attention import AttentionPass, deploy_attention
 from armour_surgery.deployment.channels_last_pass import channels_last
-from armour_surgery.deployment.dataflow import follow_model
+from armour_surgery.deployment.dataflow import follow_model, tensors_in
 from armour_surgery.deployment.drop_dead_tokens_pass import drop_dead_tokens
 from armour_surgery.deployment.drop_key_bias_pass import drop_key_bias
 from armour_surgery.deployment.findings import Findings
@@ -26,7 +25,7 @@ from armour_surgery.deployment.fuse_attention_pass import fuse_attention
 from armour_surgery.deployment.precompute_pass import precompute
 from armour_surgery.deployment.remove_idle_modules_pass import remove_idle_modules
 from armour_surgery.errors import NothingToDeployError, PostconditionError, UsageError
-from armour_surgery.records import Deployment
+from armour_surgery.records import DeployedPlace, Deployment, KeptPlace
 from armour_surgery.surgery.targets import Example, example_of, refuse_deployed
 
 __all__ = ["PASSES", "deploy"]
@@ -104,28 +103,33 @@ def deploy(
             if name in _LAST_PASSES:
                 _LAST_PASSES[name](result, example, findings[name])
         error = _compare(type(model).__name__, expected, _run(result, noise))
-    report = Deployment(
-        names,
-        compiled,
-        tuple(place for one in findings.values() for place in one.done),
-        tuple(place for one in findings.values() for place in one.kept),
-        error,
-    )
-    if not report.done:
-        reasons = list(dict.fromkeys(f"{place.fqn}: {place.reason} ({place.name})" for place in report.kept))
-        listed = f": {'; '.join(reasons[:3])}" if reasons else ""
-        raise NothingToDeployError(
-            f"none of the passes {', '.join(names)} found anything to do in {type(model).__name__}{listed}. Use the "
-            "model as it is"
-        )
+    done: list[DeployedPlace] = []
+    kept: list[KeptPlace] = []
+    for notes in findings.values():
+        done += notes.done
+        kept += notes.kept
+    report = Deployment(names, compiled, tuple(done), tuple(kept), error)
+    _refuse_if_nothing_done(report, type(model).__name__)
     result.deployment = report  # type: ignore[assignment]
     result.register_forward_pre_hook(_refuse_training)
     return result
 
 
+def _refuse_if_nothing_done(report: Deployment, model: str) -> None:
+    if report.done:
+        return
+    # The same reason holds at many sites and in many blocks: three different ones say enough.
+    reasons = list(dict.fromkeys(f"{place.fqn}: {place.reason} ({place.name})" for place in report.kept))
+    listed = f": {'; '.join(reasons[:3])}" if reasons else ""
+    raise NothingToDeployError(
+        f"none of the passes {', '.join(report.passes)} found anything to do in {model}{listed}. Use the model as it is"
+    )
+
+
 def _chosen(passes: Iterable[str] | None) -> tuple[str, ...]:
     if passes is None:
         return tuple(name for name in PASSES if name not in _ONLY_WHEN_ASKED)
+    # A string is an iterable of letters, and no letter is a pass.
     given = [passes] if isinstance(passes, str) else list(passes)
     unknown = [name for name in given if name not in PASSES]
     if unknown or not given:
@@ -141,20 +145,21 @@ def _noise(model: nn.Module, example: dict[str, Tensor]) -> dict[str, Tensor] | 
         return None
     generator = torch.Generator().manual_seed(0)
     like = parameters[0]
-    return {
-        name: torch.randn(value.shape, generator=generator).to(like.device, like.dtype)
-        if value.is_floating_point()
-        else torch.ones_like(value, device=like.device)
-        for name, value in example.items()
-    }
+    noise: dict[str, Tensor] = {}
+    for name, value in example.items():
+        if value.is_floating_point():
+            noise[name] = torch.randn(value.shape, generator=generator).to(like.device, like.dtype)
+        else:
+            # Indices and masks: what is valid is not known, and ones nearly always are.
+            noise[name] = torch.ones_like(value, device=like.device)
+    return noise
 
 
 def _run(model: nn.Module, noise: dict[str, Tensor] | None) -> list[Tensor]:
     if noise is None:
         return []
-    result: Any = model(**noise)
-    leaves = pytree.tree_leaves(result.to_tuple() if hasattr(result, "to_tuple") else result)
-    return [leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor)]
+    # Clones: a host may return a buffer, and with `inplace` the passes change the very model that this came from.
+    return [tensor.detach().clone() for tensor in tensors_in(model(**noise))]
 
 
 def _compare(name: str, expected: list[Tensor], got: list[Tensor]) -> float | None:
@@ -163,14 +168,15 @@ def _compare(name: str, expected: list[Tensor], got: list[Tensor]) -> float | No
     Raises:
         PostconditionError: it is more than rounding.
     """
-    errors = [
-        float((a - b).abs().max() / a.abs().max().clamp_min(torch.finfo(a.dtype).tiny))
-        for a, b in zip(expected, got, strict=True)
-        if a.is_floating_point() and a.numel()
-    ]
+    errors = []
+    for before, after in zip(expected, got, strict=True):
+        if before.is_floating_point() and before.numel():
+            largest = before.abs().max().clamp_min(torch.finfo(before.dtype).tiny)
+            errors.append(float((before - after).abs().max() / largest))
     if not errors:
         return None
     limit = _TOLERANCE.get(expected[0].dtype)
+    # `not <=`, since NaN is neither above nor below.
     if limit is not None and not max(errors) <= limit:
         raise PostconditionError(
             f"the deployed {name} differs from the original by {max(errors):.1e} of its largest output, and rounding "

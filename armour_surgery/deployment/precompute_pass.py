@@ -1,5 +1,6 @@
 """What an attention computes from its parameters alone, such as a gathered bias table, is computed once."""
 
+import itertools
 import operator
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from armour_surgery.copies import alias
-from armour_surgery.deployment.attention import AttentionGraph
+from armour_surgery.deployment.attention import CHANGED, NOTHING_TO_DO, AttentionGraph, Outcome
 from armour_surgery.discover import SELF, guard
 from armour_surgery.traced import FunctionReference
 
@@ -19,7 +20,7 @@ _VIEWS = {
 _OF_ANY_INPUT = ("device", "dtype")
 
 
-def precompute(state: AttentionGraph) -> bool | str:
+def precompute(state: AttentionGraph) -> Outcome:
     """Put tensors that depend on no input into buffers, which are not saved: they follow from what is.
 
     Views of a parameter stay as they are: they cost nothing.
@@ -28,24 +29,17 @@ def precompute(state: AttentionGraph) -> bool | str:
     for node in state.graph.nodes:
         if _is_constant(node, constant):
             constant.add(node)
-    if any(node in constant and _writes(node) for node in state.graph.nodes):
-        return "it writes into one of its own tensors"
-    found = [
-        node
-        for node in state.graph.nodes
-        if node in constant
-        and isinstance(node.meta["value"], Tensor)
-        and node.op.startswith("call")
-        and node.users.keys() - constant
-        and not _is_view(node)
-    ]
-    if not found:
-        return False
-    for number, node in enumerate(found):
+    if any(map(_writes, constant)):
+        return Outcome(reason="it writes into one of its own tensors")
+    computed = [node for node in state.graph.nodes if node in constant and _is_worth_a_buffer(node, constant)]
+    if not computed:
+        return NOTHING_TO_DO
+    for number, node in enumerate(computed):
         name = f"precomputed_{number}"
         for module, buffers in zip(state.modules, state.buffers, strict=True):
             own = alias(module)
             own.eval()  # timm's LeViT attention returns nothing here
+            # A clone: what was computed may be a view of a parameter after all, and a buffer must not follow that.
             with torch.no_grad():
                 buffers[name] = _evaluate(node, own, {}).detach().clone()
         with state.graph.inserting_before(node):
@@ -53,7 +47,13 @@ def precompute(state: AttentionGraph) -> bool | str:
         read.meta["value"] = state.buffers[0][name].to("meta")
         node.replace_all_uses_with(read)
     state.changed = True
-    return True
+    return CHANGED
+
+
+def _is_worth_a_buffer(node: fx.Node, constant: set[fx.Node]) -> bool:
+    """Whether a constant node is a tensor that is computed, and that something not constant reads."""
+    is_computed_tensor = node.op.startswith("call") and isinstance(node.meta["value"], Tensor)
+    return is_computed_tensor and bool(node.users.keys() - constant) and not _is_view(node)
 
 
 def _is_constant(node: fx.Node, constant: set[fx.Node]) -> bool:
@@ -93,8 +93,10 @@ def _evaluate(node: fx.Node, module: nn.Module, known: dict[fx.Node, Any]) -> An
     elif node.op == "get_attr":
         value = operator.attrgetter(str(node.target))(module)
     elif node.target is getattr and node.args[1] in _OF_ANY_INPUT:
-        tensors = [t for t in [*module.parameters(), *module.buffers()] if t.is_floating_point()]
-        value = getattr(tensors[0], str(node.args[1]))
+        # Asked of an input, which is not at hand here; its own numbers are of the same type, its indices are not.
+        tensors = itertools.chain(module.parameters(), module.buffers())
+        first = next(tensor for tensor in tensors if tensor.is_floating_point())
+        value = getattr(first, str(node.args[1]))
     else:
         args, kwargs = fx.node.map_aggregate(node.args, pick), fx.node.map_aggregate(node.kwargs, pick)
         if node.op == "call_module":

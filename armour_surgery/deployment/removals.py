@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from armour_surgery.copies import meta_copy
 from armour_surgery.deployment.dataflow import follow_model
 from armour_surgery.errors import ExampleInputError
+from armour_surgery.rewrite.edits import owner_of
 
 __all__ = ["Removal", "do_removals", "survivors"]
 
@@ -22,8 +23,7 @@ class Removal:
 def do_removals(model: nn.Module, removals: list[Removal]) -> None:
     """Put an Identity in the place of a module, or None in the place of a parameter."""
     for removal in removals:
-        parent, _, name = (removal.module or removal.parameter).rpartition(".")
-        owner = model.get_submodule(parent)
+        owner, name = owner_of(model, removal.module or removal.parameter)
         if removal.module is not None:
             setattr(owner, name, nn.Identity())
         else:
@@ -33,6 +33,7 @@ def do_removals(model: nn.Module, removals: list[Removal]) -> None:
 def survivors(model: nn.Module, example: dict[str, Tensor], removals: list[Removal]) -> list[Removal]:
     """Those of the removals after which the model does not run, found out on a copy without weights."""
     tried = meta_copy(model)
+    # A module that becomes an Identity still can be called; a parameter that becomes None may be read.
     bare = [removal for removal in removals if removal.module is None]
     do_removals(tried, bare)
     try:

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from armour_surgery.deployment.dataflow import Dataflow, FunctionCall, follow_model
 from armour_surgery.deployment.findings import Findings
+from armour_surgery.deployment.folding import repeat_layout
+from armour_surgery.rewrite.edits import owner_of
 
 __all__ = ["remove_idle_modules"]
 
@@ -20,9 +22,10 @@ def remove_idle_modules(model: nn.Module, example: dict[str, Tensor], findings: 
         taken, given = flow.inputs.get(fqn, []), flow.outputs.get(fqn, [])
         if not fqn or len(taken) != 1 or len(given) != 1 or isinstance(module, nn.Identity):
             continue
-        idle = given[0] is taken[0] and isinstance(given[0], Tensor) and not any(True for _ in module.parameters())
-        inside = [call for call in flow.calls if call.module == fqn or call.module.startswith(f"{fqn}.")]
-        if idle and not inside:
+        inside = [call for call in flow.calls if f"{call.module}.".startswith(f"{fqn}.")]
+        # A module with parameters that it did not use this time may use them at another.
+        has_parameters = next(module.parameters(), None) is not None
+        if not inside and given[0] is taken[0] and isinstance(given[0], Tensor) and not has_parameters:
             _put(model, fqn, nn.Identity())
             findings.did(fqn)
         elif (core := _only_projection(flow, fqn, inside)) is not None:
@@ -31,30 +34,29 @@ def remove_idle_modules(model: nn.Module, example: dict[str, Tensor], findings: 
 
 
 def _put(model: nn.Module, fqn: str, module: nn.Module) -> None:
-    parent, _, name = fqn.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
+    owner, name = owner_of(model, fqn)
+    setattr(owner, name, module)
 
 
 def _only_projection(flow: Dataflow, fqn: str, inside: list[FunctionCall]) -> str | None:
     """The projection to which everything in a module comes down, if an Identity stands beside it."""
     module = flow.model.get_submodule(fqn)
     linear = [call for call in inside if call.is_linear]
-    if len(linear) != 1 or not any(type(child) is nn.Identity for child in module.children()):
+    # Without an Identity nothing was folded, and the shell is as its host wrote it: it stays.
+    if len(linear) != 1 or nn.Identity not in map(type, module.children()):
         return None
-    core, steps = linear[0], [call for call in inside if not call.is_linear]
+    core = linear[0]
     own = isinstance(flow.model.get_submodule(core.module), nn.Linear | nn.modules.conv._ConvNd)
     if core.module == fqn or not own or flow.inputs[fqn][0] is not core.source:
         return None
-    if not all(step.is_layout and step.module == fqn for step in steps):
-        return None
-    result = flow.outputs[fqn][0]
+    # Whether the layout around the projection comes to nothing: its numbered output, moved as the host moves it.
     numbers = torch.arange(core.outputs[0].numel()).reshape(core.outputs[0].shape)
     moved = {id(core.outputs[0]): numbers}
-    for step in steps:
-        if id(step.source) not in moved:
+    for step in inside:
+        if step is core:
+            continue
+        if not step.is_layout or step.module != fqn or id(step.source) not in moved:
             return None
-        function = torch.Tensor.reshape if step.name == "view" else step.function
-        moved[id(step.outputs[0])] = function(moved[id(step.source)], *step.args[1:], **step.kwargs)
-    found = moved.get(id(result))
-    same = found is not None and found.shape == numbers.shape and bool((found == numbers).all())
-    return core.module if same else None
+        moved[id(step.outputs[0])] = repeat_layout(step, moved[id(step.source)])
+    result = moved.get(id(flow.outputs[fqn][0]))
+    return core.module if result is not None and torch.equal(result, numbers) else None

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from armour_surgery.discover import result_of, value_of
+from armour_surgery.discover.match import MATRIX_PRODUCTS, is_call_of
 from armour_surgery.traced import Core
 
 __all__ = ["Term", "WrittenOut", "read_written_out"]
 
-_MATMUL = {torch.matmul, operator.matmul, torch.bmm, "matmul", "bmm", "__matmul__"}
 _MUL = {operator.mul, torch.mul, "mul"}
 _DIV = {operator.truediv, torch.div, torch.true_divide, "div"}
 _ADD = {operator.add, torch.add, "add"}
@@ -40,19 +40,20 @@ class WrittenOut:
 
 def read_written_out(core: Core, modules: dict[str, nn.Module]) -> WrittenOut | str:
     """Read an attention core that is written out; or say what in it is more than a scale and something added."""
-    logits = next((user for user in core.q.users if user in core.k.users and user.target in _MATMUL), None)
+    logits = next((user for user in core.q.users if user in core.k.users and user.target in MATRIX_PRODUCTS), None)
     if logits is None or list(logits.args) != [core.q, core.k]:
         return "its logits are not a plain product of queries and keys"
-    options = {key: value for key, value in core.node.kwargs.items() if key not in ("dim", "input", "_stacklevel")}
-    if any(value is not None for value in options.values()) or len(core.node.args) > (3 if "dim" in options else 2):
+    if _changes_type(core.node):
         return "its softmax changes the type of the logits"
     below = _descendants(logits)
     node, factor = core.node.args[0], 1.0
     scales: list[fx.Node] = []
     terms: list[Term] = []
+    # Up from the softmax to the product; what is added to the logits is scaled by the factors between here and there.
     while node is not logits:
         if not isinstance(node, fx.Node) or len(node.users) != 1 or len(node.args) != 2 or node.kwargs:
             return "its logits are used for more than their softmax, or something is done to them in between"
+        # A sum or product may be written either way round; the logits are what comes from the product.
         first, second = node.args
         if second in below and first not in below:
             first, second = second, first
@@ -69,30 +70,39 @@ def read_written_out(core: Core, modules: dict[str, nn.Module]) -> WrittenOut | 
     reason = _weights_alone(core.node, result, modules)
     if reason is not None or logits.users.keys() - below:
         return reason or "its logits are used for more than their softmax"
-    if axes not in ((-2, -1), (-1, -2)) or result.target not in _MATMUL:
+    if axes not in ((-2, -1), (-1, -2)) or result.target not in MATRIX_PRODUCTS:
         return "its result is not a plain product of weights and values"
     return WrittenOut(logits, factor, tuple(scales), tuple(terms), result, axes == (-1, -2))
 
 
+def _changes_type(softmax: fx.Node) -> bool:
+    """Whether a softmax is told of a type, or of anything else than its input and its axis."""
+    # F.softmax hands `_stacklevel` to its own warnings, and no more.
+    for name, value in softmax.kwargs.items():
+        if name not in ("dim", "input", "_stacklevel") and value is not None:
+            return True
+    return len(softmax.args) > 2
+
+
 def _descendants(node: fx.Node) -> set[fx.Node]:
-    found, queue = set(), [node]
+    descendants, queue = set(), [node]
     while queue:
         current = queue.pop()
-        if current not in found:
-            found.add(current)
+        if current not in descendants:
+            descendants.add(current)
             queue += list(current.users)
-    return found
+    return descendants
 
 
 def _weights_alone(node: fx.Node, result: fx.Node, modules: dict[str, nn.Module]) -> str | None:
     """Whether the attention weights go to the product with V only, unchanged; why not otherwise."""
+    # Down from the softmax, to see that nobody else (a host that returns attention maps) needs the weights.
     while node is not result:
         if len(node.users) != 1:
             return "its attention weights are used for more than the product with values"
         node = next(iter(node.users))
-        idle = (node.op == "call_module" and isinstance(modules[str(node.target)], nn.Dropout | nn.Identity)) or (
-            node.target is F.dropout and node.kwargs.get("training", True) is False
-        )
+        resting = node.target is F.dropout and node.kwargs.get("training", True) is False
+        idle = resting or is_call_of(node, modules, nn.Dropout, nn.Identity)
         if node is not result and not idle and node.target not in ("transpose", torch.transpose):
             return f"its attention weights go through {getattr(node.target, '__name__', node.target)}"
     return None

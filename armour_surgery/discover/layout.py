@@ -17,6 +17,7 @@ from armour_surgery.traced import Layout
 
 __all__ = ["Flow", "find_layout", "follow", "is_cast"]
 
+# Copies (`contiguous`, `clone`) count: they change where numbers lie in memory, not which channel they are.
 _METHODS = {
     "view", "reshape", "permute", "transpose", "contiguous", "chunk", "split", "unbind", "flatten", "unflatten",
     "squeeze", "unsqueeze", "select", "narrow", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "clone", "view_as",
@@ -43,6 +44,11 @@ class Flow(dict[fx.Node, Any]):
         super().__init__()
         self.pure: set[fx.Node] = set()
 
+    def leaves_layout(self, user: fx.Node) -> bool:
+        """Whether a reader takes the values and does something else to them than layout."""
+        # A cast keeps positions too, but it is no view that could be written anew: it stays where it is, and reads.
+        return is_tensor(user) and (user not in self.pure or is_cast(user))
+
 
 def is_cast(node: fx.Node) -> bool:
     """Whether a node changes the format of numbers and nothing else."""
@@ -64,15 +70,14 @@ def _apply(node: fx.Node, flow: Flow) -> Any:
         return flow[argument] if argument in flow else value_of(argument)
 
     args = [pick(node.args[0]), *value_of(tuple(node.args[1:]))]
+    # The numbers need not have the strides that the activations had, and `view` would refuse; `reshape` is the same
+    # rearrangement.
     if node.target in ("view_as", "reshape_as"):
         return args[0].reshape(args[1].shape)
-    if node.target == "view":
-        node_target: Any = "reshape"
-    else:
-        node_target = node.target
+    target: Any = "reshape" if node.target == "view" else node.target
     if node.op == "call_method":
-        return getattr(args[0], node_target)(*args[1:], **value_of(node.kwargs))
-    return node_target(*args, **value_of(node.kwargs))
+        return getattr(args[0], target)(*args[1:], **value_of(node.kwargs))
+    return target(*args, **value_of(node.kwargs))
 
 
 def _same_shape_input(node: fx.Node, flow: Flow) -> fx.Node | None:
@@ -106,32 +111,35 @@ def follow(
             continue
         if not started or not is_tensor(node) or node in barriers or node.op == "output":
             continue
-        sources = [source for source in inputs_of(node) if source in flow]
-        if not sources:
+        if flow.keys().isdisjoint(inputs_of(node)):
             continue
         first: Any = node.args[0] if node.args else None
-        if _is_layout(node) and first in flow:
-            flow[node] = _apply(node, flow)
+        is_layout = _is_layout(node)
+        if first in flow and (is_layout or node in transparent or is_cast(node)):
+            flow[node] = _apply(node, flow) if is_layout else flow[first]
             if first in flow.pure:
                 flow.pure.add(node)
-        elif first in flow and (node in transparent or is_cast(node)):
-            flow[node] = flow[first]
-            if first in flow.pure:
-                flow.pure.add(node)
-        elif node.op == "call_function" and node.target in (torch.cat, torch.concat) and _all_known(node, flow):
-            flow[node] = torch.cat(
-                [flow[part] for part in node.args[0]], *value_of(node.args[1:]), **value_of(node.kwargs)
-            )
+        elif (joined := _joined(node, flow)) is not None:
+            flow[node] = joined
         elif (same := _same_shape_input(node, flow)) is not None:
             flow[node] = flow[same]
     return flow
 
 
-def _all_known(node: fx.Node, flow: Flow) -> bool:
+def _joined(node: fx.Node, flow: Flow) -> torch.Tensor | None:
+    """The numbers that a concatenation holds; None for anything else, or where a part has no numbers."""
+    if node.op != "call_function" or node.target not in (torch.cat, torch.concat):
+        return None
     parts = node.args[0]
-    return isinstance(parts, tuple | list) and all(
-        isinstance(part, fx.Node) and isinstance(flow.get(part), torch.Tensor) for part in parts
-    )
+    if not isinstance(parts, tuple | list):
+        return None
+    numbers: list[torch.Tensor] = []
+    for part in parts:
+        known = flow.get(part) if isinstance(part, fx.Node) else None
+        if not isinstance(known, torch.Tensor):
+            return None
+        numbers.append(known)
+    return torch.cat(numbers, *value_of(node.args[1:]), **value_of(node.kwargs))
 
 
 def find_layout(
@@ -149,28 +157,38 @@ def find_layout(
     separable = torch.zeros((), dtype=torch.long)
     for axis, size in enumerate(numbers.shape):
         along = numbers.movedim(axis, -1).reshape(-1, size)[0]
-        separable = separable + (along - along[0]).reshape(
-            [-1 if other == axis else 1 for other in range(numbers.ndim)]
-        )
-        line = coordinates(along)
-        varying = [atom for atom, values in line.items() if bool((values != values[0]).any())]
-        # The atom that changes most rarely comes first in a merged axis.
-        varying.sort(key=lambda atom: -int((line[atom] != line[atom][0]).nonzero()[0]))
-        expected = torch.zeros(size, dtype=torch.long)
-        for atom in varying:
-            expected = expected * sizes[atom] + line[atom]
-        if not torch.equal(expected, torch.arange(size)) or used & set(varying):
+        shape = [1] * numbers.ndim
+        shape[axis] = -1
+        separable = separable + (along - along[0]).reshape(shape)
+        atoms = _atoms_of_line(coordinates(along), sizes, size)
+        if atoms is None or not used.isdisjoint(atoms):
             return None
-        used |= set(varying)
-        layout.append(tuple(varying))
-    if any(atom not in used and size > 1 for atom, size in sizes.items()):
-        return None
+        used.update(atoms)
+        layout.append(atoms)
     # Axes that do not depend on each other: only then do single lines speak for the whole tensor.
     if not torch.equal(separable + numbers.flatten()[0], numbers):
         return None
-    missing = [atom for atom, size in sizes.items() if atom not in used]
+    return _with_atoms_of_one(layout, [atom for atom in sizes if atom not in used], sizes)
+
+
+def _atoms_of_line(line: dict[Any, torch.Tensor], sizes: dict[Any, int], length: int) -> tuple[Any, ...] | None:
+    """The atoms that an axis of this length runs over, the slowest first; None if not through all, in order."""
+    varying = [atom for atom, values in line.items() if bool((values != values[0]).any())]
+    # The atom that changes most rarely comes first in a merged axis.
+    varying.sort(key=lambda atom: -int((line[atom] != line[atom][0]).nonzero()[0]))
+    expected = torch.zeros(length, dtype=torch.long)
+    for atom in varying:
+        expected = expected * sizes[atom] + line[atom]
+    return tuple(varying) if torch.equal(expected, torch.arange(length)) else None
+
+
+def _with_atoms_of_one(layout: list[tuple[Any, ...]], missing: list[Any], sizes: dict[Any, int]) -> Layout | None:
+    """Give atoms that vary nowhere, since they have one value, their place; None where it cannot be told."""
+    if any(sizes[atom] > 1 for atom in missing):
+        return None
     empty = [axis for axis, atoms in enumerate(layout) if not atoms]
     if missing == ["h"] and not empty:
+        # A single head has no axis of its own where the host merges heads and dimensions.
         return tuple(("h", *atoms) if "j" in atoms else atoms for atoms in layout)
     if missing:
         # Axes of size one cannot be told apart; one of each is no riddle.

@@ -1,7 +1,8 @@
 """Find the attention core in a traced graph: one fused call, or a softmax between two matrix products."""
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +12,22 @@ from armour_surgery.errors import TraceError
 from armour_surgery.hosts.attention_interface import is_interface
 from armour_surgery.traced import Core
 
-__all__ = ["find_core", "inputs_of", "is_tensor", "result_of"]
+__all__ = [
+    "MATRIX_PRODUCTS",
+    "find_core",
+    "inputs_of",
+    "is_call_of",
+    "is_tensor",
+    "outputs_of",
+    "projection_arguments",
+    "result_of",
+]
+
+# Targets of fx nodes: functions as objects, methods by name.
+MATRIX_PRODUCTS: set[Any] = {torch.matmul, operator.matmul, torch.bmm, "matmul", "bmm", "__matmul__"}
 
 _SDPA = F.scaled_dot_product_attention
 _SOFTMAX = {F.softmax, torch.softmax}
-_MATMUL = {torch.matmul, operator.matmul, torch.bmm}
-_MATMUL_METHODS = {"matmul", "bmm", "__matmul__"}
 
 
 def is_tensor(node: fx.Node) -> bool:
@@ -29,7 +40,22 @@ def is_tensor(node: fx.Node) -> bool:
 
 def inputs_of(node: fx.Node) -> list[fx.Node]:
     """The nodes that a node takes tensors from."""
-    return [source for source in node.all_input_nodes if is_tensor(source)]
+    return list(filter(is_tensor, node.all_input_nodes))
+
+
+def outputs_of(node: fx.Node) -> list[fx.Node]:
+    """The nodes that compute tensors from a node."""
+    return list(filter(is_tensor, node.users))
+
+
+def is_call_of(node: fx.Node, modules: dict[str, nn.Module], *classes: type[nn.Module]) -> bool:
+    """Whether a node calls a module of one of these classes; `modules` are those of the traced module, by name."""
+    return node.op == "call_module" and isinstance(modules[str(node.target)], classes)
+
+
+def projection_arguments(node: fx.Node) -> dict[str, Any]:
+    """What `F.linear` or a convolution function was given, by name, however it was passed; without further options."""
+    return dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
 
 
 def _argument(node: fx.Node, index: int, name: str) -> fx.Node:
@@ -40,9 +66,16 @@ def _argument(node: fx.Node, index: int, name: str) -> fx.Node:
 
 
 def _is_matmul(node: fx.Node) -> bool:
-    return (node.op == "call_function" and (node.target in _MATMUL or node.target is torch.einsum)) or (
-        node.op == "call_method" and node.target in _MATMUL_METHODS
-    )
+    # A submodule may be called `matmul` too, so the kind of node counts.
+    is_call = node.op in ("call_function", "call_method")
+    return is_call and (node.target in MATRIX_PRODUCTS or node.target is torch.einsum)
+
+
+def _takes_softmax(node: fx.Node) -> bool:
+    """Whether a node calls a softmax as a function or a method (a module is another matter)."""
+    if node.op == "call_method":
+        return node.target == "softmax"
+    return node.op == "call_function" and node.target in _SOFTMAX
 
 
 def _softmax_axis(node: fx.Node, modules: dict[str, nn.Module]) -> int | None:
@@ -50,11 +83,10 @@ def _softmax_axis(node: fx.Node, modules: dict[str, nn.Module]) -> int | None:
     if node.op == "call_module":
         module = modules.get(str(node.target))
         axis = module.dim if isinstance(module, nn.Softmax) else None
-    elif (node.op == "call_function" and node.target in _SOFTMAX) or (
-        node.op == "call_method" and node.target == "softmax"
-    ):
-        found = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-        axis = found if isinstance(found, int) else None
+    elif _takes_softmax(node):
+        given = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+        # An axis that the host computes is a node, and unknown here.
+        axis = given if isinstance(given, int) else None
     else:
         return None
     return axis - node.meta["value"].ndim if axis is not None and axis >= 0 else axis
@@ -62,28 +94,25 @@ def _softmax_axis(node: fx.Node, modules: dict[str, nn.Module]) -> int | None:
 
 def _above(node: fx.Node) -> Iterator[fx.Node]:
     """Everything a node is computed from, nearest first; matrix products end a path."""
-    queue, seen = inputs_of(node), set()
+    return _nearest_first(node, inputs_of)
+
+
+def _below(node: fx.Node) -> Iterator[fx.Node]:
+    """Everything that is computed from a node, nearest first; matrix products end a path."""
+    return _nearest_first(node, outputs_of)
+
+
+def _nearest_first(start: fx.Node, neighbors: Callable[[fx.Node], list[fx.Node]]) -> Iterator[fx.Node]:
+    queue, seen = neighbors(start), set()
     while queue:
         current = queue.pop(0)
         if current in seen:
             continue
         seen.add(current)
         yield current
+        # What lies behind a product belongs to another softmax, or to no attention at all.
         if not _is_matmul(current):
-            queue += inputs_of(current)
-
-
-def _below(node: fx.Node) -> Iterator[fx.Node]:
-    """Everything that is computed from a node, nearest first; matrix products end a path."""
-    queue, seen = list(node.users), set()
-    while queue:
-        current = queue.pop(0)
-        if current in seen or not is_tensor(current):
-            continue
-        seen.add(current)
-        yield current
-        if not _is_matmul(current):
-            queue += list(current.users)
+            queue += neighbors(current)
 
 
 def _einsum_axes(node: fx.Node) -> tuple[str, str, str]:
@@ -93,6 +122,11 @@ def _einsum_axes(node: fx.Node) -> tuple[str, str, str]:
     inputs, output = equation.replace(" ", "").split("->")
     first, second = inputs.split(",")
     return first, second, output
+
+
+def _shared_axes(term: str, other: str, absent_from: str) -> list[str]:
+    """The axes that two terms of an einsum have in common and a third lacks."""
+    return [axis for axis in term if axis in other and axis not in absent_from]
 
 
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -108,9 +142,9 @@ def _product_axes(node: fx.Node) -> tuple[tuple[int, int], tuple[int, int]]:
     if node.target is not torch.einsum:
         return (-2, -1), (-1, -2)
     first, second, output = _einsum_axes(node)
-    contracted = [axis for axis in first if axis in second and axis not in output]
-    rows = [axis for axis in first if axis in output and axis not in second]
-    columns = [axis for axis in second if axis in output and axis not in first]
+    contracted = _shared_axes(first, second, output)
+    rows = _shared_axes(first, output, second)
+    columns = _shared_axes(second, output, first)
     if (len(contracted), len(rows), len(columns)) != (1, 1, 1):
         raise TraceError(f"its einsum {node.args[0]!r} is not a batched matrix product")
     return (
@@ -130,8 +164,8 @@ def _is_row_axis(product: fx.Node, axis: int) -> bool:
 
 def _softmax_core(node: fx.Node, axis: int) -> Core | None:
     """q and k from the product above a softmax, v from the product below it."""
-    above = next((found for found in _above(node) if _is_matmul(found)), None)
-    below = next((found for found in _below(node) if _is_matmul(found)), None)
+    above = next(filter(_is_matmul, _above(node)), None)
+    below = next(filter(_is_matmul, _below(node)), None)
     if above is None or below is None or axis not in (-1, -2):
         return None
     first, second = _operands(above)
@@ -142,13 +176,18 @@ def _softmax_core(node: fx.Node, axis: int) -> Core | None:
     q_axes, k_axes = (second_axes, first_axes) if keys_are_rows else (first_axes, second_axes)
     left, right = _operands(below)
     left_axes, right_axes = _product_axes(below)
-    weights_left = node is left or node in set(_above(left))
-    weights_right = node is right or node in set(_above(right))
-    if weights_left == weights_right:
+    # A host may write the weights first, or the values (`v @ attn.transpose(-2, -1)`).
+    weights_left = _comes_from(left, node)
+    if weights_left == _comes_from(right, node):
         return None
     v, v_axes = (right, right_axes) if weights_left else (left, left_axes)
     # In the product with V it is the tokens that are contracted.
     return Core("softmax", node, q, k, v, q_axes, k_axes, (v_axes[1], v_axes[0]))
+
+
+def _comes_from(node: fx.Node, softmax: fx.Node) -> bool:
+    """Whether a node is the softmax, or computed from it without another matrix product."""
+    return node is softmax or softmax in _above(node)
 
 
 def find_core(graph: fx.Graph, modules: dict[str, nn.Module]) -> Core:
@@ -160,10 +199,7 @@ def find_core(graph: fx.Graph, modules: dict[str, nn.Module]) -> Core:
     cores: list[Core] = []
     for node in graph.nodes:
         if node.op == "call_function" and (node.target is _SDPA or is_interface(node.target)):
-            start = 2 if is_interface(node.target) else 0
-            q, k, v = (_argument(node, start + index, name) for index, name in enumerate(("query", "key", "value")))
-            kind = "interface" if start else "sdpa"
-            cores.append(Core(kind, node, q, k, v, (-2, -1), (-2, -1), (-2, -1)))
+            cores.append(_fused_core(node))
         elif is_tensor(node) and (axis := _softmax_axis(node, modules)) is not None:
             core = _softmax_core(node, axis)
             if core is not None:
@@ -175,6 +211,16 @@ def find_core(graph: fx.Graph, modules: dict[str, nn.Module]) -> Core:
     return cores[0]
 
 
+def _fused_core(node: fx.Node) -> Core:
+    """The core that one call is; its operands are `[.., N, d]`."""
+    # The interface takes the default function and the module before q, k and v.
+    kind, start = ("interface", 2) if is_interface(node.target) else ("sdpa", 0)
+    q = _argument(node, start, "query")
+    k = _argument(node, start + 1, "key")
+    v = _argument(node, start + 2, "value")
+    return Core(kind, node, q, k, v, (-2, -1), (-2, -1), (-2, -1))
+
+
 def result_of(core: Core) -> tuple[fx.Node, tuple[int, int]]:
     """The node that holds what the heads found, and its (token axis, channel axis), counted from the end."""
     if core.kind == "sdpa":
@@ -182,14 +228,14 @@ def result_of(core: Core) -> tuple[fx.Node, tuple[int, int]]:
     if core.kind == "interface":
         # The attention functions of the interface hand back [B, N, H, d].
         return next(user for user in core.node.users if user.target is operator.getitem and user.args[1] == 0), (-3, -1)
-    product = next(found for found in _below(core.node) if _is_matmul(found))
+    product = next(filter(_is_matmul, _below(core.node)))
     left, _ = _operands(product)
-    weights_left = core.node is left or core.node in set(_above(left))
+    weights_left = _comes_from(left, core.node)
     if product.target is torch.einsum:
         first, second, output = _einsum_axes(product)
         value = second if weights_left else first
         weights = first if weights_left else second
-        channel = next(axis for axis in output if axis in value and axis not in weights)
-        token = next(axis for axis in output if axis in weights and axis not in value)
+        channel = _shared_axes(output, value, weights)[0]
+        token = _shared_axes(output, weights, value)[0]
         return product, (output.index(token) - len(output), output.index(channel) - len(output))
     return product, (-2, -1) if weights_left else (-1, -2)

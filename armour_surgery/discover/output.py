@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from armour_surgery.copies import meta_copy
 from armour_surgery.discover.layout import Flow, follow
-from armour_surgery.discover.match import find_core, is_tensor, result_of
+from armour_surgery.discover.match import find_core, is_call_of, is_tensor, projection_arguments, result_of
 from armour_surgery.discover.trace import trace
 from armour_surgery.errors import TraceError
 from armour_surgery.traced import Call, OutputProjection, Role
@@ -34,10 +34,11 @@ def find_output(module: nn.Module, call: Call, value: Role) -> OutputProjection 
     result, axes = result_of(core)
     flow = follow(graph, result)
     for node in graph.nodes:
-        found = _projection(node, modules)
-        if found is None:
+        projection = _projection(node, modules)
+        if projection is None:
             continue
-        source, weight, bias, axis = found
+        source, weight, bias, axis = projection
+        # Projections before the core, or beside it, read nothing of what the heads found.
         numbers = flow.get(source)
         if not isinstance(numbers, torch.Tensor):
             continue
@@ -60,7 +61,7 @@ def _projection(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[fx.Node, 
         bias = f"{node.target}.bias" if module.bias is not None else None
         weight, tensor = f"{node.target}.weight", module.weight
     elif node.op == "call_function" and (node.target is F.linear or node.target in _CONVOLUTIONS):
-        arguments = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
+        arguments = projection_arguments(node)
         first, second = arguments.get("weight"), arguments.get("bias")
         if not isinstance(first, fx.Node) or first.op != "get_attr":
             return None
@@ -70,6 +71,7 @@ def _projection(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[fx.Node, 
         tensor = first.meta["value"]
     else:
         return None
+    # A kernel that is larger than 1x1 mixes neighbors: its channels are no single tokens' channels.
     if tensor[0].numel() != tensor.shape[1]:
         return None
     return source, weight, bias, -1 if tensor.ndim == 2 else 1 - tensor.ndim
@@ -79,9 +81,11 @@ def _channels(
     numbers: torch.Tensor, axis: int, shape: torch.Size, axes: tuple[int, int], value: Role
 ) -> tuple[tuple[int, ...], ...] | None:
     """Which input channel of the projection is which head and dimension, if every token agrees on it."""
+    # One line for each token that the projection reads: the elements of the core's result that are its channels.
     lines = numbers.movedim(axis, -1).reshape(-1, numbers.shape[axis])
     place = torch.arange(shape.numel()).reshape(shape).movedim(axes, (-2, -1))
     tokens, width = place.shape[-2:]
+    # The same elements, numbered as if the result were [.., N, e]: dimension and token then follow by division.
     flat = torch.empty(shape.numel(), dtype=torch.long)
     flat[place.flatten()] = torch.arange(shape.numel())
     position = flat[lines]
@@ -92,10 +96,12 @@ def _channels(
     heads = _heads_of(lead, place.shape[:-2], value.num_heads)
     if heads is None or bool((dimension != dimension[:1]).any()) or bool((heads != heads[:1]).any()):
         return None
-    table = [[-1] * width for _ in range(value.num_heads)]
-    for channel, (head, place_in_head) in enumerate(zip(heads[0].tolist(), dimension[0].tolist(), strict=True)):
-        table[head][place_in_head] = channel
-    return tuple(map(tuple, table)) if all(-1 not in row for row in table) else None
+    table = torch.full((value.num_heads, width), -1)
+    table[heads[0], dimension[0]] = torch.arange(lines.shape[-1])
+    # As many channels as places: a place is left empty only where another one is read twice.
+    if bool((table == -1).any()):
+        return None
+    return tuple(map(tuple, table.tolist()))
 
 
 def _heads_of(lead: torch.Tensor, shape: torch.Size, num_heads: int) -> torch.Tensor | None:
@@ -117,7 +123,7 @@ def _norm_after(graph: fx.Graph, node: fx.Node, modules: dict[str, nn.Module]) -
     for other in graph.nodes:
         if other not in flow or other is node:
             continue
-        if other.op == "call_module" and isinstance(modules[str(other.target)], _BatchNorm):
+        if is_call_of(other, modules, _BatchNorm):
             return str(other.target)
         if other not in flow.pure:
             return None

@@ -9,7 +9,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from armour_surgery.discover.layout import follow
-from armour_surgery.discover.match import inputs_of, is_tensor
+from armour_surgery.discover.match import inputs_of, is_call_of, is_tensor, outputs_of, projection_arguments
 from armour_surgery.traced import BiasPiece, Producer, Trace
 
 __all__ = ["extend_by_bias", "find_producers"]
@@ -37,11 +37,13 @@ def _own_rows(module: nn.Module, path: str) -> tuple[str, ...]:
 
 
 def _own_sizes(module: nn.Module, path: str) -> tuple[tuple[str, str], ...]:
+    """The attributes of one layer that state how many output channels it has."""
     return tuple((path, name) for name in _SIZES if hasattr(module, name))
 
 
 def _layer(node: fx.Node, module: nn.Module) -> Producer | None:
     """A call of a Linear or an ungrouped convolution."""
+    # The exact classes: a subclass may do more than its name says (quantize, add a LoRA branch), and is looked into.
     linear = type(module) is nn.Linear
     convolution = type(module) in _CONVOLUTIONS and module.groups == 1
     if not linear and not convolution:
@@ -66,53 +68,85 @@ def _layer(node: fx.Node, module: nn.Module) -> Producer | None:
 def _container(node: fx.Node, modules: dict[str, nn.Module], trace_inside: TraceInside) -> Producer | None:
     """A call of a module that holds one projection, followed at most by what acts on each channel for itself."""
     path = str(node.target)
-    inside = {name: module for name, module in modules.items() if name.startswith(f"{path}.")}
+    inside = {name[len(path) + 1 :]: module for name, module in modules.items() if name.startswith(f"{path}.")}
     if not any(isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) for module in inside.values()):
         return None
     graph = trace_inside(path, node).graph
-    relative = {name[len(path) + 1 :]: module for name, module in inside.items()}
-    outputs = [
-        argument for argument in next(n for n in graph.nodes if n.op == "output").args if isinstance(argument, fx.Node)
-    ]
-    placeholders = [n for n in graph.nodes if n.op == "placeholder" and is_tensor(n)]
-    layers = [n for n in graph.nodes if n.op == "call_module" and _layer(n, relative[str(n.target)])]
-    if len(outputs) != 1 or not layers or len(placeholders) != 1:
+    entry, result, layer = _only_input(graph), _only_result(graph), _last_layer(graph, inside)
+    if entry is None or result is None or layer is None:
         return None
-    layer = layers[-1]
-    found = _layer(layer, relative[str(layer.target)])
-    assert found is not None
-    norms = [n for n in graph.nodes if n.op == "call_module" and isinstance(relative[str(n.target)], _BatchNorm)]
-    idle = [n for n in graph.nodes if n.op == "call_module" and isinstance(relative[str(n.target)], nn.Identity)]
-    flow = follow(graph, layer, transparent=[*norms, *idle])
-    norms = [n for n in norms if n in flow]
-    if outputs[0] not in flow.pure:
+    norms = _norms_between(graph, layer, result, inside)
+    if norms is None:
         return None
-    numbers: torch.Tensor = flow[outputs[0]]
-    if not torch.equal(numbers.flatten(), torch.arange(numbers.numel())):
-        return None
-    if numbers.shape[found.axis] != found.channels or not all(_sees_whole_channels(flow[n], found) for n in norms):
-        return None
-    rows = [*found.rows, *(row for n in norms for row in _own_rows(relative[str(n.target)], str(n.target)))]
-    sizes = [
-        *found.sizes,
-        *(size for n in norms for size in _own_sizes(relative[str(n.target)], str(n.target))),
-    ]
-    own = inputs_of(layer)[0]
-    reads = inputs_of(node)[0].name if own is placeholders[0] else f"{inputs_of(node)[0].name} after {path}"
+    rows: list[str] = []
+    sizes: list[tuple[str, str]] = []
+    for name in (layer.fqn, *norms):
+        rows += _own_rows(inside[name], f"{path}.{name}")
+        sizes += _own_sizes(inside[name], f"{path}.{name}")
+    # `reads` is compared by name: what a container does to its input first makes it another tensor than the input.
+    reads = inputs_of(node)[0].name
+    if inputs_of(layer.node)[0] is not entry:
+        reads = f"{reads} after {path}"
     return replace(
-        found,
+        layer,
         node=node,
         fqn=path,
         reads=reads,
-        rows=tuple(f"{path}.{row}" for row in rows),
-        sizes=tuple((f"{path}.{name}", attribute) for name, attribute in sizes),
-        weight=f"{path}.{found.weight}",
+        rows=tuple(rows),
+        sizes=tuple(sizes),
+        weight=f"{path}.{layer.weight}",
         chain=(node,),
     )
 
 
+def _only_input(graph: fx.Graph) -> fx.Node | None:
+    """The one tensor that a graph takes; None where it takes several."""
+    placeholders = [node for node in graph.nodes if node.op == "placeholder" and is_tensor(node)]
+    return placeholders[0] if len(placeholders) == 1 else None
+
+
+def _only_result(graph: fx.Graph) -> fx.Node | None:
+    """The one node that a graph returns; None where it returns a tuple, or a constant."""
+    returned = graph.output_node().args[0]
+    return returned if isinstance(returned, fx.Node) else None
+
+
+def _last_layer(graph: fx.Graph, modules: dict[str, nn.Module]) -> Producer | None:
+    """The last Linear or ungrouped convolution that a graph calls."""
+    last = None
+    for node in graph.nodes:
+        if node.op == "call_module":
+            last = _layer(node, modules[str(node.target)]) or last
+    return last
+
+
+def _norms_between(
+    graph: fx.Graph, layer: Producer, result: fx.Node, modules: dict[str, nn.Module]
+) -> list[str] | None:
+    """The BatchNorms that act on a layer's channels; None where the result is not these channels in their order."""
+    # They act on each channel for itself, and the rows of a norm are narrowed together with the layer's.
+    transparent = [node for node in graph.nodes if is_call_of(node, modules, _BatchNorm, nn.Identity)]
+    flow = follow(graph, layer.node, transparent=transparent)
+    if result not in flow.pure:
+        return None
+    numbers: torch.Tensor = flow[result]
+    in_place = torch.equal(numbers.flatten(), torch.arange(numbers.numel()))
+    if not in_place or numbers.shape[layer.axis] != layer.channels:
+        return None
+    names = []
+    for norm in transparent:
+        # A norm before the layer acts on other channels; its rows are none of ours.
+        if norm not in flow or is_call_of(norm, modules, nn.Identity):
+            continue
+        if not _sees_whole_channels(flow[norm], layer):
+            return None
+        names.append(str(norm.target))
+    return names
+
+
 def _sees_whole_channels(numbers: torch.Tensor, layer: Producer) -> bool:
     """Whether a BatchNorm's axis 1 runs over the layer's channels, all of them and in order."""
+    # In what a Linear makes, the channels of the first token are the first numbers; a convolution makes whole planes.
     inner = 1 if layer.axis == -1 else numbers[0, 0].numel()
     return numbers.shape[1] == layer.channels and torch.equal(
         numbers[0].reshape(layer.channels, -1)[:, 0], torch.arange(layer.channels) * inner
@@ -123,7 +157,7 @@ def _functional(node: fx.Node) -> Producer | None:
     """An `F.linear` or convolution called on the module's own parameters."""
     if node.op != "call_function" or (node.target is not F.linear and node.target not in _CONVOLVE):
         return None
-    arguments = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
+    arguments = projection_arguments(node)
     weight, bias = arguments.get("weight"), arguments.get("bias")
     if not isinstance(weight, fx.Node) or weight.op != "get_attr" or set(arguments) > {"input", "weight", "bias"}:
         return None
@@ -134,6 +168,8 @@ def _functional(node: fx.Node) -> Producer | None:
         return None
     path = str(weight.target)
     owner = path.rpartition(".")[0]
+    # A weight that a submodule owns (EVA's `F.linear(x, self.qkv.weight, bias)`) has a module that states its size.
+    sizes = tuple((owner, name) for name in ("out_features", "out_channels")) if owner else ()
     return Producer(
         node=node,
         fqn=owner or path,
@@ -141,7 +177,7 @@ def _functional(node: fx.Node) -> Producer | None:
         axis=-1 if node.target is F.linear else -weight.meta["value"].ndim + 1,
         channels=rows,
         rows=(path,),
-        sizes=tuple((owner, name) for name in ("out_features", "out_channels") if owner),
+        sizes=sizes,
         bias=pieces,
         weight=path,
         plain=node.target is F.linear,
@@ -169,22 +205,25 @@ def _bias_pieces(bias: fx.Node, channels: int) -> tuple[BiasPiece, ...] | None:
 
 
 def _only_parameters(node: fx.Node) -> bool:
+    # BEiT and EVA write K's missing bias as `zeros_like(v_bias)`.
     return node.op == "get_attr" or (node.target is torch.zeros_like and _only_parameters(inputs_of(node)[0]))
 
 
 def extend_by_bias(producer: Producer) -> Producer:
     """Take in a bias that the host adds right after the product (`qkv = self.qkv(x); qkv += bias`)."""
-    users = [user for user in producer.node.users if is_tensor(user)]
+    users = outputs_of(producer.node)
     if producer.bias or len(users) != 1 or users[0].op != "call_function":
         return producer
     node = users[0]
+    # By name, since it may be operator.add, operator.iadd or torch.add; and along the last axis, where a bias belongs.
     if getattr(node.target, "__name__", "") not in ("add", "iadd") or len(node.args) != 2 or producer.axis != -1:
         return producer
     others = [argument for argument in node.args if argument is not producer.node]
-    if len(others) != 1 or not isinstance(others[0], fx.Node) or not is_tensor(others[0]):
+    bias = others[0] if len(others) == 1 else None
+    if not isinstance(bias, fx.Node) or not is_tensor(bias):
         return producer
-    pieces = _bias_pieces(others[0], producer.channels)
-    if others[0].meta["value"].ndim != 1 or pieces is None:
+    pieces = _bias_pieces(bias, producer.channels)
+    if bias.meta["value"].ndim != 1 or pieces is None:
         return producer
     return replace(producer, node=node, bias=pieces, chain=(*producer.chain, node))
 
@@ -204,14 +243,21 @@ def find_producers(
             continue
         if node.op == "call_module":
             module = modules[str(node.target)]
-            found = _layer(node, module)
-            if found is None and len(inputs_of(node)) == 1:
-                found = _container(node, modules, trace_inside)
-            holds_layers = any(isinstance(child, (nn.Linear, *_CONVOLUTIONS)) for child in list(module.modules())[1:])
-            if found is None and (holds_layers or len(inputs_of(node)) > 1):
+            several_inputs = len(inputs_of(node)) > 1
+            producer = _layer(node, module)
+            if producer is None and len(inputs_of(node)) == 1:
+                producer = _container(node, modules, trace_inside)
+            # Numbers cannot be followed through a call with several inputs, whatever it holds.
+            if producer is None and (several_inputs or _holds_layers(module)):
                 opaque.append(str(node.target))
         else:
-            found = _functional(node)
-        if found is not None:
-            producers.append(extend_by_bias(found))
+            producer = _functional(node)
+        if producer is not None:
+            producers.append(extend_by_bias(producer))
     return producers, opaque
+
+
+def _holds_layers(module: nn.Module) -> bool:
+    """Whether a Linear or a convolution is below a module (not: whether it is one)."""
+    below = list(module.modules())[1:]
+    return any(isinstance(child, (nn.Linear, *_CONVOLUTIONS)) for child in below)

@@ -1,5 +1,6 @@
 """From the attention core back to the projections: which channel of which projection is which head and dimension."""
 
+import itertools
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -7,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from armour_surgery.discover.layout import Flow, find_layout, follow, is_cast
-from armour_surgery.discover.match import find_core, inputs_of, is_tensor
+from armour_surgery.discover.layout import Flow, find_layout, follow
+from armour_surgery.discover.match import find_core, inputs_of
 from armour_surgery.discover.producers import TraceInside, find_producers
 from armour_surgery.errors import TraceError
 from armour_surgery.traced import Anchor, Core, Layout, Producer, Role, Trace, TracedSite
@@ -19,34 +20,39 @@ _NAMES = {"q": "queries", "k": "keys", "v": "values"}
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
+    ancestors: set[fx.Node] = set()
     queue = [node]
     while queue:
         current = queue.pop()
-        if current not in found:
-            found.add(current)
+        if current not in ancestors:
+            ancestors.add(current)
             queue += inputs_of(current)
-    return found
+    return ancestors
 
 
 def _heads(
     numbers: torch.Tensor, axes: tuple[int, int], producer: Producer, letter: str
 ) -> tuple[list[tuple[int, ...]], torch.Tensor]:
     """Channels of each head in order of appearance, and for each leading position of the core which head it is."""
-    shape = producer.node.meta["value"].shape
-    axis = producer.axis % len(shape)
-    inner = shape[axis + 1 :].numel()
-    channel = (numbers // inner) % producer.channels
+    # An element's number, counted row by row, gives its channel by division and remainder.
+    channel = (numbers // _inner(producer)) % producer.channels
     channel = channel.movedim(axes, (-2, -1))
+    # A dimension of a head must be the same channel at every token; in cross-covariance attention (XCiT) it is not.
     if bool((channel != channel[..., :1, :]).any()):
         raise TraceError(f"its {_NAMES[letter]} attend over channels, not over tokens")
     lines = channel[..., 0, :].reshape(-1, channel.shape[-1])
     order: dict[tuple[int, ...], int] = {}
     places = [order.setdefault(tuple(line), len(order)) for line in lines.tolist()]
-    used = [index for head in order for index in head]
+    used = list(itertools.chain.from_iterable(order))
     if len(set(used)) != len(used):
         raise TraceError(f"its {_NAMES[letter]} use a channel in more than one place")
     return list(order), torch.tensor(places).reshape(channel.shape[:-2])
+
+
+def _inner(producer: Producer) -> int:
+    """How many elements of a producer's output lie between one channel and the next."""
+    shape: torch.Size = producer.node.meta["value"].shape
+    return shape[producer.axis % len(shape) + 1 :].numel()
 
 
 def _layout(numbers: torch.Tensor, producer: Producer, heads: list[tuple[int, ...]]) -> Layout | None:
@@ -58,25 +64,24 @@ def _layout(numbers: torch.Tensor, producer: Producer, heads: list[tuple[int, ..
     for index, channels in enumerate(heads):
         head[list(channels)] = index
         place[list(channels)] = torch.arange(len(channels))
-    others = [number for number in range(len(shape)) if number != axis]
 
     def coordinates(elements: torch.Tensor) -> dict[Any, torch.Tensor]:
-        unraveled = torch.unravel_index(elements, shape)
-        found: dict[Any, torch.Tensor] = {number: unraveled[number] for number in others}
-        return found | {"h": head[unraveled[axis]], "j": place[unraveled[axis]]}
+        indices: dict[Any, torch.Tensor] = dict(enumerate(torch.unravel_index(elements, shape)))
+        channel = indices.pop(axis)
+        return indices | {"h": head[channel], "j": place[channel]}
 
-    sizes: dict[Any, int] = {number: shape[number] for number in others}
+    sizes: dict[Any, int] = dict(enumerate(shape))
+    del sizes[axis]
     return find_layout(numbers, coordinates, sizes | {"h": len(heads), "j": len(heads[0])})
 
 
 def _holding(flow: Flow, producer: Producer, heads: list[tuple[int, ...]]) -> Callable[[fx.Node], tuple[bool, bool]]:
     """Tells of a node whether it holds some of this role's channels, and whether it holds exactly those."""
-    shape = producer.node.meta["value"].shape
-    inner = shape[producer.axis % len(shape) + 1 :].numel()
+    inner, elements = _inner(producer), producer.node.meta["value"].numel()
     own = torch.zeros(producer.channels, dtype=torch.bool)
-    own[[index for head in heads for index in head]] = True
+    own[list(itertools.chain.from_iterable(heads))] = True
     # Looked up by the number of an element: dividing millions of numbers took longer than all the rest.
-    by_element = own.repeat_interleave(inner).repeat(shape.numel() // (producer.channels * inner))
+    by_element = own.repeat_interleave(inner).repeat(elements // (producer.channels * inner))
     full = int(by_element.sum())
 
     @cache
@@ -97,33 +102,37 @@ def _anchors(
     anchors: list[fx.Node] = []
     below: set[fx.Node] = set()
     whole = True
-    for node in (n for n in producer.node.graph.nodes if n in flow.pure):
-        if any(source in below for source in inputs_of(node)):
+    for node in producer.node.graph.nodes:
+        if node not in flow.pure:
+            continue
+        if not below.isdisjoint(inputs_of(node)):
             below.add(node)
             continue
         some, exactly = holds(node)
         if exactly:
             anchors.append(node)
             below.add(node)
-        elif some and any(user not in flow.pure for user in node.users):
+        elif some and node.users.keys() - flow.pure:
             # Something reads the packed tensor, or its size, before the roles part.
             whole = False
-    found = tuple(Anchor(node, _layout(flow[node], producer, heads)) for node in anchors)
-    return found, whole and bool(found)
+    placed = tuple(Anchor(node, _layout(flow[node], producer, heads)) for node in anchors)
+    return placed, whole and bool(placed)
 
 
 def _ends(
     flow: Flow, producer: Producer, heads: list[tuple[int, ...]], holds: Callable[[fx.Node], tuple[bool, bool]]
 ) -> tuple[Anchor, ...]:
     """The last nodes that layout alone leads to: what reads them is no layout. None where only a part gets so far."""
-    found: list[Anchor] = []
-    for node in (n for n in producer.node.graph.nodes if n in flow.pure):
+    ends: list[Anchor] = []
+    for node in producer.node.graph.nodes:
+        if node not in flow.pure:
+            continue
         some, exactly = holds(node)
-        if some and any(is_tensor(user) and (user not in flow.pure or is_cast(user)) for user in node.users):
+        if some and any(map(flow.leaves_layout, node.users)):
             if not exactly:
                 return ()
-            found.append(Anchor(node, _layout(flow[node], producer, heads)))
-    return tuple(found)
+            ends.append(Anchor(node, _layout(flow[node], producer, heads)))
+    return tuple(ends)
 
 
 def understand(
@@ -145,6 +154,7 @@ def understand(
         core = find_core(trace.graph, modules)
         above = _ancestors(core.q) | _ancestors(core.k) | _ancestors(core.v)
         producers, opaque = find_producers(trace, modules, above, trace_inside)
+        # A module that stays opaque though it was looked into has nothing more to show.
         if not set(opaque) - inlined:
             break
         inlined |= set(opaque)
@@ -153,27 +163,37 @@ def understand(
 
 
 def _assign(trace: Trace, core: Core, producers: list[Producer]) -> TracedSite:
-    barriers = {producer.node for producer in producers} | {node for producer in producers for node in producer.chain}
+    barriers: set[fx.Node] = set()
+    for producer in producers:
+        barriers |= {producer.node, *producer.chain}
     flows = {producer.node: follow(trace.graph, producer.node, barriers) for producer in producers}
     roles: dict[str, Role] = {}
     places: dict[str, torch.Tensor] = {}
     for letter in ("q", "k", "v"):
         target: fx.Node = getattr(core, letter)
-        makers = [producer for producer in producers if isinstance(flows[producer.node].get(target), torch.Tensor)]
-        if not makers:
-            raise TraceError(f"no Linear or convolution was found behind its {_NAMES[letter]}")
-        if len(makers) > 1:
-            names = ", ".join(maker.fqn for maker in makers)
-            raise TraceError(f"its {_NAMES[letter]} are made by several projections ({names})")
-        producer, flow = makers[0], flows[makers[0].node]
+        producer = _maker_of(target, flows, producers, _NAMES[letter])
+        flow = flows[producer.node]
         heads, places[letter] = _heads(flow[target], getattr(core, f"{letter}_axes"), producer, letter)
         holds = _holding(flow, producer, heads)
         anchors, whole = _anchors(flow, producer, heads, holds)
         value = producer.node.meta["value"]
         tokens = value.numel() // producer.channels // value.shape[0]
         roles[letter] = Role(producer, tuple(heads), anchors, whole, tokens, _ends(flow, producer, heads, holds))
+    # The core takes leading axes position by position: head 3 of Q meets whatever stands there in K and V. Roles with
+    # different numbers of heads share nothing, so their order does not matter; the modes refuse them by themselves.
     for letter in ("k", "v"):
         same = places[letter].shape == places["q"].shape and torch.equal(places[letter], places["q"])
         if not same and roles[letter].num_heads == roles["q"].num_heads:
             raise TraceError(f"heads of its queries and {_NAMES[letter]} are not in the same order")
     return TracedSite(trace, core, roles["q"], roles["k"], roles["v"])
+
+
+def _maker_of(target: fx.Node, flows: dict[fx.Node, Flow], producers: list[Producer], name: str) -> Producer:
+    """The one projection whose numbers reach an operand of the core."""
+    makers = [producer for producer in producers if isinstance(flows[producer.node].get(target), torch.Tensor)]
+    if not makers:
+        raise TraceError(f"no Linear or convolution was found behind its {name}")
+    if len(makers) > 1:
+        names = ", ".join(maker.fqn for maker in makers)
+        raise TraceError(f"its {name} are made by several projections ({names})")
+    return makers[0]

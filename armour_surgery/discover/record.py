@@ -51,9 +51,15 @@ def could_not_run(model: nn.Module, example: dict[str, Any], error: Exception) -
 
 def is_builtin(module: nn.Module) -> bool:
     """Whether a module is one of torch.nn's own layers (containers are looked into, layers are not)."""
+    # By where its class was written: hosts subclass torch's layers and write another forward.
     return type(module).__module__.startswith("torch.nn.") and not isinstance(
         module, nn.Sequential | nn.ModuleList | nn.ModuleDict
     )
+
+
+def _has_a_forward_of_its_own(module: nn.Module) -> bool:
+    # nn.Softmax and its like are how their parent computes attention, not a place of their own.
+    return not is_builtin(module) or isinstance(module, nn.MultiheadAttention)
 
 
 class _Watch(TorchFunctionMode):
@@ -75,7 +81,7 @@ def _stack_of(model: nn.Module, recording: Recording) -> Iterator[list[str]]:
     stack: list[str] = []
     handles = []
     for fqn, module in model.named_modules():
-
+        # `fqn` is bound by its default: a closure would see the name of the last module in all of them.
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fqn: str = fqn) -> None:
             stack.append(fqn)
             recording.calls.setdefault(fqn, Call(args, dict(kwargs)))
@@ -84,6 +90,7 @@ def _stack_of(model: nn.Module, recording: Recording) -> Iterator[list[str]]:
             stack.pop()
 
         handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        # Also after an error, which a host may catch and go on: the stack has to stay in step.
         handles.append(module.register_forward_hook(leave, always_call=True))
     try:
         yield stack
@@ -103,16 +110,17 @@ def record(model: nn.Module, example: dict[str, Any]) -> Recording:
     copy = meta_copy(model)
     copy.eval()  # timm's LeViT attention returns nothing here
     recording = Recording(copy)
-    names = dict(copy.named_modules())
+    modules = dict(copy.named_modules())
 
     with _stack_of(copy, recording) as stack:
 
         def seen() -> None:
             recording.around.update(stack)
-            # nn.Softmax and its like are how their parent computes attention, not a place of their own.
-            own = [fqn for fqn in stack if not is_builtin(names[fqn]) or isinstance(names[fqn], nn.MultiheadAttention)]
-            if own and own[-1] not in recording.innermost:
-                recording.innermost.append(own[-1])
+            for fqn in reversed(stack):
+                if _has_a_forward_of_its_own(modules[fqn]):
+                    if fqn not in recording.innermost:
+                        recording.innermost.append(fqn)
+                    return
 
         try:
             with torch.no_grad(), _Watch(seen):

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from armour_surgery.discover.layout import find_layout, follow, is_cast
-from armour_surgery.discover.match import inputs_of, is_tensor, result_of
+from armour_surgery.discover.layout import Flow, find_layout, follow, is_cast
+from armour_surgery.discover.match import inputs_of, is_call_of, is_tensor, outputs_of, result_of
 from armour_surgery.errors import TraceError
 from armour_surgery.traced import Anchor, Handover, Layout, OutputProjection, Results, TracedSite
 
@@ -29,14 +29,7 @@ def find_results(traced: TracedSite, modules: dict[str, nn.Module], out: OutputP
     reader = _reader(graph, out)
     idle = [node for node in graph.nodes if _is_idle(node, modules)]
     flow = follow(graph, result, barriers=[reader], transparent=idle)
-    for node in graph.nodes:
-        users = node.users if node in flow.pure else ()
-        other = next((user for user in users if user is not reader and _reads(user) and user not in flow.pure), None)
-        if other is not None:
-            raise TraceError(
-                f"between its heads and {out.weight} stands {_name(other)}, which needs all their channels; leave out "
-                "rank"
-            )
+    _refuse_others(graph, flow, reader, out)
     source = inputs_of(reader)[0]
     if source not in flow.pure or not isinstance(flow[source], torch.Tensor):
         raise TraceError(f"{out.weight} reads something else than its heads' results; leave out rank")
@@ -45,26 +38,38 @@ def find_results(traced: TracedSite, modules: dict[str, nn.Module], out: OutputP
     line = flow[source].movedim(axis, -1).reshape(-1, flow[source].shape[axis])[0]
     atoms = _Atoms(result.meta["value"].shape, axes, len(out.channels), line)
 
-    def placed(node: fx.Node) -> Anchor:
-        return Anchor(node, atoms.layout(flow[node]))
-
-    starts = {result: placed(result)}
+    # Layout is written anew between nodes that have to stay: each of these starts a stretch, its readers end one.
+    starts = {result: Anchor(result, atoms.layout(flow[result]))}
     handovers = []
     for node in graph.nodes:
         if node not in flow.pure or not isinstance(flow[node], torch.Tensor):
             continue
         if _acts(node, modules):
-            starts[node] = placed(node)
+            starts[node] = Anchor(node, atoms.layout(flow[node]))
         readers = tuple(user for user in node.users if user is reader or _acts(user, modules))
-        if readers:
-            start = node
-            while start not in starts:
-                start = inputs_of(start)[0]
-            place = placed(node)
-            if place.layout is None or starts[start].layout is None:
-                raise TraceError(f"the layout of its heads' results at {node.name} cannot be followed; leave out rank")
-            handovers.append(Handover(starts[start], node, place.layout, readers))
+        if not readers:
+            continue
+        start = node
+        while start not in starts:
+            start = inputs_of(start)[0]
+        layout = atoms.layout(flow[node])
+        if layout is None or starts[start].layout is None:
+            raise TraceError(f"the layout of its heads' results at {node.name} cannot be followed; leave out rank")
+        handovers.append(Handover(starts[start], node, layout, readers))
     return Results(tuple(handovers), out)
+
+
+def _refuse_others(graph: fx.Graph, flow: Flow, reader: fx.Node, out: OutputProjection) -> None:
+    """Nothing but layout may take the heads' results before the output projection: it would miss channels."""
+    for node in graph.nodes:
+        if node not in flow.pure:
+            continue
+        for user in node.users:
+            if user is not reader and _reads(user) and user not in flow.pure:
+                raise TraceError(
+                    f"between its heads and {out.weight} stands {_name(user)}, which needs all their channels; leave "
+                    "out rank"
+                )
 
 
 def _parameter(modules: dict[str, nn.Module], name: str) -> torch.Tensor:
@@ -80,17 +85,16 @@ def _reader(graph: fx.Graph, out: OutputProjection) -> fx.Node:
         if node.op == "call_module" and out.weight.startswith(f"{node.target}."):
             readers.append(node)
         elif node.op == "get_attr" and node.target == out.weight:
-            readers += [user for user in node.users if is_tensor(user)]
+            readers += outputs_of(node)
     if len(readers) != 1:
         raise TraceError(f"its forward uses {out.weight} {len(readers)} times instead of once; leave out rank")
-    found: fx.Node = readers[0]
-    return found
+    reader: fx.Node = readers[0]
+    return reader
 
 
 def _is_idle(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    if node.op == "call_module":
-        return isinstance(modules[str(node.target)], _IDLE)
-    return node.op == "call_function" and node.target is F.dropout
+    is_dropout = node.op == "call_function" and node.target is F.dropout
+    return is_dropout or is_call_of(node, modules, *_IDLE)
 
 
 def _acts(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -114,15 +118,19 @@ class _Atoms:
         """`line` are the elements that one token's channels are, as the output projection reads them."""
         self.shape, self.num_heads = shape, num_heads
         self.channel = axes[1] % len(shape)
-        leading = [axis for axis in range(len(shape)) if axis not in (self.channel, axes[0] % len(shape))]
+        token = axes[0] % len(shape)
         along = torch.unravel_index(line, shape)
+        leading = [axis for axis in range(len(shape)) if axis not in (self.channel, token)]
+        # One token's channels lie in one image and in all heads: along them only the heads' axis varies. A batch may
+        # be as long as there are heads, so the length alone does not tell them apart.
         varying = [axis for axis in leading if bool((along[axis] != along[axis][0]).any())]
-        alone = [axis for axis in reversed(leading) if shape[axis] == num_heads and (axis in varying or num_heads == 1)]
-        self.heads = alone[0] if alone else None
+        candidates = varying if num_heads > 1 else leading
+        self.heads = next((axis for axis in reversed(candidates) if shape[axis] == num_heads), None)
         # Batch and heads in one axis (B * H), heads inside.
         self.merged = varying[0] if varying and self.heads is None else None
 
     def layout(self, numbers: torch.Tensor) -> Layout | None:
+        """The axes of a tensor that holds these elements of the result."""
         sizes: dict[Any, int] = {"h": self.num_heads, "j": self.shape[self.channel]}
         for axis, size in enumerate(self.shape):
             if axis not in (self.channel, self.heads):
@@ -130,15 +138,15 @@ class _Atoms:
         return find_layout(numbers, self.coordinates, sizes)
 
     def coordinates(self, elements: torch.Tensor) -> dict[Any, torch.Tensor]:
-        unraveled = torch.unravel_index(elements, self.shape)
-        found: dict[Any, torch.Tensor] = {"h": torch.zeros_like(elements)}
-        for axis, values in enumerate(unraveled):
+        """The index of every atom at these elements of the result."""
+        indices: dict[Any, torch.Tensor] = {"h": torch.zeros_like(elements)}
+        for axis, values in enumerate(torch.unravel_index(elements, self.shape)):
             if axis == self.channel:
-                found["j"] = values
+                indices["j"] = values
             elif axis == self.heads:
-                found["h"] = values
+                indices["h"] = values
             elif axis == self.merged:
-                found[axis], found["h"] = values // self.num_heads, values % self.num_heads
+                indices[axis], indices["h"] = values // self.num_heads, values % self.num_heads
             else:
-                found[axis] = values
-        return found
+                indices[axis] = values
+        return indices

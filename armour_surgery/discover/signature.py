@@ -1,7 +1,7 @@
 """How a module was called: which arguments are data, which are fixed, and under which conditions that holds."""
 
 import inspect
-import keyword
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +14,8 @@ __all__ = ["bind"]
 
 # A converted attention may be traced once more, and is then called with proxies.
 _TENSOR = (torch.Tensor, fx.Proxy)
+# From the traced leaves (proxies, in the order of the data) to one argument, and to all of a call's arguments.
+Find = Callable[[tuple[Any, ...]], Any]
 Rebuild = Callable[[tuple[Any, ...]], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
@@ -27,56 +29,72 @@ class _Reader:
         self.objects: dict[str, Any] = {}
 
     def name_object(self, value: Any) -> str:
+        """A name for an object that generated code has to refer to and that has no literal."""
         name = f"_fixed_{len(self.objects)}"
         self.objects[name] = value
         return name
 
-    def read(self, value: Any, expression: str, required: bool) -> Callable[[tuple[Any, ...]], Any]:
+    def read(self, value: Any, expression: str, required: bool) -> Find:
         """Note one argument; the returned function finds it again among the traced leaves."""
         if isinstance(value, torch.Tensor):
-            same = next((name for name, known in self.data.items() if known is value), None)
-            if same is not None:
-                # One tensor given twice (query, key and value of self-attention) is one input.
-                self.conditions.append(f"{expression} is {same}")
-                index = list(self.data).index(same)
-                return lambda leaves: leaves[index]
-            index = len(self.data)
-            name = expression if expression.isidentifier() else f"input_{index}"
-            if name != expression:
-                self.preamble.append(f"{name} = {expression}")
-            if not required:
-                self.conditions.append(f"isinstance({expression}, {self.name_object(_TENSOR)})")
-            self.data[name] = value
-            return lambda leaves: leaves[index]
+            return self.read_tensor(value, expression, required)
         if isinstance(value, tuple | list) and _holds_tensors(value):
             self.conditions.append(
                 f"isinstance({expression}, {type(value).__name__}) and len({expression}) == {len(value)}"
             )
-            readers = [self.read(item, f"{expression}[{index}]", False) for index, item in enumerate(value)]
-            return lambda leaves: type(value)(reader(leaves) for reader in readers)
-        if isinstance(value, dict) and _holds_tensors(list(value.values())):
+            items = self.read_items(value, expression)
+            return lambda leaves: type(value)(find(leaves) for find in items)
+        if isinstance(value, dict) and _holds_tensors(value):
             keys = sorted(value)
             self.conditions.append(f"isinstance({expression}, dict) and sorted({expression}) == {keys!r}")
-            found = {key: self.read(value[key], f"{expression}[{key!r}]", False) for key in keys}
-            return lambda leaves: {key: reader(leaves) for key, reader in found.items()}
+            entries = self.read_entries(value, expression)
+            return lambda leaves: {key: find(leaves) for key, find in entries.items()}
+        self.read_fixed(value, expression)
+        return lambda leaves: value
+
+    def read_tensor(self, value: torch.Tensor, expression: str, required: bool) -> Find:
+        """Note a tensor: it is data, and the graph gets a placeholder for it."""
+        for index, (name, known) in enumerate(self.data.items()):
+            if known is value:
+                # One tensor given twice (query, key and value of self-attention) is one input.
+                self.conditions.append(f"{expression} is {name}")
+                return operator.itemgetter(index)
+        index = len(self.data)
+        name = expression if expression.isidentifier() else f"input_{index}"
+        if name != expression:
+            self.preamble.append(f"{name} = {expression}")
+        # What has no default is taken to be a tensor at every call; an optional argument may be None the next time.
+        if not required:
+            self.conditions.append(f"isinstance({expression}, {self.name_object(_TENSOR)})")
+        self.data[name] = value
+        return operator.itemgetter(index)
+
+    def read_items(self, values: Any, expression: str) -> list[Find]:
+        """Note what a sequence holds."""
+        return [self.read(item, f"{expression}[{index}]", False) for index, item in enumerate(values)]
+
+    def read_entries(self, values: dict[str, Any], expression: str) -> dict[str, Find]:
+        """Note what a mapping holds, in the order of its keys: the order in a call means nothing."""
+        return {key: self.read(values[key], f"{expression}[{key!r}]", False) for key in sorted(values)}
+
+    def read_fixed(self, value: Any, expression: str) -> None:
+        """Note that the traced code holds for this very value."""
         if value is None or isinstance(value, bool):
+            # `is`, since `1 == True`: an int would pass for the flag.
             self.conditions.append(f"{expression} is {value!r}")
         elif isinstance(value, int | float | str) or value in ((), [], {}):
             self.conditions.append(f"{expression} == {value!r}")
         else:
             self.conditions.append(f"{expression} is {self.name_object(value)}")
-        return lambda leaves: value
 
 
-def _holds_tensors(values: Any) -> bool:
-    return any(
-        isinstance(value, torch.Tensor)
-        or (
-            isinstance(value, tuple | list | dict)
-            and _holds_tensors(value.values() if isinstance(value, dict) else value)
-        )
-        for value in values
-    )
+def _holds_tensors(value: Any) -> bool:
+    """Whether a value is a tensor, or a nest of sequences and mappings with one somewhere inside."""
+    if isinstance(value, dict):
+        return any(map(_holds_tensors, value.values()))
+    if isinstance(value, tuple | list):
+        return any(map(_holds_tensors, value))
+    return isinstance(value, torch.Tensor)
 
 
 def _header(parameters: list[inspect.Parameter], reader: _Reader) -> str:
@@ -112,24 +130,23 @@ def bind(host: type[nn.Module], call: Call) -> tuple[Signature, dict[str, torch.
     bound = signature.bind(None, *call.args, **call.kwargs)
     bound.apply_defaults()
     reader = _Reader()
-    positional: list[Callable[[tuple[Any, ...]], Any]] = []
-    named: dict[str, Callable[[tuple[Any, ...]], Any]] = {}
+    positional: list[Find] = []
+    named: dict[str, Find] = {}
     for parameter in parameters:
         value = bound.arguments[parameter.name]
         name = parameter.name
         if parameter.kind is parameter.VAR_POSITIONAL:
             reader.conditions.append(f"len({name}) == {len(value)}")
-            positional += [reader.read(item, f"{name}[{index}]", False) for index, item in enumerate(value)]
+            positional += reader.read_items(value, name)
         elif parameter.kind is parameter.VAR_KEYWORD:
             reader.conditions.append(f"sorted({name}) == {sorted(value)!r}" if value else f"not {name}")
-            named.update({key: reader.read(value[key], f"{name}[{key!r}]", False) for key in sorted(value)})
+            named |= reader.read_entries(value, name)
         else:
             find = reader.read(value, name, parameter.default is parameter.empty)
             if parameter.kind is parameter.KEYWORD_ONLY:
                 named[name] = find
             else:
                 positional.append(find)
-    assert not any(keyword.iskeyword(name) for name in reader.data)
     header = _header(parameters, reader)
 
     def rebuild(leaves: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -10,12 +10,12 @@ parameters turn into proxies.
 
 import functools
 import inspect
-import itertools
 import operator
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -53,7 +53,8 @@ def value_of(argument: Any) -> Any:
     if isinstance(argument, slice):
         return slice(value_of(argument.start), value_of(argument.stop), value_of(argument.step))
     if isinstance(argument, tuple | list):
-        items = [value_of(item) for item in argument]
+        # fx keeps its own immutable kinds of list and tuple; functions want the plain ones.
+        items = list(map(value_of, argument))
         return items if isinstance(argument, list) else tuple(items)
     if isinstance(argument, dict):
         return {key: value_of(item) for key, item in argument.items()}
@@ -68,6 +69,7 @@ class _ValueProxy(fx.Proxy):
         return self.node.meta["value"]
 
     def __getattr__(self, name: str) -> Any:
+        # Past `self.node`: a proxy that has none yet (one that is being copied) would ask itself for it without end.
         value = getattr(object.__getattribute__(self, "node").meta["value"], name)
         if name in ("dim", "ndimension") and callable(value):
             return value  # a rank does not change from call to call
@@ -75,12 +77,14 @@ class _ValueProxy(fx.Proxy):
             return lambda *args, **kwargs: self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
         if isinstance(value, bool | str) or value is None or name == "ndim":
             return value
+        # Sizes, types and devices may be others at the next call: generated code reads them again.
         return self.tracer.create_proxy("call_function", getattr, (self, name), {}, name=name)
 
     def __iter__(self) -> Iterator[Any]:
-        pick = operator.getitem
-        return (pick(self, index) for index in range(len(self)))
+        # fx allows `a, b = x` alone, whose count it reads off the caller's bytecode; here every length is known.
+        return map(self.__getitem__, range(len(self)))
 
+    # fx refuses to assign to items; hosts fill masks and position tables in this way.
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
@@ -102,16 +106,14 @@ class _ValueProxy(fx.Proxy):
     def __float__(self) -> float:
         return float(self._fixed())
 
-    def __hash__(self) -> int:
-        return id(self)
-
     def _fixed(self) -> Any:
         """The value, as something that the trace now depends on."""
         value = self._value
         if isinstance(value, torch.Tensor):
             raise TraceError(f"its forward branches on the contents of a tensor ({self.node.name})")
-        known = any(user.target is guard for user in self.node.users)
-        if not known and not isinstance(value, torch.device | torch.dtype):
+        guarded = guard in (user.target for user in self.node.users)
+        # A type or device that Python compared stays what it is, unless the whole model is moved: no guard for it.
+        if not guarded and not isinstance(value, torch.device | torch.dtype):
             self.tracer.create_proxy("call_function", guard, (self, value), {})
         return value
 
@@ -121,6 +123,7 @@ class _ValueTracer(fx.Tracer):
 
     def __init__(self, shadow: nn.Module, leaves: Callable[[str, nn.Module], bool], inputs: dict[str, Any]) -> None:
         super().__init__()
+        # Buffers too are read anew by generated code; fx would bake the tensor that the buffer was.
         self.proxy_buffer_attributes = True
         self.shadow = shadow
         self.shadow_modules = {id(module) for module in shadow.modules()}
@@ -150,13 +153,16 @@ class _ValueTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, nn.Module):
+            # transformers hands `self` to attention functions: a module is an argument, which fx has no word for.
             if a is self.root:
                 return self.self_node
             return self.create_node("get_attr", self.path_of_module(a), (), {})
         if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter):
-            known = any(a is buffer for buffer in self.root.buffers())
-            if not known and (a.is_meta or a.numel() > 1):
+            # By identity: `in` compares numbers, which meta tensors do not have. Scalars are written as constants.
+            is_buffer = any(a is buffer for buffer in self.root.buffers())
+            if not is_buffer and (a.is_meta or a.numel() > 1):
                 raise TraceError("its forward uses a tensor that is neither an argument, a parameter nor a buffer")
+        # fx would refuse a function as an argument; this prints as its name, and the emitter makes it a global.
         if isinstance(a, FunctionType):
             return FunctionReference(a)
         return super().create_arg(a)
@@ -194,6 +200,7 @@ class _ValueTracer(fx.Tracer):
         if path is None:
             return value
         if isinstance(value, bool):
+            # Python branches on a flag, and a graph holds one branch: the flag is a condition of the whole graph.
             self.switches[_expression(path, name)] = value
             return value
         owner = self.self_node if not path else self.create_node("get_attr", path, (), {})
@@ -204,12 +211,12 @@ class _ValueTracer(fx.Tracer):
         """Keep a host's method as a call (`self.get_attention_biases(x.device)`) unless activations go through it."""
 
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            leaves = pytree.tree_leaves((args, kwargs))
-            proxies = [leaf for leaf in leaves if isinstance(leaf, fx.Proxy)]
-            if any(isinstance(value_of(proxy), torch.Tensor) for proxy in proxies):
+            given = pytree.tree_leaves((args, kwargs))
+            if any(isinstance(leaf, fx.Proxy) and _is_tensor(value_of(leaf)) for leaf in given):
                 return call(*args, **kwargs)
+            # LeViT's biases are gathered once and cached on the module: traced, they would be gathered at every call.
             value = getattr(self.shadow.get_submodule(path), name)(*value_of(args), **value_of(kwargs))
-            if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value)):
+            if not any(map(_is_tensor, pytree.tree_leaves(value))):
                 return call(*args, **kwargs)
             owner = self.self_node if not path else self.create_node("get_attr", path, (), {})
             owner.meta["value"] = self.shadow.get_submodule(path)
@@ -218,8 +225,13 @@ class _ValueTracer(fx.Tracer):
         return functools.wraps(call)(wrapper)
 
 
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
 def _expression(path: str, name: str) -> str:
     """How generated code reads an attribute of a submodule: `self.blocks[1].attn.training`."""
+    # `self.blocks.1.attn` is a name of PyTorch's and no Python.
     return re.sub(r"\.(\d+)(?=\.)", r"[\1]", f"self.{path}.{name}" if path else f"self.{name}")
 
 
@@ -229,11 +241,9 @@ def _own_methods(module: nn.Module) -> Iterator[str]:
         if owner is nn.Module:
             return
         for name, attribute in vars(owner).items():
-            if (
-                inspect.isfunction(attribute)
-                and not name.startswith("__")
-                and name not in {"forward", "train", "_apply"}
-            ):
+            # Hosts override `train` and `_apply` too (LeViT drops its cache there); they are no steps of a forward.
+            skipped = name.startswith("__") or name in {"forward", "train", "_apply"}
+            if inspect.isfunction(attribute) and not skipped:
                 yield name
 
 
@@ -243,12 +253,15 @@ def _spy(module: nn.Module, path: str, tracer: _ValueTracer, forward: Any = None
 
     def read(self: nn.Module, name: str) -> Any:
         value = host.__getattribute__(self, name)
+        # Flags and factors (`training`, `scale`, dropout's `p`) may be set to something else later on; whole numbers
+        # state the structure, which is what was traced.
         if type(value) in (bool, float) and name in object.__getattribute__(self, "__dict__"):
             return tracer.plain_attribute(self, name, value)
         return value
 
     for name in set(_own_methods(module)):
         object.__setattr__(module, name, tracer.method(module, path, name, getattr(module, name)))
+    # Python looks `__getattribute__` up on the class, never on the object: each copied module gets a class of its own.
     members: dict[str, Any] = {"__getattribute__": read, "__module__": host.__module__}
     if forward is not None:
         members["forward"] = forward
@@ -261,6 +274,8 @@ def _followed_functions() -> Iterator[None]:
 
     These are `F.multi_head_attention_forward`, and whatever a host registered with `torch.fx.wrap`.
     """
+    # `F.multi_head_attention_forward` asks first whether an argument stands in for a tensor, and hands the whole call
+    # over to it if so; told that none does, it goes on to its own code. `torch.fx.wrap` has a list of its own.
     functional: Any = F
     original = functional.has_torch_function
     wrapped = _symbolic_trace._wrapped_fns_to_patch
@@ -288,8 +303,9 @@ def trace(module: nn.Module, call: Call, opaque: Callable[[str, nn.Module], bool
         TraceError: the forward does something that a graph cannot hold; the message says what.
     """
     signature, placeholders, rebuild = bind(type(module), call)
-    shadow = meta_copy(module)
+    # Two copies: whatever tracing leaves behind (LeViT caches its biases, which are proxies then) stays on the first.
     root = meta_copy(module)
+    shadow = meta_copy(module)
     tracer = _ValueTracer(shadow, lambda name, m: is_builtin(m) or opaque(name, m), placeholders)
 
     host_forward = type(module).forward
@@ -298,7 +314,8 @@ def trace(module: nn.Module, call: Call, opaque: Callable[[str, nn.Module], bool
         args, kwargs = rebuild(leaves)
         return host_forward(self, *args, **kwargs)
 
-    # fx reads a forward's argument names off its code object, so the traced one is spelled out.
+    # fx reads a forward's argument names off its code object, so the traced one is spelled out. The module itself is an
+    # argument too: calls of its methods, and reads of its numbers, are nodes that need it as their input.
     names = ", ".join(["self", SELF, *placeholders])
     scope: dict[str, Any] = {"run": run, "tracer": tracer}
     exec(
@@ -317,5 +334,4 @@ def trace(module: nn.Module, call: Call, opaque: Callable[[str, nn.Module], bool
     except Exception as error:
         raise TraceError(f"its forward cannot be traced: {type(error).__name__}: {error}") from error
     switches = tuple(name if value else f"not {name}" for name, value in tracer.switches.items())
-    conditions = tuple(itertools.chain(signature.conditions, switches))
-    return Trace(graph, type(signature)(signature.header, conditions, signature.preamble, signature.objects))
+    return Trace(graph, replace(signature, conditions=(*signature.conditions, *switches)))

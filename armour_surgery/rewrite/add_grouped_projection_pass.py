@@ -31,13 +31,14 @@ class AddGroupedProjectionPass:
         source = next(argument for argument in _call(producer.chain).args if isinstance(argument, fx.Node))
         inputs = source.meta["value"].shape[producer.axis]
         outputs = part.size * role.num_heads
-        common = math.gcd(inputs, outputs)
-        groups = max(number for number in range(1, role.num_heads + 1) if common % number == 0)
+        # A group for each head, or the most that divide the input's and the output's channels.
+        groups = _largest_divisor(math.gcd(inputs, outputs), role.num_heads)
         with surgery.graph.inserting_before(producer.node.next):
             node = surgery.graph.call_module(_NAME, (source,))
         node.meta["value"] = producer.node.meta["value"]
         surgery.blocks[part] = Block(node, producer.axis, 0)
         tensors = tuple(name for name in producer.rows if name != producer.weight)
+        # It starts from the rows that it stands in for, so that a group's own share of them is kept.
         rows = tuple(surgery.channels(part))
         shuffle = part.letter.endswith("shuffled")
         surgery.edits.append(AddGrouped(_NAME, producer.weight, tensors, rows, groups, shuffle, producer.axis))
@@ -48,6 +49,11 @@ class AddGroupedProjectionPass:
         part = _part(surgery)
         if part is not None and part not in surgery.blocks:
             raise PostconditionError("the grouped projection was not added")
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of a number that is at most `limit`."""
+    return next(divisor for divisor in range(limit, 0, -1) if number % divisor == 0)
 
 
 def _part(surgery: Surgery) -> Part | None:

@@ -11,7 +11,7 @@ from armour_surgery.modes import Mode
 from armour_surgery.rewrite.edits import Edit, KeepRows
 from armour_surgery.traced import Producer, Results, Role, TracedSite
 
-__all__ = ["Block", "Part", "Pass", "Surgery", "kept_channels", "parts_of", "run_passes"]
+__all__ = ["Block", "Part", "Pass", "Surgery", "kept_channels", "parts_of", "run_passes", "width_of"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class Surgery:
 
         Where heads get fewer channels, its anchors are its ends: views before them may count on the old number.
         """
+        # What is grouped has another letter ("grouped"), and V's heads and axes.
         role: Role = getattr(self.traced, letter if letter in ("q", "k") else "v")
         if self.results is None:
             return role
@@ -77,16 +78,24 @@ class Surgery:
     def parts(self) -> list[Part]:
         """Everything that is still needed, in the order q, k, v, new."""
         needed = {self.query, *self.key, *self.value}
+        # `find` gives -1 for a new part: it comes after v, its channels are made by a projection of its own.
         return sorted(needed, key=lambda part: ("qkv".find(part.letter[0]) % 4, part.start))
 
     def producers(self) -> list[Producer]:
         """The projections of the site, each once."""
-        found = {role.producer.node: role.producer for role in (self.traced.q, self.traced.k, self.traced.v)}
-        return list(found.values())
+        by_node = {role.producer.node: role.producer for role in (self.traced.q, self.traced.k, self.traced.v)}
+        return list(by_node.values())
 
     def channels(self, part: Part) -> list[int]:
         """Old output channels of a part in its producer, heads outermost."""
-        return [channel for head in self.role(part.letter).channels for channel in head[part.start : part.stop]]
+        channels: list[int] = []
+        for head in self.role(part.letter).channels:
+            channels += head[part.start : part.stop]
+        return channels
+
+    def parts_in(self, node: fx.Node) -> dict[Part, Block]:
+        """The parts whose channels are in the output of a node, and where."""
+        return {part: block for part, block in self.blocks.items() if block.node is node}
 
 
 class Pass(Protocol):
@@ -119,8 +128,15 @@ def parts_of(names: tuple[str, ...], own: str, sizes: dict[str, int]) -> tuple[P
 
 def kept_channels(surgery: Surgery, producer: Producer) -> int:
     """How many output channels a narrowed projection has left."""
-    kept = (edit.rows for edit in surgery.edits if isinstance(edit, KeepRows) and edit.tensors == producer.rows)
-    return len(next(kept, ()))
+    for edit in surgery.edits:
+        if isinstance(edit, KeepRows) and edit.tensors == producer.rows:
+            return len(edit.rows)
+    return 0
+
+
+def width_of(parts: Iterable[Part]) -> int:
+    """Channels per head of some parts together."""
+    return sum(part.size for part in parts)
 
 
 def run_passes(surgery: Surgery, passes: Iterable[Pass]) -> None:
@@ -129,10 +145,11 @@ def run_passes(surgery: Surgery, passes: Iterable[Pass]) -> None:
     Raises:
         PostconditionError: a check failed; nothing has happened to any module yet.
     """
-    for one in passes:
-        one.requires(surgery)
+    for graph_pass in passes:
+        graph_pass.requires(surgery)
         before = str(surgery.graph)
-        modified = one(surgery)
+        modified = graph_pass(surgery)
+        # A pass that says nothing happened, and is wrong, has done something that its `ensures` does not know of.
         if modified != (str(surgery.graph) != before):
-            raise PostconditionError(f"{type(one).__name__} misreported whether it changed the graph")
-        one.ensures(surgery)
+            raise PostconditionError(f"{type(graph_pass).__name__} misreported whether it changed the graph")
+        graph_pass.ensures(surgery)

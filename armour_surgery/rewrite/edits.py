@@ -7,7 +7,18 @@ from torch import nn
 
 from armour_surgery.rewrite.grouped import GroupedProjection
 
-__all__ = ["AddGrouped", "Edit", "KeepColumns", "KeepRows", "Remove", "apply_edits", "edited_names", "removed_name"]
+__all__ = [
+    "AddGrouped",
+    "Edit",
+    "KeepColumns",
+    "KeepRows",
+    "Remove",
+    "apply_edits",
+    "edited_names",
+    "owner_of",
+    "removed_name",
+    "tensor_named",
+]
 
 
 @dataclass(frozen=True)
@@ -68,12 +79,21 @@ def removed_name(edit: Edit) -> str:
     return edit.name if isinstance(edit, Remove) else ""
 
 
-def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The submodule that holds what has this name, and its name there."""
     path, _, attribute = name.rpartition(".")
     return module.get_submodule(path), attribute
 
 
+def tensor_named(module: nn.Module, name: str) -> torch.Tensor:
+    """A parameter or buffer by its name."""
+    owner, attribute = owner_of(module, name)
+    tensor: torch.Tensor = getattr(owner, attribute)
+    return tensor
+
+
 def _take(tensor: torch.Tensor, indices: torch.Tensor, axis: int = 0) -> torch.Tensor:
+    # A copy in any case: a view would keep all rows of the old weight in memory.
     kept = tensor.detach().index_select(axis, indices.to(tensor.device))
     return kept.clone(memory_format=torch.contiguous_format)
 
@@ -83,7 +103,7 @@ def _keep(
 ) -> None:
     indices = torch.tensor(channels)
     for name in names:
-        owner, attribute = _owner(module, name)
+        owner, attribute = owner_of(module, name)
         tensor = getattr(owner, attribute)
         kept = _take(tensor, indices, axis)
         if isinstance(tensor, nn.Parameter):
@@ -92,6 +112,7 @@ def _keep(
             setattr(owner, attribute, kept)
     for path, attribute in sizes:
         owner = module.get_submodule(path)
+        # A host that calls F.linear on a parameter of its own has no attribute to state the size.
         if hasattr(owner, attribute):
             setattr(owner, attribute, len(channels))
 
@@ -102,31 +123,31 @@ def apply_edits(module: nn.Module, edits: list[Edit]) -> None:
     Grouped projections come first: they start from rows that the others then drop.
     """
     with torch.no_grad():
-        for edit in sorted(edits, key=lambda one: not isinstance(one, AddGrouped)):
+        for edit in sorted(edits, key=lambda edit: not isinstance(edit, AddGrouped)):
             if isinstance(edit, KeepRows):
                 _keep(module, edit.tensors, 0, edit.rows, edit.sizes)
             elif isinstance(edit, KeepColumns):
                 _keep(module, (edit.weight,), 1, edit.columns, edit.sizes)
-            elif isinstance(edit, Remove):
-                owner, attribute = _owner(module, edit.name)
-                setattr(owner, attribute, None)
+            elif isinstance(edit, AddGrouped):
+                _add_grouped(module, edit)
             else:
-                rows = torch.tensor(edit.rows)
-                tensors = {name: _take(_get(module, name), rows) for name in (edit.weight, *edit.tensors)}
-                norms = {name.rpartition(".")[0] for name in edit.tensors} - {edit.weight.rpartition(".")[0]}
-                norm = module.get_submodule(norms.pop()) if norms else None
-                grouped = GroupedProjection.from_rows(
-                    tensors[edit.weight],
-                    {name.rpartition(".")[2]: tensor for name, tensor in tensors.items() if name != edit.weight},
-                    norm if isinstance(norm, nn.modules.batchnorm._BatchNorm) else None,
-                    edit.groups,
-                    edit.shuffle,
-                    edit.axis,
-                )
-                setattr(module, edit.name, grouped.train(module.training))
+                # None, not deleted: hosts ask `if self.bias is not None`, and state_dict leaves it out.
+                owner, attribute = owner_of(module, edit.name)
+                setattr(owner, attribute, None)
 
 
-def _get(module: nn.Module, name: str) -> torch.Tensor:
-    owner, attribute = _owner(module, name)
-    tensor: torch.Tensor = getattr(owner, attribute)
-    return tensor
+def _add_grouped(module: nn.Module, edit: AddGrouped) -> None:
+    rows = torch.tensor(edit.rows)
+    weight = _take(tensor_named(module, edit.weight), rows)
+    projection, _ = owner_of(module, edit.weight)
+    tensors: dict[str, torch.Tensor] = {}
+    norm: nn.Module | None = None
+    for name in edit.tensors:
+        owner, attribute = owner_of(module, name)
+        tensors[attribute] = _take(getattr(owner, attribute), rows)
+        # The projection's bias lies beside its weight; rows of any other module are those of the BatchNorm after it.
+        if owner is not projection:
+            norm = owner
+    norm = norm if isinstance(norm, nn.modules.batchnorm._BatchNorm) else None
+    grouped = GroupedProjection.from_rows(weight, tensors, norm, edit.groups, edit.shuffle, edit.axis)
+    setattr(module, edit.name, grouped.train(module.training))

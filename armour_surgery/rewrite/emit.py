@@ -20,7 +20,9 @@ from armour_surgery.traced import Call, FunctionReference, Signature
 __all__ = ["ArmourAttention", "Variant", "make_class", "render", "write_forward"]
 
 _SELF = "_self"
+# fx ends a line with `;  a = b = None  # why` where it is the last that reads these names.
 _FREED = re.compile(r";\s+((?:\w+ = )+)None\b.*$")
+# How fx writes the `guard` of a traced size: generated code leaves the branch where the size is another.
 _GUARD = re.compile(r"^\w+ = _?guard\((?P<value>\w+), (?P<expected>.+)\)$")
 
 _UNKNOWN = object()
@@ -43,7 +45,7 @@ class ArmourAttention:
 
     armour_mode: ClassVar[str]
     armour_variants: ClassVar[list[Variant]]
-    armour_trace: ClassVar[Specialize]
+    armour_trace: ClassVar[Callable[[Any, Call], Variant]]
     armour_source: ClassVar[str]
 
     @property
@@ -57,16 +59,20 @@ class ArmourAttention:
         Raises:
             SpecializationError: this kind of call cannot be followed; the message says what about it.
         """
-        assert isinstance(self, nn.Module)
         # A deployed attention is a subclass; what it does not know is traced for the class that was converted.
-        cls = next(owner for owner in type(self).__mro__ if "armour_variants" in vars(owner))
-        assert issubclass(cls, ArmourAttention)
+        cls = next(
+            owner
+            for owner in type(self).__mro__
+            if issubclass(owner, ArmourAttention) and "armour_variants" in vars(owner)
+        )
         variant = cls.armour_trace(self, Call(args, kwargs))
-        if any((variant.conditions, variant.body) == (known.conditions, known.body) for known in cls.armour_variants):
-            raise SpecializationError(
-                f"{cls.__name__} was called in a way that its conditions do not tell apart: {variant.conditions}. "
-                "Convert the model with an example_input of these shapes"
-            )
+        for known in cls.armour_variants:
+            # The branch is there already and did not run, so adding it once more would end in a recursion.
+            if (variant.conditions, variant.body) == (known.conditions, known.body):
+                raise SpecializationError(
+                    f"{cls.__name__} was called in a way that its conditions do not tell apart: {variant.conditions}. "
+                    "Convert the model with an example_input of these shapes"
+                )
         cls.armour_variants = [*cls.armour_variants, variant]
         _install(cls)
         return cls.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
@@ -81,38 +87,14 @@ def _is_large(node: fx.Node) -> bool:
 def render(graph: fx.Graph, signature: Signature) -> Variant:
     """Write a graph as the statements of a method body."""
     code = graph.python_code("self")
-    lines = code.src[code.src.index("def forward(") :].splitlines()[1:]
-    names: dict[str, Any] = {}
-    local = {node.name for node in graph.nodes}
-    for name, value in code.globals.items():
-        if name in ("torch", "device", "inf", "nan", "NoneType"):
-            names[name] = value
-    # A large intermediate that is done with makes room for the next one, as in code written by hand; an argument stays,
-    # since another branch may still need it.
-    large = {node.name for node in graph.nodes if _is_large(node)}
-
-    def freed(match: re.Match[str]) -> str:
-        unread = [name for name in match[1].replace("=", " ").split() if name in large]
-        return f"; del {', '.join(unread)}" if unread else ""
-
-    text = "\n".join(_FREED.sub(freed, line)[4:] for line in lines if line.strip())
-    for name, value in code.globals.items():
-        short = getattr(value, "__name__", "")
-        short = f"_{short}" if short in local else short
-        if name not in names and callable(value) and short.isidentifier() and names.get(short, value) is value:
-            text = re.sub(rf"\b{re.escape(name)}\b", short, text)
-            names[short] = value
-        else:
-            names[name] = value
-    for node in graph.nodes:
-        for argument in node.args:
-            if isinstance(argument, FunctionReference):
-                names[repr(argument)] = argument.function
+    text = _freeing(graph, code.src)
+    text, names = _readable(graph, text, code.globals)
     text = re.sub(rf"\b{_SELF}\b", "self", text)
     body = [*signature.preamble]
     for line in text.splitlines():
         guarded = _GUARD.match(line)
         if guarded:
+            # `write_forward` makes such a branch a `while` that runs once: `break` goes on to the next branch.
             body.append(f"if {guarded['value']} != {guarded['expected']}:")
             body.append("    break  # traced for another size or type")
         else:
@@ -121,12 +103,50 @@ def render(graph: fx.Graph, signature: Signature) -> Variant:
     return Variant(signature.header, signature.conditions, tuple(body), objects)
 
 
+def _freeing(graph: fx.Graph, source: str) -> str:
+    """The statements of fx's source; where it sets names to None, large ones are deleted and the others stay."""
+    # A large intermediate that is done with makes room for the next one, as in code written by hand; an argument stays,
+    # since another branch may still need it.
+    large = {node.name for node in graph.nodes if _is_large(node)}
+
+    def freed(match: re.Match[str]) -> str:
+        done_with = [name for name in match[1].replace("=", " ").split() if name in large]
+        return f"; del {', '.join(done_with)}" if done_with else ""
+
+    _, *lines = source[source.index("def forward(") :].splitlines()
+    return "\n".join(_FREED.sub(freed, line)[4:] for line in lines if line.strip())
+
+
+def _readable(graph: fx.Graph, text: str, used: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """fx's text with functions under the names that they have, and the globals that it then needs.
+
+    fx calls them by where they are from, such as `torch_nn_functional_softmax`.
+    """
+    names: dict[str, Any] = {name: used[name] for name in ("torch", "device", "inf", "nan", "NoneType") if name in used}
+    local = {node.name for node in graph.nodes}
+    for name, value in used.items():
+        short = getattr(value, "__name__", "")
+        # fx names a node after its function: the local variable would hide the global.
+        short = f"_{short}" if short in local else short
+        if name not in names and callable(value) and short.isidentifier() and names.get(short, value) is value:
+            text = re.sub(rf"\b{re.escape(name)}\b", short, text)
+            names[short] = value
+        else:
+            names[name] = value
+    # fx does not know that these are functions, and asks for no globals for them.
+    for node in graph.nodes:
+        for argument in node.args:
+            if isinstance(argument, FunctionReference):
+                names[repr(argument)] = argument.function
+    return text, names
+
+
 def _call_arguments(header: str) -> str:
     """The argument list that passes a forward's own arguments on."""
-    parts = [part.strip() for part in header.split(",")][1:]
+    _, *parameters = header.split(",")
     passed, keyword_only = [], False
-    for part in parts:
-        name = part.partition("=")[0]
+    for parameter in parameters:
+        name = parameter.strip().partition("=")[0]
         if name in ("*", "/"):
             keyword_only = keyword_only or name == "*"
         elif name.startswith("*"):
@@ -141,11 +161,12 @@ def _merge(variants: list[Variant]) -> list[Variant]:
     """Drop what two branches do not differ by: equal bodies need no condition on the flag that tells them apart."""
     if len(variants) != 2 or variants[0].body != variants[1].body:
         return variants
+    # Where a host has no dropout, the branches for training and for rest are the same, and one says so.
     first, second = variants
-    differing = {c for c in first.conditions if c not in second.conditions}
-    if {_negated(c) for c in differing} != {c for c in second.conditions if c not in first.conditions}:
+    differing = set(first.conditions) - set(second.conditions)
+    if set(map(_negated, differing)) != set(second.conditions) - set(first.conditions):
         return variants
-    conditions = tuple(c for c in first.conditions if c not in differing)
+    conditions = tuple(condition for condition in first.conditions if condition not in differing)
     return [Variant(first.header, conditions, first.body, first.objects)]
 
 
@@ -155,6 +176,7 @@ def _negated(condition: str) -> str:
 
 def _install(cls: type[ArmourAttention]) -> None:
     """Write the class's forward from its branches, newest first, and compile it."""
+    # A name for each version of the source, since tracebacks look lines up by it, and older code may still be running.
     name = f"<armour {cls.__name__} {id(cls):x}.{len(cls.armour_variants)}>"
     source, forward = write_forward(cls.armour_variants, name, "self.armour_specialize({})", {})
     cls.armour_source = source
@@ -168,30 +190,38 @@ def write_forward(
 
     `otherwise` is what it returns where no branch holds, with a place for its arguments; `scope` are globals for it.
     """
-    lines: list[str] = []
-    arguments = _call_arguments(variants[0].header)
+    lines = [f"def forward({variants[0].header}):"]
     for index, variant in enumerate(reversed(variants)):
-        renamed: dict[str, str] = {}
-        for name, value in variant.objects:
-            if scope.setdefault(name, value) is not value and scope[name] != value:
-                renamed[name] = f"{name}_{index}"
-                scope[renamed[name]] = value
-
-        def own(text: str, renamed: dict[str, str] = renamed) -> str:
-            for old, new in renamed.items():
-                text = re.sub(rf"\b{re.escape(old)}\b", new, text)
-            return text
-
-        condition = " and ".join(own(c) for c in variant.conditions) or "True"
-        body = [own(line) for line in variant.body]
+        renamed = _add_globals(scope, variant, index)
+        condition = " and ".join(variant.conditions) or "True"
+        body = _with_names("\n".join(variant.body), renamed).splitlines()
         # A branch that holds for one size only is left with `break`, on to the next.
         keyword = "while" if any(line.lstrip().startswith("break") for line in body) else "if"
-        lines += [f"    {keyword} {condition}:", *(f"        {line}" for line in body)]
+        lines.append(f"    {keyword} {_with_names(condition, renamed)}:")
+        lines += [f"        {line}" for line in body]
+    arguments = _call_arguments(variants[0].header)
     lines.append(f"    return {otherwise.format(arguments)}")
-    source = "\n".join([f"def forward({variants[0].header}):", *lines, ""])
+    source = "\n".join([*lines, ""])
+    # Where tracebacks and debuggers look for the lines of a file that is none.
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     exec(compile(source, filename, "exec"), scope)
     return source, scope["forward"]
+
+
+def _add_globals(scope: dict[str, Any], variant: Variant, index: int) -> dict[str, str]:
+    """Add a branch's globals to those of the others; returns new names for what another one means otherwise."""
+    renamed: dict[str, str] = {}
+    for name, value in variant.objects:
+        if scope.setdefault(name, value) is not value and scope[name] != value:
+            renamed[name] = f"{name}_{index}"
+            scope[renamed[name]] = value
+    return renamed
+
+
+def _with_names(text: str, renamed: dict[str, str]) -> str:
+    for old, new in renamed.items():
+        text = re.sub(rf"\b{re.escape(old)}\b", new, text)
+    return text
 
 
 def make_class(host: type[nn.Module], mode: str, variants: list[Variant], specialize: Specialize) -> type[nn.Module]:

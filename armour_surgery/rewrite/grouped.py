@@ -97,6 +97,7 @@ class GroupedProjection(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Project; see the class."""
         tokens = self.axis == -1
+        # As a convolution over one axis: tokens become a batch of length one, images one long row of pixels.
         flat = x.flatten(0, -2).unsqueeze(-1) if tokens else x.flatten(2)
         y = F.conv1d(flat, self.weight.flatten(1).unsqueeze(-1), None, groups=self.groups)
         if self.shuffle:
@@ -104,6 +105,7 @@ class GroupedProjection(nn.Module):
         if self.bias is not None:
             y = y + self.bias[:, None]
         if tokens:
+            # Flattened while it is normed: a BatchNorm takes axis 1 for its channels.
             y = y.squeeze(-1)
             return torch.unflatten(self._normed(y), 0, x.shape[:-1])
         return self._normed(torch.unflatten(y, 2, x.shape[2:]))

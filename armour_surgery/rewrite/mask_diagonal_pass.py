@@ -67,10 +67,12 @@ class MaskDiagonalPass:
 def _mask_argument(graph: fx.Graph, node: fx.Node) -> None:
     """Combine the diagonal with the mask that an attention call already has."""
     interface = is_interface(node.target)
+    # The interface takes (default, module, q, k, v, mask), torch's own function (q, k, v, mask, dropout_p, is_causal).
     index, name = (5, "attention_mask") if interface else (3, "attn_mask")
     q = node.args[2 if interface else 0]
     old: Any = node.args[index] if len(node.args) > index else node.kwargs.get(name)
     causal: Any = node.kwargs.get("is_causal", node.args[5] if not interface and len(node.args) > 5 else None)
+    # Without an argument and without a mask, transformers' attention functions ask the module whether it is causal.
     if interface and causal is None and old is None:
         causal = bool(getattr(node.args[1].meta["value"], "is_causal", False))  # type: ignore[union-attr]
     if isinstance(causal, fx.Node):
@@ -80,6 +82,7 @@ def _mask_argument(graph: fx.Graph, node: fx.Node) -> None:
         node.update_arg(index, mask)
     else:
         node.update_kwarg(name, mask)
+    # torch refuses a mask together with is_causal; causality is in the mask now.
     if causal and "is_causal" in node.kwargs:
         node.update_kwarg("is_causal", False)
     elif causal and not interface:

@@ -4,7 +4,7 @@ from torch import fx
 
 from armour_surgery.errors import PostconditionError, TraceError
 from armour_surgery.hosts.attention_interface import is_interface
-from armour_surgery.rewrite.contract import Surgery
+from armour_surgery.rewrite.contract import Surgery, width_of
 from armour_surgery.rewrite.edits import KeepColumns
 from armour_surgery.rewrite.relayout import arrange
 from armour_surgery.rewrite.share_roles_pass import is_expressible
@@ -12,6 +12,7 @@ from armour_surgery.traced import Atom, Handover, OutputProjection
 
 __all__ = ["NarrowHeadsPass"]
 
+# How Linear and convolutions state what they read.
 _INPUTS = ("in_features", "in_channels")
 
 
@@ -70,12 +71,13 @@ def _state_scale(surgery: Surgery) -> bool:
 
 def _lay_out(surgery: Surgery, handover: Handover) -> bool:
     """Lead from the start of a handover to its readers by views of the new width; old views die."""
-    sizes: dict[Atom, int] = {"h": surgery.role("v").num_heads, "j": sum(part.size for part in surgery.value)}
+    sizes: dict[Atom, int] = {"h": surgery.role("v").num_heads, "j": width_of(surgery.value)}
     steps = arrange(handover.start.layout, handover.layout, sizes) if handover.start.layout is not None else None
     if steps is None:
         raise TraceError(
             f"its heads' results reach {handover.readers[0]} in a layout that cannot be made narrower; leave out rank"
         )
+    # Before the first reader, and not where the old views were: those are still there, and die when nothing reads them.
     node: fx.Node = handover.start.node
     for method, arguments in steps:
         with surgery.graph.inserting_before(handover.readers[0]):
@@ -89,6 +91,10 @@ def _lay_out(surgery: Surgery, handover: Handover) -> bool:
 
 def _columns(surgery: Surgery, out: OutputProjection) -> KeepColumns:
     """Which input channels the output projection keeps: of every head those that are still made."""
-    kept = sorted(head[place] for head in out.channels for part in surgery.value for place in range(part.size))
+    width = width_of(surgery.value)
+    kept: list[int] = []
+    for head in out.channels:
+        kept += head[:width]
     owner = out.weight.rpartition(".")[0]
-    return KeepColumns(out.weight, tuple((owner, name) for name in _INPUTS if owner), tuple(kept))
+    sizes = tuple((owner, name) for name in _INPUTS) if owner else ()
+    return KeepColumns(out.weight, sizes, tuple(sorted(kept)))

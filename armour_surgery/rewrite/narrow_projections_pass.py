@@ -4,7 +4,7 @@ import torch
 from torch import fx
 
 from armour_surgery.errors import PostconditionError, TraceError
-from armour_surgery.rewrite.contract import Block, Part, Surgery
+from armour_surgery.rewrite.contract import Block, Part, Surgery, width_of
 from armour_surgery.rewrite.edits import KeepRows, Remove
 from armour_surgery.traced import BiasPiece, Producer
 
@@ -24,20 +24,20 @@ class NarrowProjectionsPass:
         Raises:
             TraceError: the host calls one projection more than once.
         """
+        # Each call would ask for rows of its own, and there is one weight.
         called = [producer.fqn for producer in surgery.producers()]
         if len(set(called)) != len(called):
             raise TraceError(f"its forward calls {called[0]} more than once")
         for letter in "qkv":
             role = surgery.role(letter)
-            if max(max(head) for head in role.channels) >= role.producer.channels:
+            if max(map(max, role.channels)) >= role.producer.channels:
                 raise PostconditionError(f"channels of {letter} exceed those of {role.producer.fqn}")
 
     def __call__(self, surgery: Surgery) -> bool:
         """Rewrite biases, note blocks and edits."""
         modified = False
         for producer in surgery.producers():
-            parts = [p for p in surgery.parts() if p.letter in "qkv" and surgery.role(p.letter).producer is producer]
-            rows, blocks = _new_rows(surgery, producer, parts)
+            rows, blocks = _new_rows(surgery, producer)
             if sorted(rows) == list(range(producer.channels)):
                 continue
             surgery.replaced.add(producer.node)
@@ -45,8 +45,7 @@ class NarrowProjectionsPass:
                 surgery.edits += _removal(producer)
                 continue
             surgery.blocks.update(blocks)
-            tensors = tuple(name for name in producer.rows)
-            surgery.edits.append(KeepRows(tensors, producer.sizes, tuple(rows)))
+            surgery.edits.append(KeepRows(producer.rows, producer.sizes, tuple(rows)))
             modified = _narrow_bias(surgery, producer, rows) or modified
         return modified
 
@@ -57,30 +56,37 @@ class NarrowProjectionsPass:
                 raise PostconditionError(f"{edit.tensors[0]} would keep a row twice")
 
 
-def _new_rows(surgery: Surgery, producer: Producer, parts: list[Part]) -> tuple[list[int], dict[Part, Block]]:
+def _new_rows(surgery: Surgery, producer: Producer) -> tuple[list[int], dict[Part, Block]]:
     """Old output channels in their new order, and where each part is then."""
     letters = [letter for letter in "qkv" if surgery.role(letter).producer is producer]
-    ours = [channel for letter in letters for head in surgery.role(letter).channels for channel in head]
+    parts = [part for part in surgery.parts() if part.letter in letters]
     # Channels that belong to none of q, k, v (a gate, say) are not ours to drop.
-    others = sorted(set(range(producer.channels)) - set(ours))
+    others = set(range(producer.channels))
+    for letter in letters:
+        others.difference_update(*surgery.role(letter).channels)
+    if parts and not others and _head_by_head(surgery, producer, letters):
+        return _packed_by_head(surgery, producer, _value_together(surgery, parts))
     rows: list[int] = []
     blocks = {}
-    if parts and not others and _head_by_head(surgery, producer, letters):
-        parts = _value_together(surgery, parts)
-        stride = sum(part.size for part in parts)
-        heads = surgery.role(parts[0].letter).num_heads
-        offset = 0
-        for part in parts:
-            blocks[part] = Block(producer.node, producer.axis, offset, stride)
-            offset += part.size
-        for head in range(heads):
-            for part in parts:
-                rows += surgery.role(part.letter).channels[head][part.start : part.stop]
-        return rows, blocks
     for part in parts:
         blocks[part] = Block(producer.node, producer.axis, len(rows))
         rows += surgery.channels(part)
-    return rows + others, blocks
+    return rows + sorted(others), blocks
+
+
+def _packed_by_head(surgery: Surgery, producer: Producer, parts: list[Part]) -> tuple[list[int], dict[Part, Block]]:
+    """`[h0: q k v | h1: q k v | ..]`: the parts of a head next to each other."""
+    stride = width_of(parts)
+    blocks = {}
+    offset = 0
+    for part in parts:
+        blocks[part] = Block(producer.node, producer.axis, offset, stride)
+        offset += part.size
+    rows: list[int] = []
+    for head in range(surgery.role(parts[0].letter).num_heads):
+        for part in parts:
+            rows += surgery.role(part.letter).channels[head][part.start : part.stop]
+    return rows, blocks
 
 
 def _head_by_head(surgery: Surgery, producer: Producer, letters: list[str]) -> bool:
@@ -89,16 +95,19 @@ def _head_by_head(surgery: Surgery, producer: Producer, letters: list[str]) -> b
     Where the host does, products over heads need no copy of strided operands; where V is put together from parts of
     this projection, neighbors need no concatenation.
     """
-    roles = [surgery.role(letter) for letter in letters]
-    if len({role.num_heads for role in roles}) != 1:
+    roles = list(map(surgery.role, letters))
+    num_heads = roles[0].num_heads
+    if any(role.num_heads != num_heads for role in roles):
         return False
+    # V is made of several parts of this projection.
     if sum(part.letter in letters for part in surgery.value) > 1:
         return True
-    width = producer.channels // roles[0].num_heads
-    return all(
-        {channel // width for role in roles for channel in role.channels[head]} == {head}
-        for head in range(roles[0].num_heads)
-    )
+    width = producer.channels // num_heads
+    for role in roles:
+        for head, channels in enumerate(role.channels):
+            if min(channels) < head * width or max(channels) >= (head + 1) * width:
+                return False
+    return True
 
 
 def _value_together(surgery: Surgery, parts: list[Part]) -> list[Part]:
@@ -108,33 +117,35 @@ def _value_together(surgery: Surgery, parts: list[Part]) -> list[Part]:
 
 
 def _removal(producer: Producer) -> list[KeepRows | Remove]:
+    # Where a bias is added after the call, `node` is that addition, and the projection itself comes before it.
     node = producer.chain[-1] if producer.bias else producer.node
-    edits: list[KeepRows | Remove] = []
     if node.op == "call_module" or producer.chain[0].op == "call_module":
-        edits.append(Remove(producer.fqn))
+        name = producer.fqn
     else:
-        edits.append(Remove(producer.weight.rpartition(".")[0] or producer.weight))
-    return edits + [Remove(str(piece.node.target)) for piece in producer.bias if piece.node.op == "get_attr"]
+        # F.linear on a parameter: the Linear that holds it goes as a whole, where there is one.
+        name = producer.weight.rpartition(".")[0] or producer.weight
+    edits: list[KeepRows | Remove] = [Remove(name)]
+    for piece in producer.bias:
+        if piece.node.op == "get_attr":
+            edits.append(Remove(str(piece.node.target)))
+    return edits
 
 
 def _narrow_bias(surgery: Surgery, producer: Producer, rows: list[int]) -> bool:
     """Put a concatenated bias together from the rows that stay."""
     if not producer.bias:
         return False
-    runs: list[tuple[BiasPiece, list[int]]] = []
-    for row in rows:
-        piece = next(piece for piece in producer.bias if piece.start <= row < piece.stop)
-        if not runs or runs[-1][0] is not piece:
-            runs.append((piece, []))
-        runs[-1][1].append(row - piece.start)
-    if len({id(piece) for piece, _ in runs}) != len(runs):
-        raise TraceError(f"the bias of {producer.fqn} mixes q, k and v in a way that cannot be taken apart")
-    kept = [piece.node for piece, _ in runs]
+    runs = _bias_runs(producer, rows)
+    kept, gone = [], []
     for piece, local in runs:
+        kept.append(piece.node)
+        # A piece that stays whole, and in its order, needs no edit; zeros that are made on the fly have no rows.
         if piece.node.op == "get_attr" and local != list(range(piece.stop - piece.start)):
             surgery.edits.append(KeepRows((str(piece.node.target),), (), tuple(local)))
-    gone = [piece.node for piece in producer.bias if piece.node not in kept and piece.node.op == "get_attr"]
-    surgery.edits += [Remove(str(node.target)) for node in gone]
+    for piece in producer.bias:
+        if piece.node not in kept and piece.node.op == "get_attr":
+            surgery.edits.append(Remove(str(piece.node.target)))
+            gone.append(piece.node)
     _rebase_zeros(kept, gone)
     old = _bias_argument(producer)
     with surgery.graph.inserting_before(producer.node):
@@ -145,19 +156,47 @@ def _narrow_bias(surgery: Surgery, producer: Producer, rows: list[int]) -> bool:
     return True
 
 
+def _bias_runs(producer: Producer, rows: list[int]) -> list[tuple[BiasPiece, list[int]]]:
+    """The pieces of a bias that the rows come from, in their new order, each with its own rows that stay.
+
+    Raises:
+        TraceError: a piece would have to be taken apart.
+    """
+    runs: list[tuple[BiasPiece, list[int]]] = []
+    for row in rows:
+        piece = _piece_of(producer, row)
+        if not runs or runs[-1][0] is not piece:
+            runs.append((piece, []))
+        runs[-1][1].append(row - piece.start)
+    # A piece that comes up twice would have to be cut in two, and is one parameter.
+    if len({piece.start for piece, _ in runs}) != len(runs):
+        raise TraceError(f"the bias of {producer.fqn} mixes q, k and v in a way that cannot be taken apart")
+    return runs
+
+
+def _piece_of(producer: Producer, row: int) -> BiasPiece:
+    """The piece of a concatenated bias that a row comes from."""
+    return next(piece for piece in producer.bias if piece.start <= row < piece.stop)
+
+
 def _rebase_zeros(kept: list[fx.Node], gone: list[fx.Node]) -> None:
     """`zeros_like(v_bias)` for K's missing bias: take the size from a bias that stays."""
     for node in kept:
-        sources = [source for source in node.all_input_nodes if source in gone]
-        for source in sources:
-            size = source.meta["value"].shape
-            other = next((n for n in kept if n.op == "get_attr" and n.meta["value"].shape == size), None)
+        for source in node.all_input_nodes:
+            if source not in gone:
+                continue
+            other = _parameter_of_size(kept, source.meta["value"].shape)
             if other is None:
                 raise TraceError(f"the bias {source.target} is needed for its size and cannot be dropped")
             node.replace_input_with(source, other)
 
 
+def _parameter_of_size(nodes: list[fx.Node], size: torch.Size) -> fx.Node | None:
+    return next((node for node in nodes if node.op == "get_attr" and node.meta["value"].shape == size), None)
+
+
 def _bias_argument(producer: Producer) -> fx.Node:
+    # The bias itself, or what the host joins the pieces with; another input is the tokens.
     pieces = {piece.node for piece in producer.bias}
     for argument in producer.node.all_input_nodes:
         if argument in pieces or (argument.target is torch.cat and set(argument.all_input_nodes) <= pieces):

@@ -7,33 +7,17 @@ from torch import fx
 from armour_surgery.modes import Mode
 from armour_surgery.rewrite.add_grouped_projection_pass import AddGroupedProjectionPass
 from armour_surgery.rewrite.contract import Part, Pass, Surgery, parts_of, run_passes
-from armour_surgery.rewrite.edits import AddGrouped, Edit, KeepRows, apply_edits, edited_names, removed_name
-from armour_surgery.rewrite.emit import ArmourAttention, Variant, make_class, render, write_forward
+from armour_surgery.rewrite.edits import AddGrouped, Edit
 from armour_surgery.rewrite.mask_diagonal_pass import MaskDiagonalPass
 from armour_surgery.rewrite.narrow_heads_pass import NarrowHeadsPass
 from armour_surgery.rewrite.narrow_projections_pass import NarrowProjectionsPass
 from armour_surgery.rewrite.remove_dead_nodes_pass import RemoveDeadNodesPass
-from armour_surgery.rewrite.residual import Share, residual
+from armour_surgery.rewrite.residual import Share
 from armour_surgery.rewrite.restore_channels_pass import RestoreChannelsPass
 from armour_surgery.rewrite.share_roles_pass import ShareRolesPass
 from armour_surgery.traced import Results, TracedSite
 
-__all__ = [
-    "AddGrouped",
-    "ArmourAttention",
-    "Edit",
-    "KeepRows",
-    "Rewritten",
-    "Variant",
-    "apply_edits",
-    "edited_names",
-    "make_class",
-    "removed_name",
-    "render",
-    "residual",
-    "rewrite",
-    "write_forward",
-]
+__all__ = ["Rewritten", "rewrite"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +54,8 @@ def rewrite(traced: TracedSite, mode: Mode, rank: int | None = None, results: Re
         value=parts_of(mode.value, "v", sizes),
         results=results,
     )
+    # The order matters: a grouped projection starts from V's while that is whole, roles are shared among what is left
+    # of the projections, and only at the end is it known what nothing reads any more.
     passes: list[Pass] = [
         AddGroupedProjectionPass(),
         NarrowProjectionsPass(),
@@ -85,6 +71,7 @@ def rewrite(traced: TracedSite, mode: Mode, rank: int | None = None, results: Re
 
 def _shares(surgery: Surgery) -> list[Share]:
     """For K and V, where they changed: the rows they had and the rows that serve now."""
+    # A grouped projection starts from rows of V's, and is told by them: a part does not know its edit.
     grouped = {edit.rows: edit for edit in surgery.edits if isinstance(edit, AddGrouped)}
     shares = []
     for letter, parts in (("k", surgery.key), ("v", surgery.value)):
@@ -93,11 +80,12 @@ def _shares(surgery: Surgery) -> list[Share]:
             continue
         filled = 0
         for part in parts:
-            rows = tuple(c for head in role.channels for c in head[filled : filled + part.size])
+            replaced = Part(letter, filled, filled + part.size)
             filled += part.size
+            rows = tuple(surgery.channels(replaced))
             source = tuple(surgery.channels(part))
-            edit = grouped.get(source)
             weight = surgery.role(part.letter).producer.weight
+            edit = grouped.get(source)
             groups, shuffle = (edit.groups, edit.shuffle) if edit else (1, False)
             shares.append(Share(role.producer.weight, rows, weight, source, groups, shuffle))
     return shares

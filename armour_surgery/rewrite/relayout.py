@@ -3,6 +3,7 @@
 No size of a batch or a token axis is ever written down, so the emitted code runs at any of them.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,22 +16,19 @@ Step = tuple[str, tuple[Any, ...]]  # a tensor method and its arguments
 
 def block_layout(rank: int, axis: int) -> Layout:
     """The layout of a projection's own output: `[.., H * d, ..]` with the channels at `axis`."""
-    return tuple(("h", "j") if number == axis % rank else (number,) for number in range(rank))
+    axes: list[tuple[Atom, ...]] = [(number,) for number in range(rank)]
+    axes[axis] = ("h", "j")
+    return tuple(axes)
 
 
 def separate(layout: Layout) -> Layout:
     """The same order of atoms with heads and dimensions on axes of their own; empty axes are gone."""
     axes: list[tuple[Atom, ...]] = []
     for atoms in layout:
-        run: list[Atom] = []
-        for atom in atoms:
-            if isinstance(atom, str):
-                axes += [tuple(run)] if run else []
-                axes.append((atom,))
-                run = []
-            else:
-                run.append(atom)
-        axes += [tuple(run)] if run else []
+        # Axes of a batch or of tokens that the host merged stay merged: their sizes are not known.
+        for is_ours, group in itertools.groupby(atoms, key=lambda atom: isinstance(atom, str)):
+            run = tuple(group)
+            axes += [(atom,) for atom in run] if is_ours else [run]
     return tuple(axes)
 
 
@@ -44,10 +42,11 @@ def _unmerge(layout: Layout, sizes: dict[Atom, int]) -> tuple[list[Step], Layout
             continue
         pieces = list(separate((atoms,)))
         if len(pieces) > 1:
-            unknown = [piece for piece in pieces if not isinstance(piece[0], str)]
-            if len(unknown) > 1:
+            # Atoms with a size are ours: heads and dimensions.
+            lengths = tuple(sizes.get(piece[0], -1) for piece in pieces)
+            # torch works out one size that is not given, and no more.
+            if lengths.count(-1) > 1:
                 return None
-            lengths = tuple(sizes[piece[0]] if isinstance(piece[0], str) else -1 for piece in pieces)
             steps.append(("unflatten", (len(axes), lengths)))
         axes += pieces
     return steps, tuple(axes)
@@ -59,13 +58,13 @@ def _merge_runs(axes: Layout, wanted: Layout) -> tuple[list[Step], Layout] | Non
     current = list(axes)
     for atoms in wanted:
         if len(atoms) > 1 and atoms not in current:
-            singles = [(atom,) for atom in atoms]
-            starts = [i for i in range(len(current)) if current[i : i + len(singles)] == singles]
-            if not starts:
+            start = current.index(atoms[:1]) if atoms[:1] in current else len(current)
+            stop = start + len(atoms)
+            # They must be neighbors and in order, or flattening them would be a copy.
+            if current[start:stop] != [(atom,) for atom in atoms]:
                 return None
-            start = starts[0]
-            steps.append(("flatten", (start, start + len(singles) - 1)))
-            current[start : start + len(singles)] = [atoms]
+            steps.append(("flatten", (start, stop - 1)))
+            current[start:stop] = [atoms]
     return steps, tuple(current)
 
 
@@ -74,6 +73,7 @@ def _permutation(order: Sequence[int]) -> list[Step]:
     if not moved:
         return []
     if len(moved) == 2:
+        # What a person would write.
         return [("transpose", (moved[0], moved[1]))]
     return [("permute", tuple(order))]
 
@@ -95,7 +95,7 @@ def relayout(source: Layout, target: Layout, sizes: dict[Atom, int]) -> list[Ste
         return None
     steps = steps + merged[0]
     axes = merged[1]
-    steps += _permutation([axes.index(axis) for axis in wanted])
+    steps += _permutation(list(map(axes.index, wanted)))
     for position, atoms in enumerate(target):
         pieces = len(separate((atoms,)))
         if pieces == 0:
@@ -110,10 +110,13 @@ def arrange(source: Layout, target: Layout, sizes: dict[Atom, int]) -> list[Step
     steps = relayout(source, target, sizes)
     if steps is not None:
         return steps
-    steps = relayout(source, tuple((atom,) for atoms in target for atom in atoms), sizes)
+    apart = tuple((atom,) for atom in itertools.chain.from_iterable(target))
+    steps = relayout(source, apart, sizes)
     if steps is None:
         return None
     for position, atoms in enumerate(target):
-        if len(atoms) != 1:
-            steps.append(("flatten", (position, position + len(atoms) - 1)) if atoms else ("unsqueeze", (position,)))
+        if not atoms:
+            steps.append(("unsqueeze", (position,)))
+        elif len(atoms) > 1:
+            steps.append(("flatten", (position, position + len(atoms) - 1)))
     return steps

@@ -1,7 +1,7 @@
 """Take out what nothing reads any more, and put the rest back in order."""
 
+import itertools
 import operator
-from collections.abc import Collection
 
 from torch import fx
 
@@ -9,28 +9,17 @@ from armour_surgery.errors import TraceError
 from armour_surgery.rewrite.contract import Surgery
 from armour_surgery.rewrite.edits import KeepRows, Remove
 
-__all__ = ["RemoveDeadNodesPass", "erase_unused"]
-
+__all__ = ["RemoveDeadNodesPass", "erase_unused", "unread_nodes"]
 
 _READS = (getattr, operator.getitem)  # reading a size that is not used has no effect
-
-
 _HARMLESS = ("dtype", "device")  # what stays true of a tensor with fewer rows
-
-
-def erase_unused(graph: fx.Graph, kept: Collection[fx.Node]) -> None:
-    """Remove nodes that lost their last user; those in `kept` never had one, and may act by side effect."""
-    # From the end, so that a node goes before what only it has read.
-    for node in reversed(list(graph.nodes)):
-        if not node.users and node not in kept and node.op not in ("placeholder", "output"):
-            graph.erase_node(node)
 
 
 class RemoveDeadNodesPass:
     """Remove nodes that lost their last user in this surgery (what never had one may act by side effect: it stays)."""
 
     def __init__(self, graph: fx.Graph) -> None:
-        self.unused = {node for node in graph.nodes if not node.users}
+        self.acting = {node for node in unread_nodes(graph) if node.target not in _READS}
 
     def requires(self, surgery: Surgery) -> None:
         """Nothing: any graph can be cleaned."""
@@ -38,7 +27,7 @@ class RemoveDeadNodesPass:
     def __call__(self, surgery: Surgery) -> bool:
         """Remove and reorder."""
         before = str(surgery.graph)
-        erase_unused(surgery.graph, {node for node in self.unused if node.target not in _READS})
+        erase_unused(surgery.graph, self.acting)
         _mend_order(surgery.graph)
         return str(surgery.graph) != before
 
@@ -51,27 +40,46 @@ class RemoveDeadNodesPass:
         surgery.graph.lint()
         gone = {edit.name for edit in surgery.edits if isinstance(edit, Remove)}
         for node in surgery.graph.nodes:
-            target = str(node.target)
-            if node.op in ("get_attr", "call_module") and any(
-                target == name or target.startswith(f"{name}.") for name in gone
-            ):
-                raise TraceError(f"its forward also uses {target} for something other than attention")
+            if node.op in ("get_attr", "call_module") and not gone.isdisjoint(_with_owners(str(node.target))):
+                raise TraceError(f"its forward also uses {node.target} for something other than attention")
         _refuse_other_readers(surgery)
+
+
+def unread_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """What nothing reads, to be asked before passes run: if a host calls it all the same, it acts by side effect."""
+    return {node for node in graph.nodes if not node.users}
+
+
+def erase_unused(graph: fx.Graph, acting: set[fx.Node]) -> None:
+    """Remove what nothing reads, from the end on; `acting` are nodes that stay: nothing ever read them."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node not in acting and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)
+
+
+def _with_owners(name: str) -> list[str]:
+    """A name, and those of the modules that it lies in: `attn.q.weight`, `attn.q`, `attn`."""
+    names = []
+    while name:
+        names.append(name)
+        name = name.rpartition(".")[0]
+    return names
 
 
 def _refuse_other_readers(surgery: Surgery) -> None:
     """Rows may only go from tensors that nobody but the projection itself reads."""
-    chains = {node for producer in surgery.producers() for node in producer.chain}
+    chains: set[fx.Node] = set()
+    for producer in surgery.producers():
+        chains.update(producer.chain)
     for edit in surgery.edits:
-        names = set(edit.tensors) if isinstance(edit, KeepRows) else set()
+        if not isinstance(edit, KeepRows):
+            continue
+        owners = set(itertools.chain.from_iterable(map(_with_owners, edit.tensors))).difference(edit.tensors)
         for node in surgery.graph.nodes:
             target = str(node.target)
-            if node.op == "get_attr" and target in names:
-                # A concatenated bias is read by the concatenation, which the projection reads.
-                users = [user for user in node.users if not (user.target is getattr and user.args[1] in _HARMLESS)]
-                readers = {user for reader in users for user in ([reader] if reader in chains else reader.users)}
-                alone = readers <= chains
-            elif node.op == "call_module" and any(name.startswith(f"{target}.") for name in names):
+            if node.op == "get_attr" and target in edit.tensors:
+                alone = _readers(node, chains) <= chains
+            elif node.op == "call_module" and target in owners:
                 alone = node in chains
             else:
                 continue
@@ -79,8 +87,19 @@ def _refuse_other_readers(surgery: Surgery) -> None:
                 raise TraceError(f"its forward also uses {target} for something other than attention")
 
 
+def _readers(tensor: fx.Node, chains: set[fx.Node]) -> set[fx.Node]:
+    """What reads a parameter's rows: its users, and those of a concatenation, which a bias may go through first."""
+    readers: set[fx.Node] = set()
+    for user in tensor.users:
+        if user.target is getattr and user.args[1] in _HARMLESS:
+            continue
+        readers.update([user] if user in chains else user.users)
+    return readers
+
+
 def _mend_order(graph: fx.Graph) -> None:
     """Move every node that is read before it is computed to right before its first reader."""
+    # Views stand where K's or V's own were; the projection that they read now, Q's, may come later in the host's code.
     done: set[fx.Node] = set()
 
     def place_inputs(node: fx.Node, reader: fx.Node) -> None:

@@ -30,11 +30,12 @@ def residual(module: nn.Module, shares: list[Share]) -> float | None:
     """`||W_old - W_new||_F / ||W_old||_F` over all shared roles of a site, before its surgery; None without weights."""
     lost = total = 0.0
     for share in shares:
-        old, new = (module.get_parameter(name).detach() for name in (share.old, share.new))
+        old, new = module.get_parameter(share.old).detach(), module.get_parameter(share.new).detach()
         if old.is_meta:
             return None
         first = old[list(share.old_rows)].double()
         second = new[list(share.new_rows)].double()
+        # A grouped projection reads a slice of the input in each row: outside of it, its weight counts as zero.
         if share.groups > 1:
             group = group_of_output(len(share.new_rows), share.groups, share.shuffle)
             slices = torch.nn.functional.one_hot(group, share.groups).double().to(second.device)

@@ -32,12 +32,17 @@ class RestoreChannelsPass:
         if is_expressible(surgery):
             return False
         places = _new_places(surgery)
-        touched = [p for p in surgery.producers() if _old_places(surgery, p, places) != _identity(p)]
+        modified = False
         created: set[fx.Node] = set()
-        for producer in touched:
-            whole = _lay_out(surgery, producer, _old_places(surgery, producer, places), created)
+        for producer in surgery.producers():
+            wanted = _old_places(surgery, producer, places)
+            if wanted == _identity(producer):
+                continue
+            whole = _lay_out(surgery, producer, wanted, created)
+            # The new nodes read the projection itself, or they would read their own result.
             producer.node.replace_all_uses_with(whole, delete_user_cb=lambda user: user not in created)
-        return bool(touched)
+            modified = True
+        return modified
 
     def ensures(self, surgery: Surgery) -> None:
         """Every place that was read exists."""
@@ -51,17 +56,17 @@ class RestoreChannelsPass:
 
 def _lay_out(surgery: Surgery, producer: Producer, places: list[Place], created: set[fx.Node]) -> fx.Node:
     """Concatenate the runs of channels that `places` consists of; new nodes are noted in `created`."""
+    # Neighbors are taken together: a slice for each channel would be thousands of nodes.
     runs: list[tuple[fx.Node, int, int]] = []
     for node, channel in places:
         if runs and runs[-1][0] is node and runs[-1][2] == channel:
             runs[-1] = (node, runs[-1][1], channel + 1)
         else:
             runs.append((node, channel, channel + 1))
+    pieces = []
     with surgery.graph.inserting_before(producer.node.next):
-        pieces = [
-            surgery.graph.call_method("narrow", (node, producer.axis, start, stop - start))
-            for node, start, stop in runs
-        ]
+        for node, start, stop in runs:
+            pieces.append(surgery.graph.call_method("narrow", (node, producer.axis, start, stop - start)))
         whole = surgery.graph.call_function(torch.cat, (tuple(pieces), producer.axis))
     created.update([*pieces, whole])
     return whole
@@ -79,20 +84,17 @@ def _new_places(surgery: Surgery) -> dict[tuple[str, int, int], Place]:
         block = surgery.blocks.get(part)
         for head in range(role.num_heads):
             for dimension in range(part.start, part.stop):
+                # A part without a block is where it always was: its projection keeps all channels.
+                place = (role.producer.node, role.channels[head][dimension])
                 if block is not None:
-                    index = block.channel(head, dimension - part.start, part.size)
-                    places[part.letter, head, dimension] = (block.node, index)
-                else:
-                    places[part.letter, head, dimension] = (
-                        role.producer.node,
-                        role.channels[head][dimension],
-                    )
+                    place = (block.node, block.channel(head, dimension - part.start, part.size))
+                places[part.letter, head, dimension] = place
     return places
 
 
 def _old_places(surgery: Surgery, producer: Producer, places: dict[tuple[str, int, int], Place]) -> list[Place]:
     """For each old output channel of a projection: where what the host should find there is now."""
-    found: dict[int, Place] = {}
+    wanted: dict[int, Place] = {}
     for letter in "qkv":
         role = surgery.role(letter)
         if role.producer is not producer:
@@ -101,12 +103,13 @@ def _old_places(surgery: Surgery, producer: Producer, places: dict[tuple[str, in
             filled = 0
             for part in wanted_parts(surgery, letter):
                 for offset in range(part.size):
-                    found[channels[filled + offset]] = places[part.letter, head, part.start + offset]
+                    wanted[channels[filled + offset]] = places[part.letter, head, part.start + offset]
                 filled += part.size
-    others = [channel for channel in range(producer.channels) if channel not in found]
+    others = [channel for channel in range(producer.channels) if channel not in wanted]
     now: Sequence[int] = others
     if producer.node in surgery.replaced:  # a narrowed projection keeps them behind q, k and v
         kept = kept_channels(surgery, producer)
         now = range(kept - len(others), kept)
-    found.update((channel, (producer.node, place)) for channel, place in zip(others, now, strict=True))
-    return [found[channel] for channel in range(producer.channels)]
+    for channel, place in zip(others, now, strict=True):
+        wanted[channel] = (producer.node, place)
+    return [wanted[channel] for channel in range(producer.channels)]

@@ -1,13 +1,14 @@
 """Give K and V the channels that the mode says, by views of the projections that are left."""
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import fx
 
 from armour_surgery.errors import PostconditionError, TraceError
-from armour_surgery.rewrite.contract import Block, Part, Surgery, kept_channels
+from armour_surgery.rewrite.contract import Block, Part, Surgery, kept_channels, width_of
 from armour_surgery.rewrite.relayout import block_layout, relayout, separate
 from armour_surgery.traced import Anchor, Atom, Layout, Producer
 
@@ -28,30 +29,39 @@ def is_expressible(surgery: Surgery) -> bool:
     if any(_holds_others(surgery, producer) for producer in surgery.producers()):
         return False
     for letter in "qkv":
-        role = surgery.role(letter)
         if not _touched(surgery, letter):
             continue
-        if not role.whole or any(anchor.layout is None for anchor in role.anchors):
+        role = surgery.role(letter)
+        runs = _runs(surgery, wanted_parts(surgery, letter))
+        if not role.whole or not all(_can_be_written(surgery, anchor.layout, runs) for anchor in role.anchors):
             return False
-        for anchor in role.anchors:
-            assert anchor.layout is not None
-            runs = _runs(surgery, wanted_parts(surgery, letter))
-            target = anchor.layout if len(runs) == 1 else separate(anchor.layout)
-            if any(_source(surgery, run, target) is None for run in runs):
-                return False
-            if len(runs) > 1 and relayout(separate(anchor.layout), anchor.layout, {"h": 1, "j": 1}) is None:
-                return False
     return True
+
+
+def _can_be_written(surgery: Surgery, layout: Layout | None, runs: list[Run]) -> bool:
+    """Whether views lead to an anchor's layout; several runs meet with heads and dimensions on axes of their own."""
+    if layout is None:
+        return False
+    target = layout if len(runs) == 1 else separate(layout)
+    if any(_source(surgery, run, target) is None for run in runs):
+        return False
+    # Whether it works does not depend on the sizes; those of a concatenation are known when it is written.
+    return len(runs) == 1 or relayout(target, layout, {"h": 1, "j": 1}) is not None
 
 
 def _holds_others(surgery: Surgery, producer: Producer) -> bool:
     """Whether a narrowed projection also makes channels that are none of q, k and v, such as a gate."""
-    blocks = [(part, block) for part, block in surgery.blocks.items() if block.node is producer.node]
-    ours = sum(part.size * surgery.role(part.letter).num_heads for part, _ in blocks)
-    return bool(blocks) and ours != kept_channels(surgery, producer)
+    parts = list(surgery.parts_in(producer.node))
+    return bool(parts) and sum(_widths(surgery, parts)) != kept_channels(surgery, producer)
+
+
+def _widths(surgery: Surgery, parts: Iterable[Part]) -> list[int]:
+    """How many channels each part has in all heads together."""
+    return [part.size * surgery.role(part.letter).num_heads for part in parts]
 
 
 def _touched(surgery: Surgery, letter: str) -> bool:
+    # A role that is made of its own channels is touched too where its projection lost others: they are elsewhere now.
     own = (Part(letter, 0, surgery.role(letter).head_dim),)
     return surgery.role(letter).producer.node in surgery.replaced or wanted_parts(surgery, letter) != own
 
@@ -60,23 +70,23 @@ def _runs(surgery: Surgery, parts: tuple[Part, ...]) -> list[Run]:
     """The parts of a role, neighbors in one projection taken together: one view holds them all."""
     runs: list[Run] = []
     for part in parts:
-        block = surgery.blocks.get(part)
-        last = surgery.blocks.get(runs[-1][-1]) if runs else None
-        if (
-            block
-            and last
-            and block.stride
-            and block.node is last.node
-            and block.offset == last.offset + runs[-1][-1].size
-        ):
+        if runs and _are_neighbors(surgery, runs[-1][-1], part):
             runs[-1] = (*runs[-1], part)
         else:
             runs.append((part,))
     return runs
 
 
+def _are_neighbors(surgery: Surgery, first: Part, second: Part) -> bool:
+    """Whether the second part of a head starts where the first one ends, in a projection packed head by head."""
+    before, after = surgery.blocks.get(first), surgery.blocks.get(second)
+    if before is None or after is None or not after.stride:
+        return False
+    return after.node is before.node and after.offset == before.offset + first.size
+
+
 def _sizes(surgery: Surgery, run: Run) -> dict[Atom, int]:
-    return {"h": surgery.role(run[0].letter).num_heads, "j": sum(part.size for part in run)}
+    return {"h": surgery.role(run[0].letter).num_heads, "j": width_of(run)}
 
 
 def _source(surgery: Surgery, run: Run, target: Layout) -> tuple[fx.Node, Layout] | None:
@@ -90,6 +100,7 @@ def _source(surgery: Surgery, run: Run, target: Layout) -> tuple[fx.Node, Layout
         return (block.node, layout) if relayout(layout, target, sizes) is not None else None
     if part.size != role.head_dim or role.producer.node in surgery.replaced:
         return None
+    # Of several anchors, one that has the layout already: it takes no further view.
     for anchor in sorted(role.anchors, key=lambda anchor: anchor.layout != target):
         if anchor.layout is not None and relayout(anchor.layout, target, sizes) is not None:
             return anchor.node, anchor.layout
@@ -119,8 +130,9 @@ class ShareRolesPass:
         for letter in "qkv":
             if _touched(surgery, letter):
                 for anchor in surgery.role(letter).anchors:
-                    writer.replace(anchor, wanted_parts(surgery, letter))
-                    modified = True
+                    if anchor.layout is not None:  # as `is_expressible` made sure
+                        writer.replace(anchor, anchor.layout, wanted_parts(surgery, letter))
+                        modified = True
         return modified
 
     def ensures(self, surgery: Surgery) -> None:
@@ -128,22 +140,23 @@ class ShareRolesPass:
         if not is_expressible(surgery):
             return
         for letter in "qkv":
-            for anchor in surgery.role(letter).anchors if _touched(surgery, letter) else ():
-                if (
-                    anchor.node.op != "call_module"
-                    and anchor.node is not surgery.role(letter).producer.node
-                    and anchor.node.users
-                ):
+            if not _touched(surgery, letter):
+                continue
+            role = surgery.role(letter)
+            for anchor in role.anchors:
+                # An anchor may be the projection itself, and is what the views read.
+                is_producer = anchor.node.op == "call_module" or anchor.node is role.producer.node
+                if anchor.node.users and not is_producer:
                     raise PostconditionError(f"{anchor.node.name} still feeds {list(anchor.node.users)}")
 
 
 def _refuse_writes(surgery: Surgery) -> None:
     """Views of one projection must not be written to: another role would see it."""
-    storages = {
-        anchor.node.meta["value"].untyped_storage()._cdata: letter
-        for letter in "qkv"
-        for anchor in surgery.role(letter).anchors
-    }
+    # Values are on meta and have no addresses; the storage object is what views of one tensor have in common.
+    storages: set[int] = set()
+    for letter in "qkv":
+        for anchor in surgery.role(letter).anchors:
+            storages.add(anchor.node.meta["value"].untyped_storage()._cdata)
     for node in surgery.graph.nodes:
         target = str(node.target)
         method = node.op == "call_method" and target.endswith("_") and not target.endswith("__")
@@ -162,22 +175,24 @@ class _Writer:
         self.graph = surgery.graph
         self.created: set[fx.Node] = set()
         self.contiguous: dict[fx.Node, fx.Node] = {}
+        # What each node would hold, strides included: they tell where the host's own copies have to be kept.
         self.values = _narrowed_values(surgery)
         self.split: dict[fx.Node, dict[Part, fx.Node]] = {}
         self.heads: dict[fx.Node, fx.Node] = {}
         self.written: dict[tuple[Run, Layout], fx.Node] = {}
 
-    def replace(self, anchor: Anchor, parts: tuple[Part, ...]) -> None:
-        assert anchor.layout is not None
+    def replace(self, anchor: Anchor, layout: Layout, parts: tuple[Part, ...]) -> None:
+        """Let whatever reads an anchor read these parts, in the anchor's layout."""
         runs = _runs(self.surgery, parts)
         if len(runs) == 1:
-            new = self.run(runs[0], anchor.layout, anchor.node)
+            new = self.run(runs[0], layout, anchor.node)
         else:
-            open_layout = separate(anchor.layout)
+            open_layout = separate(layout)
             pieces = tuple(self.run(run, open_layout, anchor.node) for run in runs)
+            # Counted from the end, so that it reads as in the host's code: channels are last there as a rule.
             axis = open_layout.index(("j",)) - len(open_layout)
             new = self.call(anchor.node, "cat", (pieces, axis))
-            for method, arguments in relayout(open_layout, anchor.layout, _sizes(self.surgery, parts)) or ():
+            for method, arguments in relayout(open_layout, layout, _sizes(self.surgery, parts)) or ():
                 new = self.call(anchor.node, method, (new, *arguments))
         if anchor.node.meta["value"].is_contiguous() and not self.values[new].is_contiguous():
             # The host made a copy here and may rely on it with a view; so does the replacement.
@@ -190,9 +205,10 @@ class _Writer:
     def run(self, run: Run, target: Layout, before: fx.Node) -> fx.Node:
         """One view that holds a run, in the layout that is wanted."""
         if (run, target) not in self.written:
-            found = _source(self.surgery, run, target)
-            assert found is not None
-            node, layout = found
+            source = _source(self.surgery, run, target)
+            if source is None:
+                raise PostconditionError(f"no views lead to {target} for {run}")
+            node, layout = source
             block = self.surgery.blocks.get(run[0])
             if block is not None:
                 node = self.neighbors(run, block, before) if block.stride else self.piece(run[0], block, before)
@@ -206,31 +222,32 @@ class _Writer:
         if block.node not in self.heads:
             count = self.surgery.role(run[0].letter).num_heads
             self.heads[block.node] = self.call(before, "unflatten", (block.node, block.axis, (count, block.stride)))
-        size = sum(part.size for part in run)
+        size = width_of(run)
         if size == block.stride:
             return self.heads[block.node]
-        name = run[0].letter if len(run) == 1 else "v"
+        name = run[0].letter if len(run) == 1 else "v"  # only V is ever made of several parts
         return self.call(before, "narrow", (self.heads[block.node], block.axis, block.offset, size), name)
 
     def piece(self, part: Part, block: Block, before: fx.Node) -> fx.Node:
         """The part's own channels: one of the pieces that its projection's output is split into."""
         if block.node not in self.split:
-            siblings = sorted(
-                (other for other, place in self.surgery.blocks.items() if place.node is block.node),
-                key=lambda other: self.surgery.blocks[other].offset,
-            )
-            if len(siblings) == 1:
-                self.split[block.node] = {part: block.node}
-            else:
-                widths = [other.size * self.surgery.role(other.letter).num_heads for other in siblings]
-                pieces = self.call(before, "split", (block.node, widths, block.axis))
-                self.split[block.node] = {
-                    other: self.call(before, "getitem", (pieces, index), other.letter)
-                    for index, other in enumerate(siblings)
-                }
+            self.split[block.node] = self.split_up(block, before)
         return self.split[block.node][part]
 
+    def split_up(self, block: Block, before: fx.Node) -> dict[Part, fx.Node]:
+        """All parts of the projection that a block is in; one that holds a single part needs no split."""
+        places = self.surgery.parts_in(block.node)
+        siblings = sorted(places, key=lambda part: places[part].offset)
+        if len(siblings) == 1:
+            return {siblings[0]: block.node}
+        pieces = self.call(before, "split", (block.node, _widths(self.surgery, siblings), block.axis))
+        nodes: dict[Part, fx.Node] = {}
+        for index, part in enumerate(siblings):
+            nodes[part] = self.call(before, "getitem", (pieces, index), part.letter)
+        return nodes
+
     def call(self, before: fx.Node, method: str, arguments: tuple[object, ...], name: str | None = None) -> fx.Node:
+        """Write one call; `name` is what generated code calls its result, where nothing else has that name yet."""
         functions = {"cat": torch.cat, "getitem": operator.getitem}
         with self.graph.inserting_before(before):
             if method in functions:
@@ -251,15 +268,14 @@ class _Writer:
 def _narrowed_values(surgery: Surgery) -> dict[fx.Node, Any]:
     """What every node held in the recorded call, narrowed projections with the channels that they have now."""
     values = {node: node.meta.get("value") for node in surgery.graph.nodes}
+    widths: dict[fx.Node, int] = {}
     for producer in surgery.producers():
-        blocks = [(part, block) for part, block in surgery.blocks.items() if block.node is producer.node]
-        if blocks:
-            shape = list(producer.node.meta["value"].shape)
-            shape[producer.axis] = kept_channels(surgery, producer)
-            values[producer.node] = producer.node.meta["value"].new_empty(shape)
+        widths[producer.node] = kept_channels(surgery, producer)
     for part, block in surgery.blocks.items():
-        if block.node not in {producer.node for producer in surgery.producers()}:
-            shape = list(block.node.meta["value"].shape)
-            shape[block.axis] = part.size * surgery.role(part.letter).num_heads
-            values[block.node] = block.node.meta["value"].new_empty(shape)
+        # What is no old projection is a grouped one, which makes one part.
+        width = widths.setdefault(block.node, part.size * surgery.role(part.letter).num_heads)
+        old = block.node.meta["value"]
+        shape = list(old.shape)
+        shape[block.axis] = width
+        values[block.node] = old.new_empty(shape)
     return values
