@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from armour_surgery.errors import TraceError, UsageError
-from armour_surgery.records import AttentionSite, Projection
+from armour_surgery.records import AttentionSite
 
 __all__ = ["AUTO", "MODES", "Mode", "choose", "choose_rank", "get_mode", "judge"]
 
@@ -38,8 +38,8 @@ class Mode:
 
 def _same_tokens(site: AttentionSite, a: str, b: str) -> str | None:
     # Modes judge sites that were followed alone: these have all three projections.
-    first: Projection = getattr(site, a)
-    second: Projection = getattr(site, b)
+    first = site.projections[a]
+    second = site.projections[b]
     letters = f"{a.upper()} and {b.upper()}"
     if first.tokens != second.tokens:
         if site.kind == "downsampling":
@@ -56,8 +56,8 @@ def _same_tokens(site: AttentionSite, a: str, b: str) -> str | None:
 
 
 def _same_size(site: AttentionSite, a: str, b: str, hint: str) -> str | None:
-    first: Projection = getattr(site, a)
-    second: Projection = getattr(site, b)
+    first = site.projections[a]
+    second = site.projections[b]
     if first.head_dim != second.head_dim:
         return (
             f"{a.upper()} has {first.head_dim} channels a head and {b.upper()} has {second.head_dim}; "
