@@ -73,14 +73,6 @@ class Runner(nn.Module):
             handles.append(modules[fqn].register_forward_hook(keep))
         return handles
 
-    def cut(self, fqns: Sequence[str]) -> list[RemovableHandle]:
-        """Let no gradient leave those modules by their inputs, until the handles are removed."""
-
-        def detached(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
-
-        return [self.model.get_submodule(fqn).register_forward_pre_hook(detached, with_kwargs=True) for fqn in fqns]
-
     def watch_input(self, fqn: str, tell: Callable[[Tensor], None]) -> RemovableHandle:
         """Tell what goes into a module each time that it is called, until the handle is removed."""
 
