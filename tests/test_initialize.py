@@ -19,9 +19,9 @@ from armour_surgery.initialize.batches import Batches
 from armour_surgery.initialize.closed_form import Head, joint_svd, loss, make_metric, refit_output
 from armour_surgery.initialize.freedom import Freedom, probe
 from armour_surgery.initialize.moments import Regression
-from armour_surgery.initialize.reconstruct import relative_error
 from armour_surgery.initialize.stream import learned_tokens
 from armour_surgery.initialize.walk import Store, Walk, units_of
+from armour_surgery.measure.token_error import token_error
 from armour_surgery.surgery.conversion import surgery_of
 from armour_surgery.surgery.operation import Operation, prepare
 
@@ -235,9 +235,9 @@ def test_a_token_of_weight_n_errs_like_n_tokens() -> None:
     torch.manual_seed(0)
     wanted, got = torch.randn(2, 3, 5, 7, dtype=torch.float64)
     times = torch.tensor([3, 1, 2, 1, 4])
-    repeated = relative_error(got.repeat_interleave(times, 1), wanted.repeat_interleave(times, 1))
-    torch.testing.assert_close(relative_error(got, wanted, lambda count: times[:count, None]), repeated)
-    assert not torch.isclose(relative_error(got, wanted), repeated)
+    repeated = token_error(got.repeat_interleave(times, 1), wanted.repeat_interleave(times, 1))
+    torch.testing.assert_close(token_error(got, wanted, times[:, None]), repeated)
+    assert not torch.isclose(token_error(got, wanted), repeated)
 
 
 @settings(max_examples=25, deadline=None)

@@ -33,13 +33,13 @@ from armour_surgery.errors import (
     UsageError,
 )
 from armour_surgery.images.sources import Pictures
+from armour_surgery.measure.token_error import token_error
 from armour_surgery.recover import checkpoint
 from armour_surgery.recover.distillation import (
     Objective,
     learned_weights,
     relative_error,
     soft_distillation,
-    token_error,
 )
 from armour_surgery.recover.distributed import Process
 from armour_surgery.recover.recipe import LossPart, OptimizerPart, Recipe, SchedulePart
