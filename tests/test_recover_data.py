@@ -19,6 +19,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 
 from armour_surgery.errors import DataError, UsageError
 from armour_surgery.hosts.preprocessing import Preprocessing
+from armour_surgery.images.for_calibration import calibration_batches
 from armour_surgery.images.sources import (
     Pictures,
     Stream,
@@ -126,6 +127,20 @@ def test_any_layout_does_where_no_labels_are_needed(tmp_path: Path) -> None:
     assert [Path(pictures.name(i)).name for i in range(len(pictures))] == ["a.png", "b.jpg"]
     assert pictures.read(0)[1] == -1
     assert not has_split(str(tmp_path), "val", None)
+
+
+@pytest.mark.parametrize(("link", "target"), [("ant/up", "ant"), ("ant/up", "."), ("up", "."), ("up", "..")])
+def test_a_photo_beside_a_link_to_its_parent_counts_once(tmp_path: Path, link: str, target: str) -> None:
+    root = by_class(tmp_path / "photos", {"ant": 2, "bee": 3})
+    (root / link).symlink_to(root / target)
+    assert len(opened(root, labelled=False)) == 5
+    pictures = opened(root)
+    assert pictures.classes == ("ant", "bee")
+    assert [pictures.read(i)[1] for i in range(len(pictures))] == [0, 0, 1, 1, 1]
+    # Calibration shows every photo as it is before crops of those seen before, which no other photo equals.
+    (shown,) = calibration_batches(str(root), PREP, images=6)
+    photos = torch.stack([PREP.tensor(pictures.read(i)[0]) for i in range(5)]).flatten(1)
+    assert [int((photos == image.flatten()).all(1).sum()) for image in shown] == [1] * 5 + [0]
 
 
 def test_drawn_images_never_end_and_are_the_same_again() -> None:
