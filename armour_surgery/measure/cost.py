@@ -15,8 +15,6 @@ from armour_surgery.errors import ExampleInputError
 __all__ = ["CostReport", "count_folded_params", "count_macs", "count_params"]
 
 _FLOPS_PER_MAC = 2
-# What torch's counter calls the whole.
-_TOTAL = "Global"
 
 
 @dataclass(frozen=True)
@@ -72,12 +70,13 @@ def count_macs(model: nn.Module, example: Mapping[str, Tensor]) -> CostReport:
         flops = _run(copy, {name: value.to("meta") for name, value in example.items()})
     except Exception:
         flops = _run_on_zeros(model, example)
-    by_module = {}
-    for name, count in flops.items():
-        if name != _TOTAL and count:
-            # A name arrives as the class of the model, a dot, and the fqn.
-            by_module[name.partition(".")[2]] = _per_image(count, batch_size)
-    return CostReport(_per_image(flops.get(_TOTAL, 0), batch_size), by_module, batch_size)
+    # A name arrives as the class of the model, a dot, and the fqn.
+    by_module = {name.partition(".")[2]: count for name, count in flops.items() if name != "Global"}
+    return CostReport(
+        macs=_per_image(flops.get("Global", 0), batch_size),
+        by_module={name: _per_image(count, batch_size) for name, count in by_module.items() if count},
+        batch_size=batch_size,
+    )
 
 
 def _per_image(flops: int, batch_size: int) -> int:
