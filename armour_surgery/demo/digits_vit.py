@@ -30,6 +30,7 @@ def load_digits_vit() -> nn.Module:
     from armour_surgery.hosts import build
 
     model = build(digits_source())
+    # The file holds float16, to keep the package small; the CPU is made for float32.
     weights = {name: tensor.float() for name, tensor in load_file(WEIGHTS).items()}
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval()

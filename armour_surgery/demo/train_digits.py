@@ -75,13 +75,17 @@ def augment(images: Tensor) -> Tensor:
         [zoom * angle.cos(), -zoom * angle.sin(), shift[0], zoom * angle.sin(), zoom * angle.cos(), shift[1]]
     )
     grid = F.affine_grid(affine.T.reshape(count, 2, 3), list(images.shape), align_corners=False)
+    # Paper is -1, and what grid_sample adds around an image is 0: shifted by one, the two are the same.
     return F.grid_sample(images + 1, grid, padding_mode="zeros", align_corners=False) - 1
 
 
 def train(model: nn.Module, x: Tensor, y: Tensor) -> None:
     """Train in place: AdamW, linear warm-up, cosine to zero, weight decay on matrices only."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim > 1 and name not in TOKENS]
-    vectors = [p for name, p in model.named_parameters() if p.ndim == 1 or name in TOKENS]
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        group = matrices if parameter.ndim > 1 and name not in TOKENS else vectors
+        group.append(parameter)
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}],
         lr=PEAK_RATE,
@@ -114,6 +118,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the folder to write the two files to")
     out: Path = parser.parse_args().out
 
+    # With more threads sums are taken in another order, and the file is another one.
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(SEED)

@@ -13,27 +13,39 @@ SUFFIXES = frozenset(
 
 
 def pictures_by_folder(root: Path) -> list[tuple[Path, list[str]]]:
-    """Each folder at or below `root` and the names of the images in it, in a fixed order. Follows links once."""
+    """Each folder at or below `root` and the names of the images in it, in a fixed order.
+
+    Links are followed, and every folder is read once. Links to a folder that `root` lies in are not followed: they lead
+    here again, and to the folders beside it, which are another class's or nobody's.
+    """
     listed: list[tuple[Path, list[str]]] = []
-    seen: set[str] = set()
+    seen = set(map(str, Path(os.path.realpath(root)).parents))
     for folder, folders, names in os.walk(root, followlinks=True):
-        # A link to a folder above leads here again, without end.
+        # Without this a link to a folder above would be followed down to the longest path that there can be.
         real = os.path.realpath(folder)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
+        # os.walk goes on into what is left in this very list, in its order.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        # Macs leave ._photo.jpg beside photo.jpg; it is no image.
-        pictures = sorted(n for n in names if not n.startswith(".") and Path(n).suffix.lower() in SUFFIXES)
+        pictures = sorted(filter(_is_image, names))
         if pictures:
             listed.append((Path(folder), pictures))
     return listed
 
 
+def _is_image(name: str) -> bool:
+    # Macs leave ._photo.jpg beside photo.jpg; it is no image.
+    return not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
+
+
 def images_below(root: Path) -> list[Path]:
     """Image files at or below a folder, in a fixed order, without hidden ones."""
-    return [folder / name for folder, names in pictures_by_folder(root) for name in names]
+    paths: list[Path] = []
+    for folder, names in pictures_by_folder(root):
+        paths += (folder / name for name in names)
+    return paths
 
 
 def open_image(path: Path) -> Image.Image:

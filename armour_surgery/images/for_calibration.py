@@ -3,6 +3,7 @@
 Everything is read when it is asked for, and nothing is kept, so memory does not grow with the number of images.
 """
 
+import enum
 import itertools
 import math
 import os
@@ -38,6 +39,24 @@ Reader = Callable[[], Image.Image]
 Pass = Callable[[np.random.Generator], Iterator[tuple[int, int, Reader]]]
 
 
+class _Share(enum.Enum):
+    """Which of a source's pictures a stream shows."""
+
+    ALL = enum.auto()
+    FITTED = enum.auto()
+    APART = enum.auto()
+
+    def has(self, number: int, count: int) -> bool:
+        """Whether picture `number` of `count` (0: not known) belongs to it: every so-many-th is set apart.
+
+        Of fewer pictures than that it is the last; a single one belongs to both.
+        """
+        period = min(APART, count or APART)
+        if self is _Share.ALL or period == 1:
+            return True
+        return (number % period == period - 1) is (self is _Share.APART)
+
+
 class CalibrationBatches(Iterator[Tensor]):
     """Float batches `[B, C, H, W]`, preprocessed, to be used once.
 
@@ -59,6 +78,7 @@ class CalibrationBatches(Iterator[Tensor]):
         return self
 
     def _check(self, stream: Iterable[object]) -> Iterator[Tensor]:
+        # An image of one pixel has one color, and is not blank for that.
         varied = math.prod(self._prep.size[1:]) == 1
         for number, item in enumerate(stream, 1):
             batch = _image_batch(item, number, self._prep)[: self._limit - self.images]
@@ -113,20 +133,7 @@ def calibration_batches(
             raise CalibrationError(f"{name} of the calibration must be {least} or more, not {value!r}")
     batches = CalibrationBatches(prep, images)
     if isinstance(source, str | os.PathLike):
-        kinds = (False, True) if apart else (None,)
-        drawn = {
-            kind: [
-                _images(part, prep, images, (seed, place), batches, kind)
-                for place, part in enumerate(_parts(os.fspath(source)))
-            ]
-            for kind in kinds
-        }
-
-        def kind_of(turn: int) -> bool | None:
-            return turn // batch_size % apart == apart - 1 if apart else None
-
-        turns = (next(drawn[kind_of(turn)][turn % len(drawn[kind_of(turn)])]) for turn in range(images))
-        return batches._begin(_stacked(turns, batch_size))
+        return batches._begin(_drawn(os.fspath(source), prep, images, batch_size, seed, apart, batches))
     if isinstance(source, Tensor):
         return batches._begin(torch.split(source, batch_size) if source.ndim == 4 else [source])
     if isinstance(source, Mapping):
@@ -136,6 +143,27 @@ def calibration_batches(
             f"calibration is {_kind(source)}; pass a folder of images, {SYNTHETIC!r}, or an iterable of image batches"
         )
     return batches._begin(source)
+
+
+def _drawn(
+    source: str, prep: Preprocessing, images: int, batch_size: int, seed: int, apart: int, tally: CalibrationBatches
+) -> Iterator[Tensor]:
+    """Batches of a source's parts in turns; every `apart`-th batch of the pictures that the others do not have."""
+    parts = _parts(source)
+
+    def streams(share: _Share) -> list[Iterator[Tensor]]:
+        # Not a generator: what is wrong with a part is said before the first image is asked for.
+        return [_images(part, prep, images, (seed, place), tally, share) for place, part in enumerate(parts)]
+
+    fitted = streams(_Share.FITTED if apart else _Share.ALL)
+    set_apart = streams(_Share.APART) if apart else []
+
+    def image(turn: int) -> Tensor:
+        batch = turn // batch_size
+        chosen = set_apart if apart and batch % apart == apart - 1 else fitted
+        return next(chosen[turn % len(chosen)])
+
+    return _stacked(map(image, range(images)), batch_size)
 
 
 def _parts(source: str) -> list[str]:
@@ -150,16 +178,16 @@ def _parts(source: str) -> list[str]:
 
 
 def _images(
-    part: str, prep: Preprocessing, images: int, seeds: tuple[int, int], tally: CalibrationBatches, apart: bool | None
+    part: str, prep: Preprocessing, images: int, seeds: tuple[int, int], tally: CalibrationBatches, share: _Share
 ) -> Iterator[Tensor]:
-    """Endless images `[C, H, W]` of one source: those kept apart, those that are not, or (None) all."""
+    """Endless images `[C, H, W]` of one part of a source; `seeds` are the seed and the part's place."""
     if part == SYNTHETIC:
         # Two streams that are both synthetic must not draw the same.
-        start = (2 * seeds[1] + bool(apart)) << 32
+        start = (2 * seeds[1] + (share is _Share.APART)) << 32
         return map(prep.normalize, synthetic_images(images, prep.size, seeds[0], start=start))
     path = Path(part).expanduser()
     if is_timm_dataset(part) and not path.exists():
-        return _photos(timm_pictures(part), part, prep, seeds, tally, apart)
+        return _photos(timm_pictures(part), part, prep, seeds, tally, share)
     if path.is_file():
         picture = path.suffix.lower() in SUFFIXES
         raise CalibrationError(
@@ -177,23 +205,23 @@ def _images(
             f"no images in {part} or below it (looked for {', '.join(sorted(SUFFIXES))}); pass another folder, or "
             f"{SYNTHETIC}"
         )
-    return _photos(partial(_files, folders), part, prep, seeds, tally, apart)
+    return _photos(partial(_files, folders), part, prep, seeds, tally, share)
 
 
 def _files(folders: list[tuple[Path, list[str]]], rng: np.random.Generator) -> Iterator[tuple[int, int, Reader]]:
     """Every file once, in random order: one of each folder, then the next of each, until all are through."""
-    numbers = itertools.accumulate((len(names) for _, names in folders), initial=0)
-    total = sum(len(names) for _, names in folders)
-    waiting = [
-        (folder, rng.permutation(len(names)), names, first)
-        for (folder, names), first in zip(folders, numbers, strict=False)
-    ]
+    waiting = []
+    total = 0
+    for folder, names in folders:
+        # `total` is the number of the folder's first file.
+        waiting.append((folder, names, rng.permutation(len(names)), total))
+        total += len(names)
     for turn in itertools.count():
         waiting = [entry for entry in waiting if turn < len(entry[1])]
         if not waiting:
             return
         for place in rng.permutation(len(waiting)):
-            folder, order, names, first = waiting[place]
+            folder, names, order, first = waiting[place]
             yield first + int(order[turn]), total, partial(open_image, folder / names[order[turn]])
 
 
@@ -203,22 +231,18 @@ def _photos(
     prep: Preprocessing,
     seeds: tuple[int, int],
     tally: CalibrationBatches,
-    apart: bool | None,
+    share: _Share,
 ) -> Iterator[Tensor]:
     """Every picture as the model sees it when it is evaluated, then random crops of them, without end."""
-    rng = np.random.default_rng(seeds if not apart else (*seeds, 1))
+    rng = np.random.default_rng((*seeds, 1) if share is _Share.APART else seeds)
     for again in itertools.count():
         readable = unreadable = 0
         reason = ""
-        for number, total, read in pictures(rng):
-            period = min(APART, total or APART)
-            if apart is not None and period > 1 and (number % period == period - 1) is not apart:
+        for number, count, read in pictures(rng):
+            if not share.has(number, count):
                 continue
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    picture = read()
-                    picture.load()
+                picture = _loaded(read)
             except Exception as error:
                 # Every image format has its own way of being damaged.
                 unreadable += 1
@@ -227,17 +251,31 @@ def _photos(
                 continue
             readable += 1
             yield prep.tensor(_random_crop(picture, prep, rng) if again else picture)
-        if not readable and not unreadable and apart:
+        if readable:
+            continue
+        if share is _Share.APART and not unreadable:
             # A stream so short that none of it was set aside.
-            apart = None
-        elif not readable:
-            problem = f"none of the {unreadable} images can be read (the last: {reason})" if unreadable else "no images"
-            raise CalibrationError(f"{name}: {problem}; copy them again, or use {SYNTHETIC}")
+            share = _Share.ALL
+            continue
+        # Another pass would end like this one, and the next, without end.
+        problem = f"none of the {unreadable} images can be read (the last: {reason})" if unreadable else "no images"
+        raise CalibrationError(f"{name}: {problem}; copy them again, or use {SYNTHETIC}")
+
+
+def _loaded(read: Reader) -> Image.Image:
+    """A picture with its pixels in memory; what Pillow warns of (odd metadata, huge images) is not the user's work."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        picture = read()
+        # Pillow decodes when pixels are asked for; damage has to show itself here.
+        picture.load()
+    return picture
 
 
 def _random_crop(picture: Image.Image, prep: Preprocessing, rng: np.random.Generator) -> Image.Image:
     """A part of the picture about as wide to high as what the model takes, mirrored half of the time."""
     _, height, width = prep.size
+    # As in training on photos: the area is uniform, and so is the logarithm of the proportions, from 3:4 to 4:3.
     area = picture.width * picture.height * rng.uniform(SMALLEST_CROP, 1)
     ratio = width / height * math.exp(rng.uniform(-1, 1) * math.log(4 / 3))
     wide = min(picture.width, max(1, round(math.sqrt(area * ratio))))

@@ -319,7 +319,7 @@ def _any_folder(root: Path) -> Pictures:
 
 def _labelled_folder(root: Path, classes: tuple[str, ...]) -> Pictures:
     """One folder per class. With `classes` their numbers are given, and no other class may appear."""
-    folders = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    folders = _class_folders(root)
     if not folders:
         raise DataError(
             f"{root} has no folders, and labels are the names of folders; sort the images into one folder per class, "
@@ -344,6 +344,17 @@ def _labelled_folder(root: Path, classes: tuple[str, ...]) -> Pictures:
     return Pictures(
         str(root), len(paths), partial(_read_file, paths, labels), lambda index: str(paths[index]), tuple(numbers)
     )
+
+
+def _class_folders(root: Path) -> list[str]:
+    """The names of the folders in `root`; a link to it or to a folder above is no class: it holds all of them."""
+    real = root.resolve()
+    above = {real, *real.parents}
+    names = []
+    for path in root.iterdir():
+        if path.is_dir() and not path.name.startswith(".") and path.resolve() not in above:
+            names.append(path.name)
+    return sorted(names)
 
 
 def check_labels(pictures: Pictures, classes: int) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from armour_surgery.errors import CalibrationError, DataError
+from armour_surgery.errors import ArmourError, CalibrationError, DataError
 from armour_surgery.hosts.hub import quiet
 
 __all__ = ["imagenet_real_labels", "is_timm_dataset", "open_timm_dataset", "open_timm_stream", "timm_pictures"]
@@ -42,20 +42,29 @@ def timm_pictures(name: str) -> Callable[[np.random.Generator], Iterator[tuple[i
             f"{name} needs the Python package {package}, which is not installed; install it, or give a folder of images"
         )
     bare, _, root = name.partition(":")
+
+    def refused(reason: str) -> CalibrationError:
+        return CalibrationError(
+            f"timm cannot open the dataset {bare} {f'in {root}' if root else 'without a folder'}: {reason}; write "
+            f"{prefix}/NAME:FOLDER, or give a folder of images"
+        )
+
+    with quiet():
+        dataset = _create(bare, root or None, "train", refused)
+    return partial(_one_pass, dataset)
+
+
+def _create(name: str, root: str | None, split: str, refused: Callable[[str], ArmourError], **options: Any) -> Any:
+    """`timm.data.create_dataset`; where it fails, `refused(reason)` is raised. Pictures keep their own color mode."""
     try:
         from timm.data import create_dataset
 
         # timm and what it imports print advice; stdout belongs to the command.
-        with quiet(), contextlib.redirect_stdout(io.StringIO()):
-            dataset = create_dataset(bare, root=root or None, split="train", input_img_mode=None)
+        with contextlib.redirect_stdout(io.StringIO()):
+            return create_dataset(name, root=root, split=split, input_img_mode=None, **options)
     except Exception as error:
         # Every kind of dataset fails in its own way, an assertion among them.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CalibrationError(
-            f"timm cannot open the dataset {bare} {f'in {root}' if root else 'without a folder'}: {reason}; write "
-            f"{prefix}/NAME:FOLDER, or give a folder of images"
-        ) from error
-    return partial(_one_pass, dataset)
+        raise refused(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 def _one_pass(dataset: Any, rng: np.random.Generator) -> Iterator[tuple[int, int, Callable[[], Image.Image]]]:
@@ -74,27 +83,20 @@ def _item(dataset: Any, index: int) -> Image.Image:
 
 
 def open_timm_dataset(name: str, root: str | None, split: str, *, training: bool, batch_size: int, seed: int) -> Any:
-    """`timm.data.create_dataset`, without its advice on stdout.
+    """A split of one of timm's datasets; `name` is empty for a folder or a .tar file of images.
 
     Raises:
         DataError: timm cannot open it; the message says why.
     """
-    from timm.data import create_dataset
 
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            options: dict[str, Any] = {} if name.startswith("torch/") else {"seed": seed, "input_img_mode": None}
-            if name.startswith("hfds/") or not name:
-                options.pop("seed", None)
-            return create_dataset(name, root=root, split=split, is_training=training, batch_size=batch_size, **options)
-    except Exception as error:
-        # Every kind of dataset fails in its own way, an assertion among them.
-        reason = " ".join(str(error).split()) or type(error).__name__
+    def refused(reason: str) -> DataError:
         where = f"{name} in {root}" if root and name else name or root
-        raise DataError(
+        return DataError(
             f"timm cannot open the {split!r} split of {where}: {reason}; "
             "write PREFIX/NAME:FOLDER, and name splits with --set data.train_split=... and data.val_split=..."
-        ) from error
+        )
+
+    return _create(name, root, split, refused, is_training=training, batch_size=batch_size, seed=seed)
 
 
 def open_timm_stream(name: str, root: str | None, split: str, *, training: bool, batch_size: int, seed: int) -> Any:

@@ -5,14 +5,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from armour_surgery.measure.token_error import token_weights
+
 __all__ = ["HELD_OUT", "Batches"]
 
 # Of every so many batches the last is held out; of fewer, the last of all.
 HELD_OUT = 8
-# What a class token holds is what a model's head looks at, and it is one among hundreds: learned tokens together count
-# like this share of the others.
-_LEARNED = 0.3
-# Batches on which alternatives are compared.
+# Batches on which alternatives are compared; of those held out, half as many.
 _TRIAL = 4
 
 
@@ -23,6 +22,7 @@ class Batches:
         self.sizes = sizes
         self.kept: list[Tensor] = []
         self.images = images  # one batch of each size: only its shape matters from the second unit on
+        # With fewer batches than that, the last one is held out all the same.
         every = min(HELD_OUT, len(sizes))
         self.held_out = [index % every == every - 1 for index in range(len(sizes))]
         self.learned: Tensor | None = None  # which tokens the first site gets whatever the image shows
@@ -31,19 +31,20 @@ class Batches:
         """How much each of an image's `count` tokens counts, `[count, 1]`; None if all count alike."""
         if self.learned is None or len(self.learned) != count:
             return None
-        each = _LEARNED * int((~self.learned).sum()) / int(self.learned.sum())
-        return torch.where(self.learned, max(each, 1.0), 1.0)[:, None]
+        return token_weights(self.learned)[:, None]
 
     def thinned(self, shape: torch.Size, offset: int, stride: int) -> tuple[Tensor, Tensor | None]:
         """Every so-many-th of the tokens `[B, N]` and all learned ones: places among `B * N`, and weights."""
-        each = self.weights(shape[1])
-        if each is None or self.learned is None:
-            return torch.arange(offset, shape[0] * shape[1], stride), None
-        places = torch.arange(shape[0] * shape[1]).reshape(shape)
+        images, count = shape
+        weights = self.weights(count)
+        if weights is None or self.learned is None:
+            return torch.arange(offset, images * count, stride), None
+        places = torch.arange(images * count).reshape(shape)
         others = places[:, ~self.learned].flatten()[offset::stride]
         learned = places[:, self.learned].flatten()
-        weights = torch.cat([torch.ones(len(others), 1), each[self.learned].repeat(shape[0], 1) / stride])
-        return torch.cat([others, learned]), weights
+        # One of the others stands for `stride` of them, and a learned token for itself.
+        of_learned = weights[self.learned].repeat(images, 1) / stride
+        return torch.cat([others, learned]), torch.cat([torch.ones(len(others), 1), of_learned])
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, bool]]:
         for index, size in enumerate(self.sizes):

@@ -26,6 +26,9 @@ __all__ = [
     "symmetric",
 ]
 
+# What stands in for a zero that divides: a head may have no logits, or no values, at all.
+_ZERO = 1e-300
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -55,16 +58,16 @@ def make_metric(moment: Tensor, centered: Tensor, damping: float = 1e-6) -> Metr
     Both are damped by `damping` times their mean diagonal, so that directions which no token took stay bounded; by more
     where sums in single precision left such directions below zero.
     """
-    size = moment.shape[0]
-    identity = torch.eye(size, dtype=torch.float64)
-    lower, failed = torch.linalg.cholesky_ex(moment + damping * moment.diagonal().mean() * identity)
+    identity = torch.eye(len(moment), dtype=torch.float64)
+    size = moment.diagonal().mean()
+    lower, failed = torch.linalg.cholesky_ex(moment + damping * size * identity)
     while int(failed) and damping < 1:
         damping *= 10
-        lower, failed = torch.linalg.cholesky_ex(moment + damping * moment.diagonal().mean() * identity)
+        lower, failed = torch.linalg.cholesky_ex(moment + damping * size * identity)
     inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
     # The last entry of a token is always 1: centered, it is 0, and a constant over keys costs nothing.
     spread, basis = torch.linalg.eigh(inverse @ centered @ inverse.T)
-    floor = damping * max(float(spread.max()), 1e-300)
+    floor = damping * max(float(spread.max()), _ZERO)
     return Metric(basis.T @ lower.T, inverse.T @ basis, spread.clamp(min=floor))
 
 
@@ -77,9 +80,9 @@ def joint_svd(head: Head, queries: Metric, keys: Metric, weight: float, rank: in
     Returns `query = value = S [H, D, r]`, `key = P [H, D, r]` about as large, `out = R [H, r, E]`: the same in whatever
     basis a head is given.
     """
-    rank = rank or head.query.shape[-1]
-    basis, both, target, right_key, small_key = _joint_target(head, queries, keys, weight)
     d = head.query.shape[-1]
+    rank = rank or d
+    basis, both, target, right_key, small_key = _joint_target(head, queries, keys, weight)
     logits = both[..., :d] @ small_key.mT
     left = torch.linalg.svd(target, full_matrices=False)[0][..., :rank]
     # Queries as large as keys: neither over- or underflows in half precision. The size is that of a product, so that
@@ -98,11 +101,12 @@ def rank_losses(head: Head, queries: Metric, keys: Metric, weight: float = 0.6) 
     The squared singular values that are left out, summed over heads.
     """
     values = torch.linalg.svdvals(_joint_target(head, queries, keys, weight)[2]).square()
-    values = values / values.sum(-1, keepdim=True).clamp(min=1e-300)
+    values = values / values.sum(-1, keepdim=True).clamp(min=_ZERO)
     tails = 1 - values.cumsum(-1)[..., : head.query.shape[-1]]
+    # Rounding can leave the last tails at or below zero, and the last one divides.
     lost = tails.clamp(min=1e-12).sum(0)
-    found: Tensor = lost / lost[-1]
-    return found
+    relative: Tensor = lost / lost[-1]
+    return relative
 
 
 def _joint_target(
@@ -110,12 +114,13 @@ def _joint_target(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The two products that share a factor, beside each other in an orthonormal basis, and what made them."""
     d = head.query.shape[-1]
+    # Products of thin matrices: in bases of their own columns the rest is d by d, and D by D is never made.
     basis, both = torch.linalg.qr(queries.whiten @ torch.cat([head.query, head.value], dim=-1))
     right_key, small_key = torch.linalg.qr(keys.spread.sqrt()[:, None] * (keys.whiten @ head.key))
     _, small_out = torch.linalg.qr(head.out.mT)
     logits = both[..., :d] @ small_key.mT
     output = both[..., d:] @ small_out.mT
-    scale = weight * _norm(logits) / _norm(output).clamp(min=1e-300)
+    scale = weight * _norm(logits) / _norm(output).clamp(min=_ZERO)
     return basis, both, torch.cat([logits, scale * output], dim=-1), right_key, small_key
 
 
@@ -136,16 +141,18 @@ def pick_columns(head: Head, count: int, queries: Metric, keys: Metric) -> Tenso
     rest = left.mT @ logits
     columns = left.mT @ (queries.whiten @ head.value)
     full = (queries.whiten @ head.value).square().sum(dim=-2)
+    # The part of a channel that lies outside of what Q spans explains nothing, and counts for its length.
     outside = (full - columns.square().sum(dim=-2)).clamp(min=0)
     order: list[Tensor] = []
     taken = torch.zeros(head.value.shape[0], head.value.shape[-1], dtype=torch.bool)
     rows = torch.arange(len(taken))
     for _ in range(count):
         length = columns.square().sum(dim=-2) + outside
-        gain = (columns.mT @ rest).square().sum(dim=-1) / length.clamp(min=1e-300)
+        gain = (columns.mT @ rest).square().sum(dim=-1) / length.clamp(min=_ZERO)
         best = gain.masked_fill(taken, -1.0).argmax(dim=-1)
         taken[rows, best] = True
         order.append(best)
+        # Gram-Schmidt: what this channel explains is taken out of the logits and of the other channels.
         unit = torch.nn.functional.normalize(columns[rows, :, best], dim=-1)[..., None]
         rest = rest - unit @ (unit.mT @ rest)
         columns = columns - unit @ (unit.mT @ columns)
@@ -170,15 +177,16 @@ def bound_values(
     target_q = queries.whiten @ head.value[..., :of_query]
     target_k = keys.whiten @ head.value[..., of_query : of_query + of_key]
     inner = (white_q.mT @ white_q) @ ((root * white_k).mT @ (root * white_k))
-    energy = inner.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].clamp(min=1e-300)
+    energy = inner.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].clamp(min=_ZERO)
     bound = target_q.square().sum((-2, -1)) + target_k.square().sum((-2, -1))
-    pull = weight**2 * energy / bound[:, None, None].clamp(min=1e-300)
+    pull = weight**2 * energy / bound[:, None, None].clamp(min=_ZERO)
     identity = torch.eye(head.query.shape[-1], dtype=torch.float64)
     # Start from the point of Q's gauge that is nearest to V.
     mix = torch.linalg.lstsq(white_q, target_q, driver="gelsd").solution if of_query else identity.expand_as(inner)
     s = white_q @ mix
     p = torch.zeros_like(white_k)
     for _ in range(steps):
+        # Where K alone is bound, queries never move, and the first keys stay the best.
         if of_query or not bool(p.any()):
             p = _keys_for(s, white_q, white_k, target_k, keys.spread, pull)
         if of_query:
@@ -199,9 +207,10 @@ def _keys_for(s: Tensor, white_q: Tensor, white_k: Tensor, target: Tensor, sprea
     if target.shape[-1]:
         right = right + pull * target
     bottom = spread[:, None] * gram[..., None, :] + drag
+    # A direction that no query takes leaves its key free; the floor keeps it bounded.
     floor = 1e-12 * bottom.amax(dim=(-2, -1), keepdim=True)
-    found: Tensor = ((right @ basis) / torch.maximum(bottom, floor)) @ basis.mT
-    return found
+    keys: Tensor = ((right @ basis) / torch.maximum(bottom, floor)) @ basis.mT
+    return keys
 
 
 def symmetric(head: Head, tokens: Metric) -> Tensor:
@@ -210,6 +219,7 @@ def symmetric(head: Head, tokens: Metric) -> Tensor:
     Of the symmetric part's eigenvalues only positive ones can be had; where fewer than d are, columns are zero.
     """
     white = (tokens.whiten @ head.query) @ (tokens.whiten @ head.key).mT
+    # eigh gives eigenvalues in ascending order: the last d are the largest.
     values, vectors = torch.linalg.eigh((white + white.mT) / 2)
     d = head.query.shape[-1]
     shared: Tensor = tokens.color @ (vectors[..., -d:] * values[..., None, -d:].clamp(min=0).sqrt())
@@ -226,10 +236,12 @@ def loss(new: Head, old: Head, queries: Metric, keys: Metric, weight: float = 1.
     def values(head: Head) -> Tensor:
         return queries.whiten @ head.value @ head.out
 
-    errors = [
-        _norm(make(new) - make(old)).square() / _norm(make(old)).square().clamp(min=1e-300) for make in (logits, values)
-    ]
-    return float((errors[0] + weight**2 * errors[1]).mean())
+    def error(got: Tensor, wanted: Tensor) -> Tensor:
+        return _norm(got - wanted).square() / _norm(wanted).square().clamp(min=_ZERO)
+
+    of_logits = error(logits(new), logits(old))
+    of_values = error(values(new), values(old))
+    return float((of_logits + weight**2 * of_values).mean())
 
 
 def _norm(matrix: Tensor) -> Tensor:

@@ -1,15 +1,14 @@
-"""Choose the weights of a converted model so that it keeps working: from its weights alone, or from images too."""
+"""Choose the weights of a converted model from the original's weights alone, by closed forms."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from armour_surgery.copies import meta_copy
-from armour_surgery.initialize.batches import HELD_OUT
-from armour_surgery.initialize.calibrate import calibrate
-from armour_surgery.initialize.closed_form import loss, make_metric
+from armour_surgery.initialize.closed_form import Head, Metric, loss, make_metric
 from armour_surgery.initialize.problem import (
     Problem,
     candidates,
@@ -20,11 +19,10 @@ from armour_surgery.initialize.problem import (
     without_biases,
     write_head,
 )
-from armour_surgery.initialize.reconstruct import reconstruct
 from armour_surgery.initialize.site import SiteResult
 from armour_surgery.initialize.weights import read_output, write_output
 
-__all__ = ["HELD_OUT", "Problem", "SiteResult", "calibrate", "from_weights", "reconstruct"]
+__all__ = ["from_weights"]
 
 
 def from_weights(
@@ -43,73 +41,105 @@ def from_weights(
     for problem in problems:
         old, new = original.get_submodule(problem.fqn), converted.get_submodule(problem.fqn)
         head = read_head(old, problem)
-        width = head.query.shape[1]
-        moment, centered = _implied_moment(original, norms.get(problem.fqn), width)
-        # Tokens of K are as wide as Q's almost everywhere; where not, nothing is known of them.
-        plain = (moment, centered)
-        other = plain if head.key.shape[1] == width else _implied_moment(original, None, head.key.shape[1])
         biases = has_biases(old, problem)
-        size = slice(None) if biases else slice(-1)
-        queries, keys = (make_metric(pair[0][size, size], pair[1][size, size]) for pair in (plain, other))
-        cut = head if biases else without_biases(head)
-        if init == "wq":
-            chosen = {"wq": truncated(problem, cut, queries, keys)}
-        else:
-            found = candidates(problem, cut, queries, keys, (1.0,))
-            chosen = {"wq-refit": found["wq-refit"]} if init == "wq-refit" else found
-        errors = {name: loss(one, cut, queries, keys) for name, one in chosen.items()}
-        name = min(errors, key=lambda one: errors[one])
-        best = chosen[name] if biases else with_biases(problem, chosen[name], head)
-        write_head(new, problem, best, (moment, other[0]))
-        if problem.out is not None and problem.narrow_out is not None and best.out.numel():
-            unit = torch.eye(best.out.shape[0] * best.out.shape[1] + 1, dtype=torch.float64)
-            write_output(new, problem.narrow_out, best.out, read_output(old, problem.out)[1], unit)
+        queries, keys = _implied_moments(original, norms.get(problem.fqn), head)
+        metrics = queries.metric(biases), keys.metric(biases)
+        fitted = head if biases else without_biases(head)
+        heads = _candidates(problem, fitted, metrics, init)
+        errors = {name: loss(candidate, fitted, *metrics) for name, candidate in heads.items()}
+        name = min(errors, key=errors.__getitem__)
+        best = heads[name] if biases else with_biases(problem, heads[name], head)
+        write_head(new, problem, best, (queries.moment, keys.moment))
+        _write_output(old, new, problem, best)
         results.append(SiteResult(problem.fqn, (errors[name] / 2) ** 0.5, (name,)))
     return results
 
 
-def _implied_moment(model: nn.Module, norm: str | None, width: int) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class _Implied:
+    """What is taken to be the moment of tokens with a last entry 1, and that of the same tokens centered."""
+
+    moment: Tensor
+    centered: Tensor
+
+    def metric(self, biases: bool) -> Metric:
+        """The metric of the tokens, with or without their last entry."""
+        size = slice(None) if biases else slice(-1)
+        return make_metric(self.moment[size, size], self.centered[size, size])
+
+
+def _candidates(problem: Problem, head: Head, metrics: tuple[Metric, Metric], init: str) -> dict[str, Head]:
+    """The weights that an init chooses from, by name."""
+    if init == "wq":
+        return {"wq": truncated(problem, head, *metrics)}
+    # Without images nothing says how much values count, so they count as much as logits.
+    heads = candidates(problem, head, *metrics, weights=(1.0,))
+    return {"wq-refit": heads["wq-refit"]} if init == "wq-refit" else heads
+
+
+def _write_output(old: nn.Module, new: nn.Module, problem: Problem, head: Head) -> None:
+    """Store a site's output projection, where it is known; its constant stays."""
+    if problem.out is None or problem.narrow_out is None or not head.out.numel():
+        return
+    heads, channels, _ = head.out.shape
+    # A BatchNorm that follows gets the statistics of white results: nothing is known of theirs.
+    white = torch.eye(heads * channels + 1, dtype=torch.float64)
+    write_output(new, problem.narrow_out, head.out, read_output(old, problem.out)[1], white)
+
+
+def _implied_moments(model: nn.Module, norm: str | None, head: Head) -> tuple[_Implied, _Implied]:
+    """Those of Q's tokens and of K's."""
+    queries = _implied_moment(model, norm, head.query.shape[1])
+    # Tokens of K are as wide as Q's almost everywhere; where not, nothing is known of them.
+    if head.key.shape[1] == head.query.shape[1]:
+        return queries, queries
+    return queries, _implied_moment(model, None, head.key.shape[1])
+
+
+def _implied_moment(model: nn.Module, norm: str | None, width: int) -> _Implied:
     """The moment of `[x 1]`, and that of x centered, for x = LayerNorm of noise; both `[width, width]`."""
     weight = torch.ones(width - 1, dtype=torch.float64)
     bias = torch.zeros_like(weight)
     if norm is not None:
         module = model.get_submodule(norm)
         weight = module.get_parameter("weight").detach().double().cpu()
+        # An RMSNorm has none.
         if isinstance(getattr(module, "bias", None), Tensor):
             bias = module.get_parameter("bias").detach().double().cpu()
     centered = torch.diag(torch.cat([weight.square(), weight.new_zeros(1)]))
     mean = torch.cat([bias, bias.new_ones(1)])
-    return centered + mean[:, None] * mean, centered
+    return _Implied(centered + mean[:, None] * mean, centered)
 
 
 def _norms_before(model: nn.Module, problems: list[Problem], run: Callable[[nn.Module], Any]) -> dict[str, str]:
     """For each site the last module that was called before it and has one weight per channel of its tokens."""
     skeleton = meta_copy(model)
     skeleton.eval()  # timm's LeViT attention returns nothing here
-    called: list[str] = []
-    found: dict[str, str] = {}
-    widths = {
-        problem.fqn: model.get_submodule(problem.fqn).get_parameter(problem.q.producer.weight).shape[1]
-        for problem in problems
-    }
+    widths: dict[str, int] = {}
+    for problem in problems:
+        weight = model.get_submodule(problem.fqn).get_parameter(problem.q.producer.weight)
+        widths[problem.fqn] = weight.shape[1]
+    called: list[tuple[str, int]] = []  # so far, with their channels
+    norms: dict[str, str] = {}
     for name, module in skeleton.named_modules():
 
         def note(child: nn.Module, _: Any, name: str = name) -> None:
             if name in widths:
-                fitting = (one for one in reversed(called) if _channels(skeleton.get_submodule(one)) == widths[name])
-                previous = next(fitting, None)
-                if previous is not None:
-                    found[name] = previous
-            called.append(name)
+                for earlier, channels in reversed(called):
+                    if channels == widths[name]:
+                        norms[name] = earlier
+                        break
+            called.append((name, _channels(child)))
 
         module.register_forward_pre_hook(note)
     with torch.no_grad():
         run(skeleton)
-    return found
+    return norms
 
 
 def _channels(module: nn.Module) -> int:
     """How many channels a normalization of tokens scales; 0 for any other module, BatchNorm among them."""
     weight = module._parameters.get("weight")
-    normalizes = weight is not None and weight.ndim == 1 and "running_mean" not in module._buffers
-    return weight.numel() if normalizes and weight is not None else 0
+    if weight is None or weight.ndim != 1 or "running_mean" in module._buffers:
+        return 0
+    return weight.numel()

@@ -1,5 +1,7 @@
 """Statistics of tokens, summed up batch by batch: what is kept does not grow with the number of images."""
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,11 @@ def with_one(inputs: Tensor) -> Tensor:
     return torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], dim=-1)
 
 
+def _nothing() -> Tensor:
+    """What a sum in float64 starts from; it takes the shape of what is added first."""
+    return torch.zeros((), dtype=torch.float64)
+
+
 def _energy(values: Tensor) -> float:
     """The sum of squares, summed in float64."""
     return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
@@ -26,34 +33,41 @@ class Moments:
 
     def __init__(self) -> None:
         self.count = 0
-        self._moment: Tensor | None = None
-        self._means: Tensor | None = None
+        self._sum = _nothing()  # of [x 1]^T [x 1]
+        self._sum_of_means = _nothing()  # of the same for each sequence's mean, once per token
 
     def add(self, inputs: Tensor) -> None:
         """Take in `inputs [B, N, D]`. Products are made in the inputs' own precision and summed in float64."""
         inputs = with_one(inputs)
         flat = inputs.flatten(0, 1)
-        moment = (flat.mT @ flat).double().cpu()
+        self._sum = self._sum + (flat.mT @ flat).double().cpu()
         means = inputs.mean(dim=1, dtype=torch.float64)
-        outer = (inputs.shape[1] * means.mT @ means).cpu()
-        self._moment = moment if self._moment is None else self._moment + moment
-        self._means = outer if self._means is None else self._means + outer
+        self._sum_of_means = self._sum_of_means + (inputs.shape[1] * means.mT @ means).cpu()
         self.count += len(flat)
 
     @property
     def moment(self) -> Tensor:
         """`E [x 1]^T [x 1]`, `[D + 1, D + 1]`."""
-        assert self._moment is not None
-        return self._moment / self.count
+        return self._sum / self.count
 
     def metric(self, biases: bool) -> Metric:
         """The metric of the tokens, with or without their last entry."""
-        assert self._moment is not None
-        assert self._means is not None
-        centered = (self._moment - self._means) / self.count
+        centered = (self._sum - self._sum_of_means) / self.count
         if not biases:
             return make_metric(self.moment[:-1, :-1], centered[:-1, :-1])
         return make_metric(self.moment, centered)
+
+
+@dataclass
+class _Sums:
+    """What a regression has seen of one kind of images; X the inputs, T the targets, M what T lacks now."""
+
+    count: float = 0.0
+    moment: Tensor = field(default_factory=_nothing)  # X^T X
+    cross: Tensor = field(default_factory=_nothing)  # X^T M
+    targets: Tensor = field(default_factory=_nothing)  # T, summed over rows
+    missing: float = 0.0  # |M|^2
+    energy: float = 0.0  # |T|^2
 
 
 class Regression:
@@ -67,12 +81,13 @@ class Regression:
     def __init__(self, present: Tensor, biases: bool) -> None:
         self.present = present
         self.biases = biases
-        self.moments = [Tensor(), Tensor()]  # of fitting and of held-out inputs
-        self.counts = [0.0, 0.0]
-        self._cross = [Tensor(), Tensor()]
-        self._missing = [0.0, 0.0]
-        self._energy = [0.0, 0.0]
-        self._sums = [Tensor(), Tensor()]
+        self._fitted = _Sums()
+        self._held_out = _Sums()
+
+    @property
+    def moment(self) -> Tensor:
+        """`E x^T x` of the inputs that are fitted to, `[n, n]`."""
+        return self._fitted.moment / self._fitted.count
 
     def add(
         self,
@@ -89,53 +104,62 @@ class Regression:
         inputs = with_one(inputs) if self.biases else inputs
         if missing is None:
             missing = targets - inputs @ self.present.to(inputs)
-        sums = targets
+        weighted = targets
+        count = float(len(inputs))
         if weights is not None:
             weights = weights.to(targets)
-            root, sums = weights.sqrt(), targets * weights
+            count = float(weights.sum())
+            weighted = targets * weights
+            # A row times the root of its weight counts so many times in all products.
+            root = weights.sqrt()
             inputs, missing, targets = inputs * root, missing * root, targets * root
-        for kind, value in (
-            (self.moments, inputs.mT @ inputs),
-            (self._cross, inputs.mT @ missing),
-            (self._sums, sums.sum(0, dtype=torch.float64)),
-        ):
-            kind[held_out] = kind[held_out] + value.double().cpu() if kind[held_out].numel() else value.double().cpu()
-        self._missing[held_out] += _energy(missing)
-        self._energy[held_out] += _energy(targets)
-        self.counts[held_out] += len(inputs) if weights is None else float(weights.sum())
+        sums = self._held_out if held_out else self._fitted
+        sums.count += count
+        sums.moment = sums.moment + (inputs.mT @ inputs).double().cpu()
+        sums.cross = sums.cross + (inputs.mT @ missing).double().cpu()
+        sums.targets = sums.targets + weighted.sum(0, dtype=torch.float64).cpu()
+        sums.missing += _energy(missing)
+        sums.energy += _energy(targets)
 
-    def error(self, change: Tensor, held_out: bool = True) -> float:
-        """`|X W - T|^2 / |T - mean T|^2` on held-out (or fitting) data, for `W = W_present + change`."""
-        fit = float((change * (self.moments[held_out] @ change - 2 * self._cross[held_out])).sum())
-        spread = self._energy[held_out] - float(self._sums[held_out].square().sum()) / self.counts[held_out]
-        return max(fit + self._missing[held_out], 0.0) / max(spread, 1e-300)
+    def _error(self, change: Tensor) -> float:
+        """`|X W - T|^2 / |T - mean T|^2` on held-out data, for `W = W_present + change`."""
+        sums = self._held_out
+        # |M - X change|^2 - |M|^2, without the rows themselves.
+        fit = float((change * (sums.moment @ change - 2 * sums.cross)).sum())
+        spread = sums.energy - float(sums.targets.square().sum()) / sums.count
+        return max(fit + sums.missing, 0.0) / max(spread, 1e-300)
+
+    def _ridge(self, strength: float) -> tuple[float, Tensor]:
+        """The change that is best for the fitted data, held back by so much, and its error on held-out data."""
+        moment = self._fitted.moment
+        # The constant is one and no channel: it does not count for the inputs' size, and is all but free.
+        size = moment.diagonal()[: -1 if self.biases else None].mean()
+        damping = torch.full((len(moment),), float(strength * size), dtype=torch.float64)
+        if self.biases:
+            damping[-1] *= 1e-6
+        lower, failed = torch.linalg.cholesky_ex(moment + torch.diag(damping))
+        change = torch.cholesky_solve(self._fitted.cross, lower)
+        return (float("inf") if int(failed) else self._error(change)), change
 
     def solve(self) -> tuple[Tensor, float]:
         """The ridge solution that does best on held-out data, and its error there; `present` if none does better.
 
         The error falls and then rises with the ridge's strength, so the search begins in the middle and goes downhill.
         """
-        moment = self.moments[0]
-        size = moment.diagonal()[: -1 if self.biases else None].mean()
         tried: dict[int, tuple[float, Tensor]] = {}
 
         def error(place: int) -> float:
             if not 0 <= place < len(_RIDGES):
                 return float("inf")
             if place not in tried:
-                damping = torch.full((len(moment),), float(_RIDGES[place] * size), dtype=torch.float64)
-                if self.biases:
-                    damping[-1] *= 1e-6
-                lower, failed = torch.linalg.cholesky_ex(moment + torch.diag(damping))
-                change = torch.cholesky_solve(self._cross[0], lower)
-                tried[place] = (float("inf") if int(failed) else self.error(change), change)
+                tried[place] = self._ridge(_RIDGES[place])
             return tried[place][0]
 
         place = len(_RIDGES) // 2
         for step in (-1, 1):
             while error(place + step) < error(place):
                 place += step
-        least = self.error(torch.zeros_like(self.present))
+        least = self._error(torch.zeros_like(self.present))
         if error(place) < least:
             return self.present + tried[place][1], error(place)
         return self.present, least

@@ -31,6 +31,7 @@ __all__ = [
     "write_head",
 ]
 
+# (letter, start, stop) of a role's dimensions, in order.
 Parts = tuple[tuple[str, int, int], ...]
 
 # How much an error of the values counts against one of the logits, both relative to their size.
@@ -79,20 +80,23 @@ class Problem:
 def read_head(module: nn.Module, problem: Problem) -> Head:
     """The weights of a site that was not converted, biases in the last rows; `out` is empty where there is none."""
     query, key, value = (read(module, locate(module, role, {})) for role in (problem.q, problem.k, problem.v))
-    if problem.out is None:
-        return Head(query, key, value, torch.zeros(*value.shape[::2], 0, dtype=torch.float64))
-    return Head(query, key, value, read_output(module, problem.out)[0])
+    if problem.out is not None:
+        out, _ = read_output(module, problem.out)
+    else:
+        heads, _, value_dim = value.shape
+        out = torch.zeros(heads, value_dim, 0, dtype=torch.float64)
+    return Head(query, key, value, out)
 
 
 def has_biases(module: nn.Module, problem: Problem) -> bool:
     """Whether what Q (and with it V) is made from may have a constant; `module` is the site as it was."""
-    letters = ("q", "k") if problem.share("k") else ("q",)
-    return all(has_bias(locate(module, getattr(problem, letter), {})) for letter in letters)
+    roles = (problem.q, problem.k) if problem.share("k") else (problem.q,)
+    return all(has_bias(locate(module, role, {})) for role in roles)
 
 
 def without_biases(head: Head) -> Head:
     """The weights without their last rows."""
-    return Head(head.query[:, :-1], head.key[:, :-1], head.value[:, :-1], head.out)
+    return replace(head, query=head.query[:, :-1], key=head.key[:, :-1], value=head.value[:, :-1])
 
 
 def with_biases(problem: Problem, head: Head, old: Head) -> Head:
@@ -114,12 +118,15 @@ def with_biases(problem: Problem, head: Head, old: Head) -> Head:
 def write_head(module: nn.Module, problem: Problem, head: Head, moments: tuple[Tensor, Tensor]) -> None:
     """Store queries, keys and V's own channels in a converted site. `moments` are those of Q's and of K's tokens."""
     _write(module, problem, problem.q, head.query, moments[0])
-    if any(letter == "k" for letter, _, _ in (*problem.key, *problem.value)):
+    # K is still there where K or a part of V is made of it.
+    letters = [letter for letter, _, _ in (*problem.key, *problem.value)]
+    if "k" in letters:
         _write(module, problem, problem.k, head.key, moments[1])
     for letter, start, stop in problem.value:
         if letter == "v":
             _write(module, problem, problem.v, head.value[..., start:stop], moments[1], start)
         elif problem.grouped is not None:
+            # V's other channels follow from Q and K, or come from the grouped projection.
             _write_grouped(module.get_submodule(problem.grouped), head.value[..., start:stop], moments[1])
 
 
@@ -137,8 +144,10 @@ def _write_grouped(grouped: Any, matrix: Tensor, moment: Tensor) -> None:
     rows, columns = grouped.reads()
     full = torch.zeros_like(wanted)
     for channel, (read_columns, target) in enumerate(zip(columns, wanted, strict=True)):
+        # What the channel reads, and the constant.
         inputs = torch.cat([read_columns, torch.tensor([wanted.shape[1] - 1])])
         gram = moment[inputs][:, inputs]
+        # Damped, because channels that never differ between tokens leave the system singular.
         damped = gram + 1e-9 * gram.diagonal().mean() * torch.eye(len(inputs), dtype=torch.float64)
         full[channel, inputs] = torch.linalg.solve(damped, moment[inputs] @ target)
     with torch.no_grad():
@@ -157,41 +166,51 @@ def candidates(
 
     Rows of `out` follow the order of the returned `value`'s channels.
     """
-    metrics = (queries, keys)
-    plain = _plain(problem, head, queries, keys)
-    found = {"wq-refit": plain}
+    heads = {"wq-refit": _plain(problem, head, queries, keys)}
     if not problem.freedom.logits:
-        return found
-    shared_q, shared_k = problem.share("q"), problem.share("k")
-    d, e = head.query.shape[-1], head.value.shape[-1]
+        return heads
+    from_q, from_k = problem.share("q"), problem.share("k")
     if problem.key[0][0] == "q":
-        found["symmetric"] = replace(head, query=symmetric(head, queries), key=symmetric(head, queries))
-    elif problem.freedom.values == "linear" and max(shared_q, shared_k) == (problem.rank or d) and d == e:
+        shared = symmetric(head, queries)
+        heads["symmetric"] = replace(head, query=shared, key=shared)
+    elif _is_joint(problem, head):
         for weight in weights:
-            found[f"joint {weight:g}"] = _joint(problem, head, queries, keys, weight)
-    elif shared_q or (shared_k and problem.same_tokens):
-        for name, ordered in _orders(problem, head, queries, keys, shared_q).items():
+            heads[f"joint {weight:g}"] = _joint(problem, head, queries, keys, weight)
+    elif from_q or (from_k and problem.same_tokens):
+        for name, ordered in _orders(problem, head, queries, keys).items():
             for weight in weights:
-                best = bound_values(ordered, *metrics, weight, of_query=shared_q, of_key=shared_k)
-                found[f"{name} {weight:g}"] = _refit(problem, best, head, keys)
-    return found
+                bound = bound_values(ordered, queries, keys, weight, of_query=from_q, of_key=from_k)
+                heads[f"{name} {weight:g}"] = _refit(problem, bound, head, keys)
+    return heads
 
 
-def _orders(problem: Problem, head: Head, queries: Metric, keys: Metric, count: int) -> dict[str, Head]:
+def _is_joint(problem: Problem, head: Head) -> bool:
+    """Whether V is all of Q or all of K, in a basis of our choice: then `joint_svd` has the best solution."""
+    key_dim, value_dim = head.query.shape[-1], head.value.shape[-1]
+    if problem.freedom.values != "linear" or key_dim != value_dim:
+        return False
+    return max(problem.share("q"), problem.share("k")) == (problem.rank or key_dim)
+
+
+def _orders(problem: Problem, head: Head, queries: Metric, keys: Metric) -> dict[str, Head]:
     """The site with V's channels as they are, and, where they may move, with those first that Q replaces best."""
-    found = {"bound": head}
+    heads = {"bound": head}
+    count = problem.share("q")
     if problem.freedom.values != "fixed" and 0 < count < head.value.shape[-1]:
         order = pick_columns(head, count, queries, keys)
         value = head.value.gather(-1, order[:, None].expand_as(head.value))
-        found["ordered"] = replace(head, value=value, out=head.out.gather(1, order[..., None].expand_as(head.out)))
-    return found
+        out = head.out.gather(1, order[..., None].expand_as(head.out))
+        heads["ordered"] = replace(head, value=value, out=out)
+    return heads
 
 
 def _joint(problem: Problem, head: Head, queries: Metric, keys: Metric, weight: float) -> Head:
     """`joint_svd` for a site where V is all of Q, or all of K."""
     if problem.share("q"):
         return joint_svd(head, queries, keys, weight, problem.rank)
-    best = joint_svd(Head(head.key, head.query, head.value, head.out), keys, queries, weight, problem.rank)
+    # What the closed form calls queries is what V shares, so K goes in as Q, and comes out as K again.
+    turned = Head(head.key, head.query, head.value, head.out)
+    best = joint_svd(turned, keys, queries, weight, problem.rank)
     return Head(best.key, best.query, best.query, best.out)
 
 
@@ -201,6 +220,7 @@ def truncated(problem: Problem, head: Head, queries: Metric, keys: Metric) -> He
     The output projection reads in them what it read in all of Q.
     """
     shared = head.query if problem.share("q") else head.key
+    # Weight 0: directions are chosen for the logits alone.
     return _joint(problem, replace(head, value=shared), queries, keys, 0.0)
 
 
@@ -210,11 +230,13 @@ def _plain(problem: Problem, head: Head, queries: Metric, keys: Metric) -> Head:
         return _joint(problem, head, queries, keys, 0.0)
     own = {"q": head.query, "k": head.key, "v": head.value}
     key = own[problem.key[0][0]]
-    value = torch.cat([own.get(letter, head.value)[..., start:stop] for letter, start, stop in problem.value], dim=-1)
-    return _refit(problem, Head(head.query, key, value, head.out), head, keys)
+    # Channels of a grouped projection have a letter of their own, and are fitted to V's.
+    pieces = [own.get(letter, head.value)[..., start:stop] for letter, start, stop in problem.value]
+    return _refit(problem, Head(head.query, key, torch.cat(pieces, dim=-1), head.out), head, keys)
 
 
 def _refit(problem: Problem, new: Head, old: Head, tokens: Metric) -> Head:
+    """The head with its output projection fitted to its values, where that may be and these are new."""
     if problem.freedom.values != "linear" or torch.equal(new.value, old.value):
         return new
     return replace(new, out=refit_output(new.value, old, tokens))

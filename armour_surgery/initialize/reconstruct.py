@@ -13,28 +13,22 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from armour_surgery.initialize.walk import first_tensor
+from armour_surgery.measure.token_error import token_error
 
-__all__ = ["Weights", "descend", "reconstruct", "relative_error"]
+__all__ = ["Weights", "cut_gradients", "descend", "reconstruct"]
 
 # How often held-out images are looked at.
 _JUDGMENTS = 4
 # The largest step, relative to the root mean square of a tensor.
 _RATE = 0.003
+# Share of the steps in which they grow from nothing to that.
 _WARM_UP = 0.1
-
 
 # How much each of so many tokens counts, `[count, 1]`, or None if all count alike.
 Weights = Callable[[int], Tensor | None]
-
-
-def relative_error(got: Tensor, wanted: Tensor, weights: Weights = lambda _: None) -> Tensor:
-    """The mean of `|g - w|^2 / |w|^2` over tokens `[..., C]`: a norm follows, so tokens of every size count alike."""
-    energy = wanted.square().sum(-1)
-    errors = (got - wanted).square().sum(-1) / energy.clamp(min=1e-6 * float(energy.mean()) + 1e-30)
-    each = weights(errors.shape[1]) if errors.ndim == 2 else None
-    return errors.mean() if each is None else (errors @ each.to(errors)).mean() / each.sum().to(errors)
 
 
 def descend(
@@ -48,44 +42,52 @@ def descend(
 
     Returns what `judge` said of the first and of the kept parameters. A loss that is not finite ends the descent.
     """
-    groups = [
-        {"params": [one], "lr": _RATE * float(one.detach().square().mean().sqrt().clamp(min=1e-8))}
-        for one in parameters
-    ]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(list(map(_with_rate, parameters)), betas=(0.9, 0.99))
     warm_up = max(1, round(_WARM_UP * steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up), 1.0)
-    )
-    needed = [one.requires_grad for one in parameters]
+
+    def rate(step: int) -> float:
+        return min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up), 1.0)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    needed = [parameter.requires_grad for parameter in parameters]
     first = least = judge()
-    best = [one.detach().clone() for one in parameters]
+    best = _values(parameters)
     every = max(1, -(-steps // _JUDGMENTS))
     try:
-        for one in parameters:
-            one.requires_grad_(True)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
         for step in range(1, steps + 1):
             value = loss()
             if not bool(value.isfinite()):
                 break
-            for one, gradient in zip(
-                parameters, torch.autograd.grad(value, parameters, allow_unused=True), strict=True
-            ):
-                one.grad = gradient
+            # Not backward(): that would also write gradients into parameters that do not learn.
+            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
             optimizer.step()
             schedule.step()
             done()
             if step % every == 0 or step == steps:
-                found = judge()
-                if found < least:
-                    least, best = found, [one.detach().clone() for one in parameters]
+                error = judge()
+                if error < least:
+                    least, best = error, _values(parameters)
     finally:
         with torch.no_grad():
-            for one, kept, flag in zip(parameters, best, needed, strict=True):
-                one.copy_(kept)
-                one.grad = None
-                one.requires_grad_(flag)
+            for parameter, kept, flag in zip(parameters, best, needed, strict=True):
+                parameter.copy_(kept)
+                parameter.grad = None
+                parameter.requires_grad_(flag)
     return first, least
+
+
+def _with_rate(parameter: nn.Parameter) -> dict[str, Any]:
+    """A parameter as a group of its own: Adam moves entries by its rate, so each tensor needs one of its own size."""
+    size = float(parameter.detach().square().mean().sqrt().clamp(min=1e-8))
+    return {"params": [parameter], "lr": _RATE * size}
+
+
+def _values(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in parameters]
 
 
 def reconstruct(
@@ -109,41 +111,52 @@ def reconstruct(
     with torch.no_grad():
         goals = [features(original, batch) for batch in held]
 
+    def error(got: Tensor, wanted: Tensor) -> Tensor:
+        # Only in `[B, N, C]` is it known which axis has the tokens.
+        return token_error(got, wanted, weights(wanted.shape[1]) if wanted.ndim == 3 else None)
+
     def loss() -> Tensor:
         batch = next(fresh)
         with torch.no_grad(), _watched(original, units) as wanted:
             features(original, batch)
         with _watched(converted, units) as got:
             features(converted, batch)
-        return torch.stack([relative_error(got[unit], wanted[unit], weights) for unit in units]).mean()
+        errors = [error(got[unit], wanted[unit]) for unit in units]
+        return torch.stack(errors).mean()
 
     def judge() -> float:
+        errors = []
         with torch.no_grad():
-            errors = [
-                len(batch) * float(relative_error(features(converted, batch), goal, weights))
-                for batch, goal in zip(held, goals, strict=True)
-            ]
+            for batch, goal in zip(held, goals, strict=True):
+                errors.append(len(batch) * float(error(features(converted, batch), goal)))
         return sum(errors) / sum(map(len, held))
 
     return descend(parameters, loss, judge, steps, done)
+
+
+def cut_gradients(model: nn.Module, fqns: Sequence[str]) -> list[RemovableHandle]:
+    """Let no gradient leave those modules of a model by their inputs, until the handles are removed."""
+
+    def detached(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+
+    handles = []
+    for fqn in fqns:
+        handles.append(model.get_submodule(fqn).register_forward_pre_hook(detached, with_kwargs=True))
+    return handles
 
 
 @contextmanager
 def _watched(model: nn.Module, units: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """Inside, what those modules give is noted, and no gradient leaves them by their inputs."""
     seen: dict[str, Tensor] = {}
-    handles = []
+    handles = cut_gradients(model, units)
     for unit in units:
-
-        def detached(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
 
         def note(_: nn.Module, args: Any, output: Any, unit: str = unit) -> None:
             seen[unit] = first_tensor(output)
 
-        module = model.get_submodule(unit)
-        handles.append(module.register_forward_pre_hook(detached, with_kwargs=True))
-        handles.append(module.register_forward_hook(note))
+        handles.append(model.get_submodule(unit).register_forward_hook(note))
     try:
         yield seen
     finally:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from armour_surgery.errors import CalibrationError
 from armour_surgery.initialize.batches import Batches
 from armour_surgery.initialize.closed_form import Head, rank_losses
+from armour_surgery.initialize.last_layer import LastLayer
 from armour_surgery.initialize.moments import Moments, Regression
 from armour_surgery.initialize.problem import (
     Problem,
@@ -25,10 +26,11 @@ from armour_surgery.initialize.problem import (
     without_biases,
     write_head,
 )
-from armour_surgery.initialize.stream import Branch, as_stream, find_branch, look, match_width
-from armour_surgery.initialize.taps import Stop, Taps, tokens
+from armour_surgery.initialize.stream import Branch, as_stream, find_branch, inverse_gain, look, match_width
+from armour_surgery.initialize.taps import Stop, Tap, Taps, tokens
 from armour_surgery.initialize.walk import Store, Walk, first_tensor, with_first_tensor
 from armour_surgery.initialize.weights import batch_norm_affine, read_output, write_output
+from armour_surgery.traced import OutputProjection
 
 __all__ = ["Site", "SiteResult"]
 
@@ -61,52 +63,84 @@ class Site:
         self.old = before.model.get_submodule(problem.fqn)
         self.new = after.model.get_submodule(problem.fqn)
         self.steps: list[str] = []
-        self.mid: Tensor | None = None  # gain of the site's output into the stream
-        self.last: Branch | None = None
+        self.gain: Tensor | None = None  # of the site's output into the stream, where it has one
 
     def solve(self, alone: bool) -> SiteResult:
         """Choose the site's weights, and go on to the next: with the original's stream if it is taken `alone`."""
+        self.gain, last = self._find_branches()
         self._run_original()
         queries, keys = self._moments()
-        head, biases = self._head()
+        moments = queries.moment, keys.moment
+        biases = has_biases(self.old, self.problem)
         metrics = queries.metric(biases), keys.metric(biases)
-        found = candidates(self.problem, head, *metrics)
+        old = read_head(self.old, self.problem)
+        fitted = old if biases else without_biases(old)
+        heads = candidates(self.problem, fitted, *metrics)
         if not biases:
-            old = read_head(self.old, self.problem)
-            found = {name: with_biases(self.problem, one, old) for name, one in found.items()}
-        name, residual = self._best(found, (queries.moment, keys.moment))
+            heads = {name: with_biases(self.problem, head, old) for name, head in heads.items()}
+        out = self.problem.narrow_out
+        name, residual = self._best(heads, out, moments)
         self.steps.append(name)
-        ranks = tuple(rank_losses(head, *metrics).tolist()) if alone and self.problem.joint else ()
-        write_head(self.new, self.problem, found[name], (queries.moment, keys.moment))
-        if self.problem.out is not None:
-            residual = self._fit_output(found[name])
+        write_head(self.new, self.problem, heads[name], moments)
+        if out is not None:
+            residual = self._fit_output(heads[name], out)
         for index, _, _ in self.data:
             self.store.drop(("result", index))
             self.store.drop(("start", index))
-        if self.last is None or not self._fit_last(self.last, keep=not alone):
+        if last is None or not self._fit_last(last, keep=not alone):
             self._advance(alone)
+        ranks = tuple(rank_losses(fitted, *metrics).tolist()) if alone and self.problem.joint else ()
         return SiteResult(self.problem.fqn, residual**0.5, tuple(self.steps), ranks)
 
-    def _head(self) -> tuple[Head, bool]:
-        """The original's weights, without the rows of biases where Q cannot have one."""
-        head = read_head(self.old, self.problem)
-        biases = has_biases(self.old, self.problem)
-        return (head if biases else without_biases(head)), biases
+    def _find_branches(self) -> tuple[Tensor | None, Branch | None]:
+        """How the original's first batch enters its stream: the gain of the site's output, and the block's last layer.
+
+        Both are None where the stream is not a sum that they are part of.
+        """
+        _, image, _ = next(iter(self.data))
+        arguments = self.store["original", 0]
+        seen, following = look(self.before, self.number, image, arguments)
+        start = first_tensor(arguments)
+        inputs = [tensor for _, tensor in seen.inputs]
+        bases = [start]
+        gain = None
+        later = seen.outputs
+        place = self._place_of_output([name for name, _ in seen.outputs])
+        if place is not None:
+            later = seen.outputs[place + 1 :]
+            for tensor in inputs:
+                # The first module that gets the sum (a norm, mostly) shows the stream in the middle of the block.
+                branch = find_branch(tensor, [start], [seen.outputs[place]])
+                if branch is not None:
+                    gain = branch[0].gain
+                    bases.append(tensor)
+                    break
+        # A site's own projections are fitted otherwise, so they end no block.
+        later = [(name, tensor) for name, tensor in later if not name.startswith(f"{self.problem.fqn}.")]
+        last = find_branch(first_tensor(following), [*bases, *inputs], later)
+        return gain, last[0] if last is not None else None
+
+    def _place_of_output(self, names: list[str]) -> int | None:
+        """Which of those layers is the output projection."""
+        out = self.problem.out
+        if out is None:
+            return None
+        # A parameter of the site itself has no layer of its own; then the site would be the layer.
+        layer = f"{self.problem.fqn}.{out.weight.rpartition('.')[0]}".rstrip(".")
+        return names.index(layer) if layer in names else None
 
     def _run_original(self) -> None:
-        """Note what the original's site and block give, and on the first batch, how that enters the stream."""
+        """Note what the original's site and block give."""
         out = self.problem.out
         for index, image, _ in self.data:
             arguments = self.store["original", index]
-            if index == 0:
-                self._find_branches(image, arguments)
             seen: list[Tensor] = []
 
             def keep(_: Tensor, product: Callable[[], Tensor], seen: list[Tensor] = seen) -> Tensor:
                 seen.append(product())
                 return seen[-1]
 
-            taps: dict[Tensor, Any] = {self.old.get_parameter(out.weight): keep} if out else {}
+            taps: dict[Tensor, Tap] = {self.old.get_parameter(out.weight): keep} if out else {}
             with Taps(taps):
                 following = self.before.run(self.number, image, arguments)
             if seen:
@@ -114,52 +148,16 @@ class Site:
             self.store["start", index] = first_tensor(arguments)
             self.store["original", index] = following
 
-    def _find_branches(self, image: Tensor, arguments: Any) -> None:
-        seen, following = look(self.before, self.number, image, arguments)
-        out, fqn = self.problem.out, self.problem.fqn
-        start = first_tensor(arguments)
-        names = [name for name, _ in seen.outputs]
-        layer = f"{fqn}.{out.weight.rpartition('.')[0]}".rstrip(".") if out else ""
-        bases = [start]
-        position = -1
-        if layer in names:
-            position = names.index(layer)
-            own = [seen.outputs[position]]
-            for _, tensor in seen.inputs:
-                found = find_branch(tensor, [start], own)
-                if found is not None:
-                    self.mid = found[0].gain
-                    bases.append(tensor)
-                    break
-        later = [one for one in seen.outputs[position + 1 :] if not one[0].startswith(f"{fqn}.")]
-        found = find_branch(first_tensor(following), [*bases, *(tensor for _, tensor in seen.inputs)], later)
-        self.last = found[0] if found is not None else None
-
     def _moments(self) -> tuple[Moments, Moments]:
         """Moments of the tokens that Q and K are now made from."""
         queries, keys = Moments(), Moments()
-        query_weight = self.new.get_parameter(self.problem.q.producer.weight)
-        key_name = self.problem.k.producer.weight
+        watched: dict[Tensor, Moments] = {self.new.get_parameter(self.problem.q.producer.weight): queries}
         apart = not self.problem.same_tokens and self.problem.key[0][0] == "k"
+        if apart:
+            watched[self.new.get_parameter(self.problem.k.producer.weight)] = keys
         for index, image, held in self.data:
-            if held:
-                continue
-            missing = {"q", "k"} if apart else {"q"}
-
-            def take(letter: str, moments: Moments, missing: set[str] = missing, size: int = len(image)) -> Any:
-                def tap(source: Tensor, product: Callable[[], Tensor]) -> Tensor:
-                    moments.add(_per_image(source, query_weight, size))
-                    missing.discard(letter)
-                    if not missing:
-                        raise Stop
-                    return product()
-
-                return tap
-
-            taps: dict[Tensor, Any] = {query_weight: take("q", queries)}
-            if apart:
-                taps[self.new.get_parameter(key_name)] = take("k", keys)
-            self._until_stop(taps, index, image)
+            if not held:
+                self._until_stop(_moment_taps(watched, len(image)), index, image)
         width = queries.moment.shape[0] if queries.count else 0
         if queries.count <= width:
             raise CalibrationError(
@@ -168,7 +166,8 @@ class Site:
             )
         return queries, keys if apart else queries
 
-    def _until_stop(self, taps: dict[Tensor, Any], index: int, image: Tensor) -> None:
+    def _until_stop(self, taps: dict[Tensor, Tap], index: int, image: Tensor) -> None:
+        """Run the converted unit on a batch until a tap has seen enough: what comes after it is not needed."""
         try:
             with Taps(taps):
                 self.after.run(self.number, image, self.store["converted", index])
@@ -179,81 +178,65 @@ class Site:
             f"exclude={self.problem.fqn!r}, or use init 'joint-svd'"
         )
 
-    def _best(self, found: dict[str, Head], moments: tuple[Tensor, Tensor]) -> tuple[str, float]:
+    def _best(
+        self, heads: dict[str, Head], out: OutputProjection | None, moments: tuple[Tensor, Tensor]
+    ) -> tuple[str, float]:
         """Compare candidates where it counts: the error of the fitted output on held-out images."""
+        if len(heads) == 1 or out is None:
+            return list(heads)[-1], float("nan")
         errors: dict[str, float] = {}
-        if len(found) == 1 or self.problem.out is None:
-            return list(found)[-1], float("nan")
-        for name, head in found.items():
+        for name, head in heads.items():
             write_head(self.new, self.problem, head, moments)
-            errors[name] = self._regression(head, self.data.trial()).solve()[1]
-        name = min(errors, key=lambda one: errors[one])
-        return name, errors[name]
+            errors[name] = self._regression(head, out, self.data.trial()).solve()[1]
+        best = min(errors, key=errors.__getitem__)
+        return best, errors[best]
 
-    def _affine(self, module: nn.Module) -> tuple[Tensor, Tensor]:
-        """What follows the output projection's product: scale and shift per channel."""
-        out = self.problem.out
-        assert out is not None
-        if out.norm is None:
-            one = torch.ones(len(module.get_parameter(out.weight)), dtype=torch.float64)
-            return one, torch.zeros_like(one)
-        return batch_norm_affine(module, out.norm)
-
-    def _present(self, head: Head, biases: bool) -> Tensor:
-        out = self.problem.narrow_out
-        assert out is not None
-        flat = head.out.flatten(0, 1)
-        return torch.cat([flat, read_output(self.new, out)[1][None]]) if biases else flat
-
-    def _regression(self, head: Head, batches: Iterable[tuple[int, Tensor, bool]]) -> Regression:
+    def _regression(self, head: Head, out: OutputProjection, batches: Iterable[tuple[int, Tensor, bool]]) -> Regression:
         """The converted heads' results against the original's output and a share of what its stream is off."""
-        out = self.problem.narrow_out
-        assert out is not None
         weight = self.new.get_parameter(out.weight)
         order = torch.tensor(out.channels).flatten()
-        scale, shift = (one.to(weight) for one in self._affine(self.old))
+        scale, shift = _after_product(self.old, out)
         biases = out.bias is not None or out.norm is not None
-        regression = Regression(self._present(head, biases), biases)
+        present = head.out.flatten(0, 1)
+        if biases:
+            present = torch.cat([present, read_output(self.new, out)[1][None]])
+        regression = Regression(present, biases)
         for index, image, held in batches:
-            target = tokens(self.store["result", index], weight) * scale + shift
-            wanted = self._correction(index, target.shape)
-            if wanted is not None:
-                target = target + wanted
+            target = tokens(self.store["result", index], weight) * scale.to(weight) + shift.to(weight)
+            correction = self._correction(index, target.shape, scale)
+            if correction is not None:
+                target = target + correction
 
             def tap(source: Tensor, _: Any, target: Tensor = target, held: bool = held) -> Tensor:
                 inputs = tokens(source, weight)[..., order]
-                each = self.data.weights(inputs.shape[1])
-                rows = None if each is None else each.repeat(len(inputs), 1)
+                weights = self.data.weights(inputs.shape[1])
+                rows = None if weights is None else weights.repeat(len(inputs), 1)
                 regression.add(inputs.flatten(0, 1), target.flatten(0, 1).to(inputs.dtype), held, weights=rows)
                 raise Stop
 
             self._until_stop({weight: tap}, index, image)
         return regression
 
-    def _correction(self, index: int, shape: torch.Size) -> Tensor | None:
+    def _correction(self, index: int, shape: torch.Size, scale: Tensor) -> Tensor | None:
         """What the site would have to add for the streams to meet half way; None where its gain is not known."""
-        if self.mid is None:
+        if self.gain is None:
             return None
         start = match_width(self.store["start", index], shape[-1])
         present = match_width(first_tensor(self.store["converted", index]), shape[-1])
-        scale, _ = self._affine(self.old)
-        gain = self.mid / scale
         if start is None or present is None or start.shape != shape:
             return None
-        usable = gain.abs() > 1e-3 * gain.abs().max()
-        return (start - present) * (_SHARE * torch.where(usable, 1 / gain, torch.zeros_like(gain))).to(start)
+        # The gain was seen from the bare product on; the site's output has the scale of what follows it already.
+        return (start - present) * (_SHARE * inverse_gain(self.gain / scale)).to(start)
 
-    def _fit_output(self, head: Head) -> float:
-        out = self.problem.narrow_out
-        assert out is not None
-        regression = self._regression(head, self.data)
+    def _fit_output(self, head: Head, out: OutputProjection) -> float:
+        """Fit the output projection on all batches; returns the relative squared error on those held out."""
+        regression = self._regression(head, out, self.data)
         solution, error = regression.solve()
         if solution is not regression.present:
             self.steps.append("output projection")
         offset = solution[-1] if regression.biases else torch.zeros(solution.shape[1], dtype=torch.float64)
         matrix = solution[: head.out.shape[0] * head.out.shape[1]].reshape(head.out.shape)
-        moment = regression.moments[0] / regression.counts[0]
-        write_output(self.new, out, matrix, offset, moment)
+        write_output(self.new, out, matrix, offset, regression.moment)
         return error
 
     def _fit_last(self, branch: Branch, keep: bool) -> bool:
@@ -262,52 +245,47 @@ class Site:
         With `keep`, what the next unit gets is worked out from what was seen, if there is memory for it; the result
         says whether it was.
         """
-        layer = self.after.model.get_submodule(branch.fqn)
-        weight, bias = layer.get_parameter("weight"), getattr(layer, "bias", None)
-        if weight[0].numel() != weight.shape[1]:
+        module = self.after.model.get_submodule(branch.fqn)
+        if not LastLayer.fits(module):
             return False
-        current = weight.detach().double().flatten(1).mT.cpu()
-        if bias is not None:
-            current = torch.cat([current, bias.detach().double().cpu()[None]])
-        regression = Regression(current, bias is not None)
-        unknowns = weight.shape[1]
+        layer = LastLayer(module)
         count = sum(self.data.sizes) * _token_count(first_tensor(self.store["converted", 0]))
-        stride = max(1, count // (_ENOUGH * unknowns))
-        usable = branch.gain.abs() > 1e-3 * branch.gain.abs().max()
-        inverse = torch.where(usable, 1 / branch.gain, torch.zeros_like(branch.gain)).to(weight)
-        keep = keep and self.store.has_room(weight.element_size() * count * (unknowns + len(weight)))
+        keep = keep and self.store.has_room(layer.bytes_per_token * count)
+        present = layer.read()
+        regression = Regression(present, layer.bias is not None)
+        if not self._watch_last(layer, branch, regression, max(1, count // (_ENOUGH * layer.inputs)), keep):
+            return False
+        solution, _ = regression.solve()
+        change = solution - present  # before it is written: in float64 these may be the weights themselves
+        if solution is not present:
+            self.steps.append("last layer")
+            layer.write(solution)
+        if keep:
+            self._follow(change * branch.gain, layer.bias is not None)
+        return keep
+
+    def _watch_last(self, layer: LastLayer, branch: Branch, regression: Regression, stride: int, keep: bool) -> bool:
+        """Take in every `stride`-th token of the layer, against what its output lacks for the original's stream.
+
+        With `keep`, the inputs and what the next unit gets are stored. False where a stream has no such tokens.
+        """
+        inverse = inverse_gain(branch.gain).to(layer.weight)
         for index, image, held in self.data:
-            seen: list[tuple[Tensor, Tensor]] = []
-
-            def tap(source: Tensor, product: Callable[[], Tensor], seen: list[Any] = seen) -> Tensor:
-                output = product()
-                seen.append((source, output))
-                return output
-
-            with Taps({weight: tap}):
+            with layer.watched() as seen:
                 following = self.after.run(self.number, image, self.store["converted", index])
-            inputs, output = (tokens(one, weight) for one in seen[0])
+            inputs, output = (tokens(tensor, layer.weight) for tensor in seen[0])
             width = output.shape[-1]
             goal = match_width(first_tensor(self.store["original", index]), width)
             present = match_width(first_tensor(following), width)
             if goal is None or present is None:
                 return False
+            # Each batch begins at another token, so that no place in the image is left out.
             chosen, rows = self.data.thinned(inputs.shape[:2], index % stride, stride)
             lacking = (goal.flatten(0, 1)[chosen] - present.flatten(0, 1)[chosen]) * inverse
             regression.add(inputs.flatten(0, 1)[chosen], output.flatten(0, 1)[chosen] + lacking, held, lacking, rows)
             if keep:
                 self.store["hidden", index], self.store["following", index] = inputs, following
-        solution, _ = regression.solve()
-        change = solution - current  # before it is written: in float64 these may be the weights themselves
-        if solution is not current:
-            self.steps.append("last layer")
-            with torch.no_grad():
-                weight.copy_((solution[:-1] if bias is not None else solution).mT.reshape(weight.shape))
-                if bias is not None:
-                    bias.copy_(solution[-1])
-        if keep:
-            self._follow(change * branch.gain, bias is not None)
-        return keep
+        return True
 
     def _follow(self, change: Tensor, biases: bool) -> None:
         """What the next unit gets, now that the last layer's weights differ by `change [n (+ 1), E]`."""
@@ -321,12 +299,38 @@ class Site:
             self.store["converted", index] = with_first_tensor(following, stream + as_stream(moved, stream))
 
     def _advance(self, alone: bool) -> None:
+        """Store what the next unit gets, from the original if the site is taken `alone`."""
         for index, image, _ in self.data:
-            self.store["converted", index] = (
-                self.store["original", index]
-                if alone
-                else self.after.run(self.number, image, self.store["converted", index])
-            )
+            if alone:
+                self.store["converted", index] = self.store["original", index]
+            else:
+                following = self.after.run(self.number, image, self.store["converted", index])
+                self.store["converted", index] = following
+
+
+def _moment_taps(watched: dict[Tensor, Moments], size: int) -> dict[Tensor, Tap]:
+    """For a batch of `size` images, taps that add what goes into those weights, until each has had its own."""
+    missing = set(watched.values())
+
+    def tap_of(weight: Tensor, moments: Moments) -> Tap:
+        def tap(source: Tensor, product: Callable[[], Tensor]) -> Tensor:
+            moments.add(_per_image(source, weight, size))
+            missing.discard(moments)
+            if not missing:
+                raise Stop
+            return product()
+
+        return tap
+
+    return {weight: tap_of(weight, moments) for weight, moments in watched.items()}
+
+
+def _after_product(module: nn.Module, out: OutputProjection) -> tuple[Tensor, Tensor]:
+    """What follows the output projection's product: scale and shift per channel, in float64."""
+    if out.norm is not None:
+        return batch_norm_affine(module, out.norm)
+    scale = torch.ones(len(module.get_parameter(out.weight)), dtype=torch.float64)
+    return scale, torch.zeros_like(scale)
 
 
 def _token_count(tensor: Tensor) -> int:

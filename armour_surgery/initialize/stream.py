@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from armour_surgery.initialize.walk import Arguments, Walk, first_tensor
 
-__all__ = ["Branch", "Seen", "as_stream", "find_branch", "learned_tokens", "look", "match_width"]
+__all__ = ["Branch", "Seen", "as_stream", "find_branch", "inverse_gain", "learned_tokens", "look", "match_width"]
 
 _TOLERANCE = 1e-3
+# A gain below this share of the largest is none.
+_LEAST_GAIN = 1e-3
 # Tokens that are looked at before all are.
 _GLANCE = 64
 
@@ -58,9 +60,10 @@ def look(walk: Walk, number: int, batch: Tensor, arguments: Arguments) -> tuple[
     handles = []
     skipped = walk.skipped(number)
     for name, module in walk.model.named_modules():
-        if any(name == one or name.startswith(f"{one}.") for one in skipped):
+        if any(name == other or name.startswith(f"{other}.") for other in skipped):
             continue
 
+        # Copies, because what follows may write into its input (ReLU in place, +=).
         def before(_: nn.Module, args: tuple[object, ...], name: str = name) -> None:
             if args and isinstance(args[0], Tensor):
                 seen.inputs.append((name, args[0].clone()))
@@ -85,6 +88,7 @@ def find_branch(target: Tensor, bases: list[Tensor], outputs: list[tuple[str, Te
     Returns the branch and its base.
     """
     for name, output in reversed(outputs):
+        # Channels are last in a sequence of tokens, and second in an image of them.
         for axis in (output.shape[-1], output.shape[1]):
             goal, branch = match_width(target, axis), match_width(output, axis)
             if goal is None or branch is None or goal.shape != branch.shape:
@@ -93,8 +97,10 @@ def find_branch(target: Tensor, bases: list[Tensor], outputs: list[tuple[str, Te
                 start = match_width(base, axis)
                 if start is None or start.shape != goal.shape or torch.equal(start, goal):
                     continue
-                glance = _gain(*(one[:1, :_GLANCE] for one in (goal, start, branch)))
-                gain = _gain(goal, start, branch) if glance is not None else None
+                # Most pairs fail, and a few tokens of one image are enough to say so.
+                if _gain(goal[:1, :_GLANCE], start[:1, :_GLANCE], branch[:1, :_GLANCE]) is None:
+                    continue
+                gain = _gain(goal, start, branch)
                 if gain is not None:
                     return Branch(name, gain), base
     return None
@@ -109,8 +115,18 @@ def _gain(target: Tensor, base: Tensor, branch: Tensor) -> Tensor | None:
     return gain.cpu() if left <= _TOLERANCE * y.norm() and y.norm() > 0 else None
 
 
+def inverse_gain(gain: Tensor) -> Tensor:
+    """What an output must change by for its stream to change by one; 0 where the gain is next to none of the largest.
+
+    A channel that hardly reaches the stream cannot make up for it, and would only grow.
+    """
+    usable = gain.abs() > _LEAST_GAIN * gain.abs().max()
+    return torch.where(usable, 1 / gain, torch.zeros_like(gain))
+
+
 def learned_tokens(before: Walk, batch: Tensor, arguments: Arguments) -> Tensor | None:
     """Which tokens `[N]` enter the first unit as they were learned, whatever the image: class tokens, registers."""
+    # An image that no photo is like: what stays the same has not seen it.
     noise = torch.randn(batch.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(batch)
     on_image, on_noise = first_tensor(arguments), first_tensor(before.begin(noise))
     if on_image.ndim != 3 or on_image.shape != on_noise.shape:

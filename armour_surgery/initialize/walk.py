@@ -6,9 +6,10 @@ given the arguments that it had been called with; to stop, the next unit's call 
 that of the part, in whatever library, and what has to be kept is one unit's arguments per batch.
 """
 
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +41,27 @@ class Store:
     def __init__(self, budget: int = 2**30) -> None:
         self._budget = budget
         self._memory: dict[Any, Any] = {}
-        self._sizes: dict[Any, int] = {}
-        self._files: dict[Any, tuple[Path, list[Any], Any]] = {}
+        self._sizes: dict[Any, int] = {}  # of what is in memory
+        self._files: dict[Any, tuple[Path, list[Any], Any]] = {}  # tensors' file, other leaves, and their tree
         self._written = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.drop(key)
         leaves, form = pytree.tree_flatten(value)
-        tensors = {str(index): leaf for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        tensors: dict[str, Tensor] = {}
+        size = 0
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor):
+                tensors[str(index)] = leaf
+                size += leaf.numel() * leaf.element_size()
         if self.has_room(size):
             self._memory[key], self._sizes[key] = value, size
             return
+        rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._files[key] = (self._write(tensors), rest, form)
+
+    def _write(self, tensors: dict[str, Tensor]) -> Path:
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="armour-calibration-")
         self._written += 1
@@ -65,15 +74,17 @@ class Store:
                 f"calibration could not keep its activations in {path.parent}: {error}. Free space there, name "
                 "another folder in the environment variable TMPDIR, or use fewer images"
             ) from error
-        rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self._files[key] = (path, rest, form)
+        return path
 
     def __getitem__(self, key: Any) -> Any:
         if key in self._memory:
             return self._memory[key]
         path, leaves, form = self._files[key]
-        tensors = load_file(path)
-        return pytree.tree_unflatten([tensors.get(str(index), leaf) for index, leaf in enumerate(leaves)], form)
+        # A copy: tensors that were read must not stay in memory with the entry.
+        leaves = list(leaves)
+        for index, tensor in load_file(path).items():
+            leaves[int(index)] = tensor
+        return pytree.tree_unflatten(leaves, form)
 
     def drop(self, key: Any) -> None:
         """Forget a value, if it is there."""
@@ -96,18 +107,24 @@ class Store:
 
 def units_of(model: nn.Module, sites: list[str]) -> list[str]:
     """For each site, the largest module around it that holds no other of them: the parts to go through one by one."""
+    return [_unit_of(model, site, [other for other in sites if other != site]) for site in sites]
 
-    def ancestors(fqn: str) -> list[str]:
-        parts = fqn.split(".")
-        return [".".join(parts[:size]) for size in range(1, len(parts) + 1)]
 
-    units = []
-    for site in sites:
-        taken = {above for other in sites if other != site for above in ancestors(other)}
+def _unit_of(model: nn.Module, site: str, others: list[str]) -> str:
+    taken: set[str] = set()
+    for other in others:
+        taken.update(_paths_to(other))
+    for path in _paths_to(site):
         # A list of modules is never called, so it is no part of the way.
-        called = [above for above in ancestors(site) if not isinstance(model.get_submodule(above), _LISTS)]
-        units.append(next((above for above in called if above not in taken), site))
-    return units
+        if path not in taken and not isinstance(model.get_submodule(path), _LISTS):
+            return path
+    return site
+
+
+def _paths_to(fqn: str) -> list[str]:
+    """`a.b.c` -> `a`, `a.b`, `a.b.c`: the modules that hold a module, and itself, outermost first."""
+    parts = fqn.split(".")
+    return [".".join(parts[:size]) for size in range(1, len(parts) + 1)]
 
 
 class Walk:
@@ -121,8 +138,11 @@ class Walk:
         self.units = units
         self.call = call
         self._modules = dict(model.named_modules())
-        above = {"", *(unit.rpartition(".")[0] for unit in units)}
-        self._around = {name for path in above for name in _with_parents(path)} - set(units)
+        # Modules that hold units: they run as they are, and call what is in them.
+        self._around = {""}
+        for unit in units:
+            self._around.update(_paths_to(unit)[:-1])
+        self._around -= set(units)
         # Modules that answer instead of running, per unit to start at: those called before it, outermost.
         self._before: list[set[str]] = []
         self._answers: dict[int, dict[str, Any]] = {}  # by batch size
@@ -137,8 +157,10 @@ class Walk:
         order: list[str] = []
         answers = self._answers.setdefault(len(batch), {})
         handles = []
-        outermost = [name for name in self._modules if name and self._parent_runs(name) and name not in self._around]
-        for name in outermost:
+        for name, module in self._modules.items():
+            # What lies deeper runs, or not, with the module around it.
+            if name in self._around or name.rpartition(".")[0] not in self._around:
+                continue
 
             def before(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
                 order.append(name)
@@ -148,8 +170,8 @@ class Walk:
             def after(_: nn.Module, args: Any, output: Any, name: str = name) -> None:
                 answers[name] = pytree.tree_map(_shape_only, output)
 
-            handles.append(self._modules[name].register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(self._modules[name].register_forward_hook(after))
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_hook(after))
         try:
             with torch.no_grad():
                 self.call(self.model, batch)
@@ -162,9 +184,9 @@ class Walk:
                 f"{', '.join(self.units[:3])} ... once each and in this order; use init 'joint-svd', which needs no run"
             )
         self._before = [set(order[: order.index(unit)]) for unit in self.units]
-        found = [arguments[unit] for unit in self.units]
-        self._check(batch, found)
-        return found
+        in_order = [arguments[unit] for unit in self.units]
+        self._check(batch, in_order)
+        return in_order
 
     def begin(self, batch: Tensor) -> Arguments:
         """The first unit's arguments for a batch; `start` is called by itself where the batch's size is new."""
@@ -181,26 +203,31 @@ class Walk:
         """Modules that answer instead of running when unit `number` is run."""
         return self._before[number]
 
-    def _parent_runs(self, name: str) -> bool:
-        parent = name.rpartition(".")[0]
-        return parent in self._around or parent == ""
-
     def _check(self, batch: Tensor, arguments: list[Arguments]) -> None:
-        """Skipping what comes before a unit must not change what the next one gets; else nothing is skipped."""
-        for number, given in enumerate(arguments[:-1]):
-            got = self.run(number, batch, given)
-            if not _equal(got, arguments[number + 1]):
-                self._before = [set(self.units[:index]) & before for index, before in enumerate(self._before)]
-                if not all(_equal(self.run(n, batch, a), arguments[n + 1]) for n, a in enumerate(arguments[:-1])):
-                    self._before = [set() for _ in self.units]
-                return
+        """Skipping what comes before a unit must not change what the next one gets; else less is skipped, or nothing.
 
-    def run(self, number: int, batch: Tensor, arguments: Arguments, gradient: bool = False) -> Arguments | Any:
+        A host may use in a later block what it computed before the first one (a mask, a table of positions).
+        """
+        if self._leads_on(batch, arguments):
+            return
+        for index, before in enumerate(self._before):
+            self._before[index] = before & set(self.units[:index])
+        if not self._leads_on(batch, arguments):
+            self._before = [set() for _ in self.units]
+
+    def _leads_on(self, batch: Tensor, arguments: list[Arguments]) -> bool:
+        """Whether every unit, run on its arguments, leads to those of the next one."""
+        for number, (given, following) in enumerate(itertools.pairwise(arguments)):
+            if not _equal(self.run(number, batch, given), following):
+                return False
+        return True
+
+    def run(self, number: int, batch: Tensor, arguments: Arguments) -> Arguments | Any:
         """Run unit `number` on stored arguments; returns the next unit's arguments (of the last unit, its output).
 
         `batch` only tells the model the size of its input.
         """
-        with self._answering(number, len(batch)), self._given(number, arguments), torch.set_grad_enabled(gradient):
+        with self._answering(number, len(batch)), self._given(number, arguments), torch.no_grad():
             try:
                 self.call(self.model, batch)
             except _Arrived as arrived:
@@ -209,6 +236,7 @@ class Walk:
 
     @contextmanager
     def _given(self, number: int, arguments: Arguments) -> Iterator[None]:
+        """Inside, unit `number` runs on those arguments, whatever it is called with, and what comes next is caught."""
         unit = self._modules[self.units[number]]
         forward = unit.forward
         last = number + 1 == len(self.units)
@@ -222,29 +250,24 @@ class Walk:
                 raise _Arrived(((output,), {}))
             return output
 
-        with _forward(unit, run):
-            if last:
-                yield
-            else:
-                with _forward(self._modules[self.units[number + 1]], _arrive):
-                    yield
+        with ExitStack() as stack:
+            stack.enter_context(_forward(unit, run))
+            if not last:
+                stack.enter_context(_forward(self._modules[self.units[number + 1]], _arrive))
+            yield
 
     @contextmanager
     def _answering(self, number: int, size: int) -> Iterator[None]:
-        names = sorted(self._before[number])
+        """Inside, what comes before unit `number` answers with empty tensors, for a batch of `size`."""
+        answers = self._answers[size]
 
         def answer(name: str) -> Callable[..., Any]:
-            return lambda *_, **__: pytree.tree_map(_empty, self._answers[size][name])
+            return lambda *_, **__: pytree.tree_map(_empty, answers[name])
 
-        changed = []
-        try:
-            for name in names:
-                changed.append(self._modules[name])
-                self._modules[name].__dict__["forward"] = answer(name)
+        with ExitStack() as stack:
+            for name in self._before[number]:
+                stack.enter_context(_forward(self._modules[name], answer(name)))
             yield
-        finally:
-            for module in changed:
-                module.__dict__.pop("forward", None)
 
 
 def _arrive(*args: Any, **kwargs: Any) -> Any:
@@ -267,16 +290,12 @@ def with_first_tensor(arguments: Any, tensor: Tensor) -> Any:
 @contextmanager
 def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Let a module run something else for a while."""
+    # Among the instance's own attributes it hides the class's method, and hooks are called as ever.
     module.__dict__["forward"] = forward
     try:
         yield
     finally:
         module.__dict__.pop("forward", None)
-
-
-def _with_parents(path: str) -> list[str]:
-    parts = path.split(".")
-    return ["", *(".".join(parts[:size]) for size in range(1, len(parts) + 1))]
 
 
 class _Shape:
@@ -295,8 +314,12 @@ def _empty(leaf: Any) -> Any:
 
 
 def _equal(first: Any, second: Any) -> bool:
+    """Whether two trees hold equal tensors; of other leaves only the types count: not all can be compared."""
     ours, theirs = pytree.tree_leaves(first), pytree.tree_leaves(second)
-    return len(ours) == len(theirs) and all(
-        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else type(a) is type(b)
-        for a, b in zip(ours, theirs, strict=True)
-    )
+    return len(ours) == len(theirs) and all(map(_equal_leaf, ours, theirs))
+
+
+def _equal_leaf(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.equal(first, second)
+    return type(first) is type(second)

@@ -1,5 +1,6 @@
 """Read and write the linear maps of an attention as matrices, wherever and however the host stores them."""
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -44,33 +45,42 @@ def locate(
     `kept` tells, by tensor name, which old rows a tensor still has, in their new order; others have all.
     """
     producer = role.producer
+    owner = producer.weight.rpartition(".")[0]
+    # Of the tensors with a row per channel, those beside the weight are its bias, those elsewhere a BatchNorm's.
+    own_bias = None
+    others = set()
+    for name in producer.rows:
+        holder = name.rpartition(".")[0]
+        if holder != owner:
+            others.add(holder)
+        elif name != producer.weight and own_bias is None:
+            own_bias = name
+    norms = [name for name in sorted(others) if isinstance(module.get_submodule(name), _BatchNorm)]
 
     def now(name: str, row: int) -> int:
         return kept[name].index(row) if name in kept else row
 
-    owner = producer.weight.rpartition(".")[0]
-    # Of the tensors with a row per channel, those beside the weight are its bias, those elsewhere a BatchNorm's.
-    own_bias = next((n for n in producer.rows if n != producer.weight and n.rpartition(".")[0] == owner), None)
-    others = {name.rpartition(".")[0] for name in producer.rows} - {owner}
-    norm = next((n for n in sorted(others) if isinstance(module.get_submodule(n), _BatchNorm)), None)
-
     def bias(channel: int) -> tuple[str, int] | None:
+        # A host may add its bias from pieces (BEiT: that of Q, zeros for K, that of V); only parameters can be written.
         for piece in producer.bias:
-            name = str(piece.node.target)
             if piece.start <= channel < piece.stop:
+                name = str(piece.node.target)
                 is_parameter = piece.node.op == "get_attr" and name in dict(module.named_parameters())
                 return (name, now(name, channel - piece.start)) if is_parameter else None
         return (own_bias, now(own_bias, channel)) if own_bias else None
 
-    channels = [head[start:stop] for head in role.channels]
-    rows = torch.tensor([[now(producer.weight, channel) for channel in head] for head in channels])
-    biases = tuple(tuple(bias(channel) for channel in head) for head in channels)
-    return Stored(producer.weight, rows, biases, norm)
+    rows, biases = [], []
+    for head in role.channels:
+        channels = head[start:stop]
+        rows.append([now(producer.weight, channel) for channel in channels])
+        biases.append(tuple(map(bias, channels)))
+    return Stored(producer.weight, torch.tensor(rows), tuple(biases), norms[0] if norms else None)
 
 
 def has_bias(stored: Stored) -> bool:
     """Whether every channel can be given a constant."""
-    return stored.norm is not None or all(bias is not None for head in stored.biases for bias in head)
+    # A BatchNorm that follows has one for every channel.
+    return stored.norm is not None or not any(None in head for head in stored.biases)
 
 
 def read(module: nn.Module, stored: Stored) -> Tensor:
@@ -96,7 +106,6 @@ def write(module: nn.Module, stored: Stored, matrix: Tensor, moment: Tensor) -> 
     """
     flat = matrix.mT.reshape(-1, matrix.shape[-2])
     rows = stored.rows.flatten()
-    entries = [entry for head in stored.biases for entry in head]
     offset = flat[:, -1]
     with torch.no_grad():
         if stored.norm is not None:
@@ -104,7 +113,7 @@ def write(module: nn.Module, stored: Stored, matrix: Tensor, moment: Tensor) -> 
         parameter = module.get_parameter(stored.weight)
         shaped = flat[:, :-1].reshape(len(rows), *parameter.shape[1:])
         parameter[rows.to(parameter.device)] = shaped.to(parameter)
-        for value, entry in zip(offset, entries, strict=True):
+        for value, entry in zip(offset, itertools.chain(*stored.biases), strict=True):
             if entry is not None:
                 module.get_parameter(entry[0])[entry[1]] = value
 
@@ -147,15 +156,23 @@ def _batch_norm(module: nn.Module, name: str) -> _BatchNorm:
     return norm
 
 
+def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Running mean and variance, the tensors themselves."""
+    mean, variance = norm.running_mean, norm.running_var
+    # A norm that keeps none is no affine map in eval mode.
+    assert mean is not None
+    assert variance is not None
+    return mean, variance
+
+
 def batch_norm_affine(module: nn.Module, name: str) -> tuple[Tensor, Tensor]:
     """What the BatchNorm of that name does in eval mode: `scale * y + shift`, both `[C]`, in float64."""
     norm = _batch_norm(module, name)
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = (norm.running_var.double() + norm.eps).rsqrt().cpu()
+    mean, variance = _statistics(norm)
+    scale = (variance.double() + norm.eps).rsqrt().cpu()
     if norm.weight is not None:
         scale = scale * norm.weight.detach().double().cpu()
-    shift = -norm.running_mean.double().cpu() * scale
+    shift = -mean.double().cpu() * scale
     if norm.bias is not None:
         shift = shift + norm.bias.detach().double().cpu()
     return scale, shift
@@ -166,8 +183,7 @@ def normalize(norm: _BatchNorm, rows: Tensor, flat: Tensor, moment: Tensor) -> T
 
     With `u` a row and `m`, `V` mean and covariance of the tokens: mean `u m`, variance `u V u`, weight its root.
     """
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
+    running_mean, running_variance = _statistics(norm)
     total = moment[-1, -1]
     mean = moment[-1, :-1] / total
     covariance = moment[:-1, :-1] / total - mean[:, None] * mean
@@ -175,8 +191,8 @@ def normalize(norm: _BatchNorm, rows: Tensor, flat: Tensor, moment: Tensor) -> T
     center = weight @ mean
     variance = ((weight @ covariance) * weight).sum(-1).clamp(min=0)
     for tensor, value in (
-        (norm.running_mean, center),
-        (norm.running_var, variance),
+        (running_mean, center),
+        (running_variance, variance),
         (norm.weight, (variance + norm.eps).sqrt()),
         (norm.bias, flat[:, -1] + center),
     ):

@@ -73,9 +73,13 @@ def top_hits(made: Choices) -> tuple[int, int]:
 def agreement(first: Choices, second: Choices) -> tuple[int, int]:
     """On how many images two models have the same first choice, and how many both have seen."""
     theirs = dict(zip(second.numbers, second.top[:, 0].tolist(), strict=True))
-    mine = zip(first.numbers, first.top[:, 0].tolist(), strict=True)
-    same = [choice == theirs[number] for number, choice in mine if number in theirs]
-    return sum(same), len(same)
+    same = both = 0
+    for number, choice in zip(first.numbers, first.top[:, 0].tolist(), strict=True):
+        # An image that only one of them could read is in neither count.
+        if number in theirs:
+            both += 1
+            same += choice == theirs[number]
+    return same, both
 
 
 def real_hits(made: Choices, name: Callable[[int], str], real: Mapping[str, Sequence[int]]) -> tuple[int, int, int]:
@@ -95,5 +99,6 @@ def real_hits(made: Choices, name: Callable[[int], str], real: Mapping[str, Sequ
 
 def confusion(made: Choices, classes: int) -> Tensor:
     """`[classes, classes]`: how many images of class i (rows) were taken for class j."""
+    # A pair (label, choice) as one number, so that counting numbers counts pairs.
     pairs = made.labels * classes + made.top[:, 0] if len(made.labels) else made.labels
     return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)

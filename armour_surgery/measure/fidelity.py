@@ -33,5 +33,6 @@ def compare_outputs(
             if first is not None and second is not None:
                 heads = True
                 same += int((first.argmax(-1) == second.argmax(-1)).sum())
+    # Equal outputs have no noise; JSON has no infinity, and 300 dB are about as much as float64 can tell.
     ratio = 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else 300.0
     return Fidelity(images, source, cosine / tokens, min(ratio, 300.0), 100 * same / images if heads else None)

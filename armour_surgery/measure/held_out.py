@@ -29,6 +29,7 @@ def held_out_scores(
     """
     images = tokens = counted = first = five = same = cosine = 0.0
     for batch in batches:
+        # The models of all processes run together or wait for each other for ever.
         empty = not len(batch.labels)
         features, logits = student(blank if empty else batch.images)
         wanted, theirs = teacher(blank if empty else batch.images) if teacher is not None else (None, None)
@@ -44,9 +45,11 @@ def held_out_scores(
         if logits is not None and theirs is not None:
             same, counted = same + int((logits.argmax(-1) == theirs.argmax(-1)).sum()), counted + len(batch.labels)
     images, tokens, counted, first, five, same, cosine = total([images, tokens, counted, first, five, same, cosine])
-    found = {"top1": 100 * first / images, "top5": 100 * five / images} if labelled and images else {}
+    scores: dict[str, float] = {}
+    if labelled and images:
+        scores |= {"top1": 100 * first / images, "top5": 100 * five / images}
     if tokens:
-        found["cosine"] = cosine / tokens
+        scores["cosine"] = cosine / tokens
     if counted:
-        found["agreement"] = 100 * same / counted
-    return found
+        scores["agreement"] = 100 * same / counted
+    return scores

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from armour_surgery.errors import TeacherError
+from armour_surgery.initialize.reconstruct import cut_gradients
+from armour_surgery.measure.token_error import token_error, token_weights
 from armour_surgery.recover.recipe import LossPart
 from armour_surgery.recover.student import Outputs, Runner, block_of
 from armour_surgery.recover.teacher import Teacher
 
-__all__ = ["Objective", "learned_weights", "relative_error", "soft_distillation", "token_error"]
+__all__ = ["Objective", "learned_weights", "relative_error", "soft_distillation"]
 
+# An image whose teacher gives zeros divides by this.
 _TINY = 1e-12
-# As in calibration: what a class token holds is what a head looks at, and it is one among hundreds.
-_LEARNED = 0.3
 
 
 def soft_distillation(student: Tensor, teacher: Tensor, temperature: float, reduction: str) -> Tensor:
@@ -47,30 +48,17 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     return (error / wanted.square().sum(1).clamp(min=_TINY)).mean()
 
 
-def token_error(student: Tensor, teacher: Tensor, weights: Tensor | None) -> Tensor:
-    """`|student - teacher|^2 / |teacher|^2` of each token `[B, N, C]`, averaged with `weights [N]`: 0 when equal.
-
-    A norm follows the stream of most models, so tokens of every size count alike.
-    """
-    wanted = teacher.float()
-    energy = wanted.square().sum(-1)
-    floor = 1e-6 * energy.mean() + _TINY
-    errors = (student.float() - wanted).square().sum(-1) / torch.maximum(energy, floor)
-    return errors.mean() if weights is None else (errors @ weights).mean() / weights.sum()
-
-
 def learned_weights(stream: Tensor) -> Tensor | None:
     """How much each token of the stream `[B, N, C]` that enters the first block counts, `[N]`; None if all alike.
 
-    Class tokens and registers are those that are the same in all images; together they count like 0.3 of the others.
+    Class tokens and registers are those that are the same in all images.
     """
     if stream.ndim != 3 or len(stream) < 2:
         return None
     learned = (stream == stream[:1]).all(-1).all(0)
-    count = int(learned.sum())
-    if not 0 < count < len(learned):
+    if not learned.any() or learned.all():
         return None
-    return torch.where(learned, max(1.0, _LEARNED * (len(learned) - count) / count), 1.0)
+    return token_weights(learned)
 
 
 class Objective(nn.Module):
@@ -105,7 +93,7 @@ class Objective(nn.Module):
             self._handles += runner.watch(watched, self._mine)
             self._handles += teacher.runner.watch(watched, self._theirs)
         if loss.local and teacher is not None:
-            self._handles += runner.cut(self._blocks)
+            self._handles += cut_gradients(runner.model, self._blocks)
             self._handles.append(teacher.runner.watch_input(self._blocks[0], self._note))
 
     def release(self) -> None:
@@ -169,7 +157,8 @@ class Objective(nn.Module):
 
     def _error(self, term: str, mine: Tensor, theirs: Tensor, fqn: str) -> Tensor:
         if term == "blocks" and self._loss.local and mine.ndim == 3:
-            return token_error(*_alike(mine, theirs, fqn), self._weights)
+            _check_shapes(mine, theirs, fqn)
+            return token_error(mine.float(), theirs.float(), self._weights)
         return _compared(mine, theirs, fqn)
 
 
@@ -183,13 +172,13 @@ def _there(tensor: Any, whose: str) -> Tensor:
 
 
 def _compared(mine: Tensor, theirs: Tensor, what: str) -> Tensor:
-    return relative_error(*_alike(mine, theirs, what))
+    _check_shapes(mine, theirs, what)
+    return relative_error(mine, theirs)
 
 
-def _alike(mine: Tensor, theirs: Tensor, what: str) -> tuple[Tensor, Tensor]:
+def _check_shapes(mine: Tensor, theirs: Tensor, what: str) -> None:
     if mine.shape != theirs.shape:
         raise TeacherError(
             f"the teacher's {what} are {list(theirs.shape)} and the student's {list(mine.shape)}; only the original of "
             "a converted model can teach it features"
         )
-    return mine, theirs

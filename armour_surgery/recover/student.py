@@ -74,15 +74,6 @@ class Runner(nn.Module):
             handles.append(modules[fqn].register_forward_hook(keep))
         return handles
 
-    def cut(self, fqns: Sequence[str]) -> list[RemovableHandle]:
-        """Let no gradient leave those modules by their inputs, until the handles are removed."""
-
-        def detached(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
-
-        modules = map(self.model.get_submodule, fqns)
-        return [module.register_forward_pre_hook(detached, with_kwargs=True) for module in modules]
-
     def watch_input(self, fqn: str, tell: Callable[[Tensor], None]) -> RemovableHandle:
         """Tell what goes into a module each time that it is called, until the handle is removed."""
 

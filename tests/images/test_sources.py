@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import SIZE, numbered
+from pictures import PREP, SIZE, numbered
 from PIL import Image
 
 from armour_surgery.errors import DataError
+from armour_surgery.images.for_calibration import calibration_batches
 from armour_surgery.images.sources import (
     Pictures,
     check_labels,
@@ -44,6 +46,20 @@ def refusal(source: str | Path, split: str = "train", *, labelled: bool = True, 
     with pytest.raises(DataError) as caught:
         opened(source, split, labelled=labelled, **options)
     return str(caught.value)
+
+
+@pytest.mark.parametrize(("link", "target"), [("ant/up", "ant"), ("ant/up", "."), ("up", "."), ("up", "..")])
+def test_a_photo_beside_a_link_to_its_parent_counts_once(tmp_path: Path, link: str, target: str) -> None:
+    root = by_class(tmp_path / "photos", {"ant": 2, "bee": 3})
+    (root / link).symlink_to(root / target)
+    assert len(opened(root, labelled=False)) == 5
+    pictures = opened(root)
+    assert pictures.classes == ("ant", "bee")
+    assert [pictures.read(i)[1] for i in range(len(pictures))] == [0, 0, 1, 1, 1]
+    # Calibration shows every photo as it is before crops of those seen before, which no other photo equals.
+    (shown,) = calibration_batches(str(root), PREP, images=6)
+    photos = torch.stack([PREP.tensor(pictures.read(i)[0]) for i in range(5)]).flatten(1)
+    assert [int((photos == image.flatten()).all(1).sum()) for image in shown] == [1] * 5 + [0]
 
 
 def test_a_folder_by_class_and_its_validation_split_share_their_numbers(tmp_path: Path) -> None:

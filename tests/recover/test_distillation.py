@@ -9,12 +9,12 @@ from torch import nn
 from training import armour
 
 from armour_surgery import convert
+from armour_surgery.measure.token_error import token_error
 from armour_surgery.recover.distillation import (
     Objective,
     learned_weights,
     relative_error,
     soft_distillation,
-    token_error,
 )
 from armour_surgery.recover.recipe import LossPart
 from armour_surgery.recover.student import Runner, prepare
