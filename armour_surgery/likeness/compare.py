@@ -1,7 +1,7 @@
 """How alike the projections of each attention are, and what it would cost to make two of them one.
 
-Discovery says which rows of which parameters are Q, K and V; `measure.redundancy` compares them; the closed forms of
-`initialize` find the best shared weight for each pair.
+Discovery says which rows of which parameters are Q, K and V; `pairs` compares them; the closed forms of `initialize`
+find the best shared weight for each pair.
 """
 
 from collections.abc import Iterable
@@ -14,9 +14,9 @@ from armour_surgery.copies import full_copy
 from armour_surgery.discover import FoundSite, find_sites
 from armour_surgery.errors import TraceError, UsageError
 from armour_surgery.initialize.weights import locate, read
-from armour_surgery.likeness.pairs import PAIRS, THRESHOLD, PairRedundancy, SiteRedundancy, compare_pair, why_not
+from armour_surgery.likeness.pairs import PAIRS, THRESHOLD, SiteRedundancy, compare_pair, why_not
 from armour_surgery.modes import AUTO, choose
-from armour_surgery.records import Progress
+from armour_surgery.records import AttentionSite, Progress
 from armour_surgery.surgery.new_weights import choose_weights
 from armour_surgery.surgery.operation import operate, prepare
 from armour_surgery.surgery.targets import Example, example_of, refuse_converted, select_sites
@@ -33,6 +33,15 @@ class Layer:
 
     fqn: str
     weights: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Sharing:
+    """What comes of making two roles one: see `mode`, `residual` and `refused` of `PairRedundancy`."""
+
+    mode: str | None = None
+    residual: float | None = None
+    refused: str | None = None
 
 
 def redundancy(
@@ -63,14 +72,15 @@ def redundancy(
 
     Source: arXiv 2108.01778, section 3.2 and Figure 1.
     """
-    return compare_layers(
+    sites, _ = compare_layers(
         model,
         threshold=threshold,
         include=include,
         exclude=exclude,
         example_input=example_input,
         progress=progress,
-    )[0]
+    )
+    return sites
 
 
 def compare_layers(
@@ -91,27 +101,35 @@ def compare_layers(
     """
     refuse_converted(model)
     example = example_of(model, example_input)
-    found = select_sites(find_sites(model, example), include, exclude)
-    chosen = _choose_layer(found, layer)
-    weights = {one.site.fqn: _weights(model, one) for one in found if one.traced is not None}
-    sites = {one.site.fqn: _compare(one, weights.get(one.site.fqn, {}), threshold) for one in found}
+    selected = select_sites(find_sites(model, example), include, exclude)
+    chosen = _choose_layer(selected, layer)
+    weights = {
+        found_site.site.fqn: _weights(model, found_site) for found_site in selected if found_site.traced is not None
+    }
+    sites = {}
+    for found_site in selected:
+        fqn = found_site.site.fqn
+        sites[fqn] = _compare(found_site.site, weights.get(fqn, {}), threshold)
     for number, pair in enumerate(PAIRS):
         if progress is not None:
             progress("finding the best shared weights", number, len(PAIRS))
-        for fqn, (mode, residual, refused) in _shared(model, found, pair, example).items():
+        for fqn, sharing in _share(model, selected, pair, example).items():
             site = sites[fqn]
             if pair in site.pairs:
-                one = replace(site.pairs[pair], mode=mode, residual=residual, refused=refused)
-                sites[fqn] = replace(site, pairs={**site.pairs, pair: one})
-    return [_with_default(one, sites[one.site.fqn]) for one in found], Layer(chosen, weights[chosen])
+                priced = replace(
+                    site.pairs[pair], mode=sharing.mode, residual=sharing.residual, refused=sharing.refused
+                )
+                sites[fqn] = replace(site, pairs={**site.pairs, pair: priced})
+    redundancies = [_with_default(found_site.site, sites[found_site.site.fqn]) for found_site in selected]
+    return redundancies, Layer(chosen, weights[chosen])
 
 
-def _choose_layer(found: list[FoundSite], layer: str | None) -> str:
-    names = [one.site.fqn for one in found]
-    followed = [one.site.fqn for one in found if one.traced is not None]
+def _choose_layer(selected: list[FoundSite], layer: str | None) -> str:
+    names = [found_site.site.fqn for found_site in selected]
+    followed = [found_site.site.fqn for found_site in selected if found_site.traced is not None]
     if not followed:
-        reason = next(iter(found[0].site.refused.values()))
-        raise TraceError(f"none of the {len(found)} attention sites could be followed ({names[0]}: {reason})")
+        reason = _any_reason(selected[0].site)
+        raise TraceError(f"none of the {len(selected)} attention sites could be followed ({names[0]}: {reason})")
     if layer is None:
         return followed[0]
     name = names[int(layer)] if layer.isdecimal() and int(layer) < len(names) else layer
@@ -121,61 +139,74 @@ def _choose_layer(found: list[FoundSite], layer: str | None) -> str:
             f"or a name such as {names[0]!r}"
         )
     if name not in followed:
-        reason = next(iter(found[names.index(name)].site.refused.values()))
+        reason = _any_reason(selected[names.index(name)].site)
         raise TraceError(f"{name} could not be followed ({reason}); choose another layer, such as {followed[0]!r}")
     return name
 
 
-def _weights(model: nn.Module, one: FoundSite) -> dict[str, Tensor]:
+def _any_reason(site: AttentionSite) -> str:
+    """Why a site could not be followed, which every mode has as its reason."""
+    return next(iter(site.refused.values()))
+
+
+def _weights(model: nn.Module, found_site: FoundSite) -> dict[str, Tensor]:
     """What q, k and v are made with, `[H, D, d]` in float64, without biases."""
-    assert one.traced is not None
-    module = model.get_submodule(one.site.fqn)
+    assert found_site.traced is not None
+    fqn = found_site.site.fqn
+    module = model.get_submodule(fqn)
     if any(parameter.is_meta for parameter in module.parameters()):
-        raise UsageError(
-            f"the weights of {one.site.fqn} are on the meta device, so there is nothing to compare; load some"
-        )
-    roles = {"q": one.traced.q, "k": one.traced.k, "v": one.traced.v}
+        raise UsageError(f"the weights of {fqn} are on the meta device, so there is nothing to compare; load some")
+    roles = {"q": found_site.traced.q, "k": found_site.traced.k, "v": found_site.traced.v}
+    # The last row is the bias.
     return {letter: read(module, locate(module, role, {}))[:, :-1] for letter, role in roles.items()}
 
 
-def _compare(one: FoundSite, weights: dict[str, Tensor], threshold: float) -> SiteRedundancy:
-    site = one.site
-    reasons = {pair: why_not(weights, pair) if weights else next(iter(site.refused.values())) for pair in PAIRS}
-    pairs = {pair: compare_pair(weights, pair, threshold) for pair, reason in reasons.items() if reason is None}
-    skipped = {pair: reason for pair, reason in reasons.items() if reason is not None}
+def _compare(site: AttentionSite, weights: dict[str, Tensor], threshold: float) -> SiteRedundancy:
+    """The pairs of a site; without `weights`, those of a site that could not be followed, none is compared."""
+    pairs, skipped = {}, {}
+    for pair in PAIRS:
+        reason = why_not(weights, pair) if weights else _any_reason(site)
+        if reason is None:
+            pairs[pair] = compare_pair(weights, pair, threshold)
+        else:
+            skipped[pair] = reason
     return SiteRedundancy(site.fqn, site.kind, site.num_heads, site.key_dim, site.value_dim, pairs, skipped)
 
 
-def _shared(
-    model: nn.Module, found: list[FoundSite], pair: str, example: dict[str, Tensor]
-) -> dict[str, tuple[str | None, float | None, str | None]]:
-    """By site: the mode that makes a pair one, the residual of the best shared weight, and why there is none."""
+def _share(model: nn.Module, selected: list[FoundSite], pair: str, example: dict[str, Tensor]) -> dict[str, _Sharing]:
+    """By site, what comes of making a pair one."""
     modes: dict[str, str] = {}
-    made: dict[str, tuple[str | None, float | None, str | None]] = {}
-    for one in found:
-        fitting = [mode for mode in _MODES[pair] if mode in one.site.modes]
-        heads = {role.num_heads for role in (one.site.q, one.site.k, one.site.v) if role}
+    sharings: dict[str, _Sharing] = {}
+    for found_site in selected:
+        site = found_site.site
+        fitting = [mode for mode in _MODES[pair] if mode in site.modes]
+        heads = {role.num_heads for role in (site.q, site.k, site.v) if role}
         if not fitting:
-            made[one.site.fqn] = None, None, one.site.refused[_MODES[pair][0]]
+            sharings[site.fqn] = _Sharing(refused=site.refused[_MODES[pair][0]])
         elif len(heads) > 1:
-            made[one.site.fqn] = fitting[0], None, "there is no closed form where several heads of Q share one of K"
+            reason = "there is no closed form where several heads of Q share one of K"
+            sharings[site.fqn] = _Sharing(fitting[0], refused=reason)
         else:
-            modes[one.site.fqn] = fitting[0]
-    operations, refused = prepare(model, [one for one in found if one.site.fqn in modes], modes)
+            modes[site.fqn] = fitting[0]
+    operations, refused = prepare(model, [each for each in selected if each.site.fqn in modes], modes)
     for left in refused:
-        made[left.fqn] = None, None, left.reason
+        sharings[left.fqn] = _Sharing(refused=left.reason)
     if operations:
+        # The caller may be in inference mode, whose tensors could not become parameters of the copy.
         with torch.inference_mode(False):
             converted = full_copy(model)
             for operation in operations:
                 operate(converted, operation, "joint-svd")
             results, _ = choose_weights(model, converted, operations, "joint-svd", example, None, None)
         for result in results:
-            made[result.fqn] = modes[result.fqn], result.residual, None
-    return made
+            sharings[result.fqn] = _Sharing(modes[result.fqn], result.residual)
+    return sharings
 
 
-def _with_default(one: FoundSite, site: SiteRedundancy) -> SiteRedundancy:
-    mode, _ = choose(one.site, AUTO)
-    taken: PairRedundancy | None = next((pair for pair in site.pairs.values() if mode and pair.mode == mode), None)
-    return replace(site, mode=taken.mode, residual=taken.residual) if taken else site
+def _with_default(site: AttentionSite, compared: SiteRedundancy) -> SiteRedundancy:
+    """A site with what `convert` would do there if nothing else was asked for."""
+    mode, _ = choose(site, AUTO)
+    for pair in compared.pairs.values():
+        if mode is not None and pair.mode == mode:
+            return replace(compared, mode=pair.mode, residual=pair.residual)
+    return compared
