@@ -132,8 +132,12 @@ def compare(
     times: dict[str, list[list[float]]] = {name: [] for name in names}
     with torch.inference_mode():
         batch = make_input()
-        warm = {name: _warm_up(models[name], batch, max_warmup, warmup_s, clock) for name in names}
-        calls = {name: max(1, round(_TURN_S / median(seconds))) for name, seconds in warm.items()}
+        calls: dict[str, int] = {}
+        warmup_calls = 0
+        for name in names:
+            seconds = _warm_up(models[name], batch, max_warmup, warmup_s, clock)
+            calls[name] = max(1, round(_TURN_S / median(seconds)))
+            warmup_calls += len(seconds)
         started, blocks = clock(), 0
         for number in range(rounds):
             done = max(number / rounds, (clock() - started) / budget_s)
@@ -156,7 +160,7 @@ def compare(
         times=typical,
         batch_size=batch.shape[0],
         rounds=len(times[names[0]]),
-        warmup_calls=sum(map(len, warm.values())),
+        warmup_calls=warmup_calls,
         environment=environment(batch.device),
     )
 

@@ -156,8 +156,8 @@ def _notes(sites: "Sequence[SiteRedundancy]") -> list[str]:
             sites_by_remark.setdefault(remark, []).append(site.fqn)
     for remark, names in sites_by_remark.items():
         lines.append(f"{grouped_names(names)}: {remark}")
-    pairs = [pair for site in sites for pair in site.pairs.values()]
-    if any(pair.refused is not None for pair in pairs):
+    refused = [pair for site in sites for pair in site.pairs.values() if pair.refused is not None]
+    if refused:
         lines.append("-: no mode makes the two one there; `armour-surgery inspect` says why.")
     return lines
 

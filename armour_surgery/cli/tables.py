@@ -205,6 +205,7 @@ def frontier_table(points: Sequence[FrontierPoint], params_before: int, chosen: 
 
 def _converted(point: FrontierPoint) -> str:
     """`blocks.0-3.attn (qv); blocks.7.attn (qv, rank 32)`, or `nothing`."""
+    # Sites that are converted alike are named together.
     names_by_way: dict[str, list[str]] = {}
     for fqn, mode, rank in point.sites:
         names_by_way.setdefault(way(mode, rank), []).append(fqn)

@@ -106,7 +106,7 @@ def compare_layers(
     weights = {
         found_site.site.fqn: _weights(model, found_site) for found_site in selected if found_site.traced is not None
     }
-    sites = {}
+    sites: dict[str, SiteRedundancy] = {}
     for found_site in selected:
         fqn = found_site.site.fqn
         sites[fqn] = _compare(found_site.site, weights.get(fqn, {}), threshold)
@@ -120,6 +120,7 @@ def compare_layers(
                     site.pairs[pair], mode=sharing.mode, residual=sharing.residual, refused=sharing.refused
                 )
                 sites[fqn] = replace(site, pairs={**site.pairs, pair: priced})
+    # Last, for what a mode costs is known only now.
     redundancies = [_with_default(found_site.site, sites[found_site.site.fqn]) for found_site in selected]
     return redundancies, Layer(chosen, weights[chosen])
 

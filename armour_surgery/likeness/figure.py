@@ -42,6 +42,7 @@ def redundancy_figure(
     _draw_layer(upper, layer, apart, limit, threshold)
     shares, every, costs = lower.subplots(1, 3)
     _draw_shares(shares, apart, limit, threshold)
+    # Each layer has a place on the axes, and a short name there.
     fqns = [site.fqn for site in sites]
     labels, pattern = short_names(fqns)
     for axes in (every, costs):

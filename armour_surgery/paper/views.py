@@ -40,10 +40,12 @@ def views(result: Reproduction) -> list[View]:
 
 def notes(result: Reproduction) -> list[str]:
     """What explains the cells that are not simply the same, each once."""
-    explained = []
+    explained: dict[str, None] = {}  # an ordered set
     for row in result.rows:
-        explained += [_note(cell) for cell in row.cells if cell.status in ("explained", "differs")]
-    return list(dict.fromkeys(explained))
+        for cell in row.cells:
+            if cell.status in ("explained", "differs"):
+                explained[_note(cell)] = None
+    return list(explained)
 
 
 def remarks(result: Reproduction) -> list[str]:
@@ -102,6 +104,7 @@ def _note(cell: Cell) -> str:
 
 
 def _sizes(caption: str, rows: Sequence[ReproducedRow], marks: dict[str, str]) -> View:
+    # Only some of the paper's tables have this column.
     changes = _has_column(rows, "params_change")
     headers = ["model", "mode", "parameters", "paper, M", "MACs, M", "ratio"]
     if changes:

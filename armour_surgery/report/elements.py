@@ -7,10 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
-from matplotlib.figure import Figure
-
-from armour_surgery.report.style import inline_svg
-
 __all__ = ["NONE", "Row", "bar", "code", "facts", "figure", "numbers", "section", "table", "tile"]
 
 # What stands in a cell that has no value: an en dash, as wide as a digit.
@@ -76,9 +72,9 @@ def bar(value: float | None, largest: float) -> str:
     return f'{value:.4f}<span class="bar"><i style="width:{share:.1f}%"></i></span>'
 
 
-def figure(drawn: Figure, label: str) -> str:
-    """A figure inside the page; a screen reader says the `label`, which must be escaped."""
-    return f"<figure>{inline_svg(drawn, label)}</figure>"
+def figure(svg: str) -> str:
+    """A figure inside the page, from `style.inline_svg`."""
+    return f"<figure>{svg}</figure>"
 
 
 def numbers(columns: Mapping[str, str], rows: Iterable[Row]) -> str:

@@ -51,8 +51,8 @@ def sensitivity_figure(sensitivities: Sequence[Sensitivity], title: str) -> Figu
         logarithmic = _scale(axes, list(values.values()))
         # Bars first, so that the lines are drawn over them.
         for mode, rank in sorted(ways, key=lambda pair: pair[1] is not None):
-            heights = [_shown(values.get((fqn, mode, rank)), logarithmic) for fqn in fqns]
-            _draw_way(axes, heights, looks[mode, rank])
+            known = [values.get((fqn, mode, rank)) for fqn in fqns]
+            _draw_way(axes, _heights(known, logarithmic), looks[mode, rank])
         tidy(axes)
     upper.set_ylabel("loss of the model")
     lower.set_ylabel("error of the site's output")
@@ -115,19 +115,22 @@ def frontier_figure(
     figure = blank_figure(7.6, 4.4)
     axes = figure.subplots()
     ordered = sorted(points, key=lambda point: -point.params)
-    tried = [point for point in ordered if point.measured is not None]
-    losses = [point.predicted for point in ordered]
-    losses += [point.measured for point in tried if point.measured is not None]
-    if budget is not None:
-        losses.append(budget)
-    logarithmic = _scale(axes, losses)
+    params = [point.params / 1e6 for point in ordered]
+    predicted = [point.predicted for point in ordered]
+    tried_params, measured = [], []
+    for point in ordered:
+        if point.measured is not None:
+            tried_params.append(point.params / 1e6)
+            measured.append(point.measured)
+    budgets = [] if budget is None else [budget]
+    logarithmic = _scale(axes, predicted + measured + budgets)
     axes.plot(
-        [point.params / 1e6 for point in ordered], [_shown(point.predicted, logarithmic) for point in ordered],
+        params, _heights(predicted, logarithmic),
         color=SERIES[0], linewidth=1.6, label="predicted: sum of the sites alone",
     )  # fmt: skip
-    if tried:
+    if measured:
         axes.plot(
-            [point.params / 1e6 for point in tried], [_shown(point.measured, logarithmic) for point in tried],
+            tried_params, _heights(measured, logarithmic),
             color=SERIES[1], linestyle="none", marker="o", markersize=5, label="measured on held-out images",
         )  # fmt: skip
     if budget is not None:
@@ -135,7 +138,7 @@ def frontier_figure(
     if chosen is not None:
         loss = chosen.predicted if chosen.measured is None else chosen.measured
         axes.plot(
-            [chosen.params / 1e6], [_shown(loss, logarithmic)], linestyle="none", marker="o", markersize=12,
+            [chosen.params / 1e6], _heights([loss], logarithmic), linestyle="none", marker="o", markersize=12,
             markerfacecolor="none", markeredgecolor=INK, markeredgewidth=1.6,
             label=f"chosen: {chosen.params / 1e6:,.3f} M",
         )  # fmt: skip
@@ -178,11 +181,14 @@ def _scale(axes: Axes, values: Sequence[float]) -> bool:
     return True
 
 
-def _shown(value: float | None, logarithmic: bool) -> float:
-    """The height to draw at: none where there is no value, or no place for it on the axis."""
-    if value is None or not math.isfinite(value) or (logarithmic and value <= 0):
-        return math.nan
-    return value
+def _heights(values: Sequence[float | None], logarithmic: bool) -> list[float]:
+    """The heights to draw at: none where there is no value, or no place for it on the axis."""
+    heights = []
+    for value in values:
+        if value is None or not math.isfinite(value) or (logarithmic and value <= 0):
+            value = math.nan  # matplotlib leaves a gap
+        heights.append(value)
+    return heights
 
 
 def _head(figure: Figure, axes: Axes, title: str, legend: bool) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from armour_surgery.records import Fidelity, FrontierPoint, Sensitivity, SitePlan, SurgeryPlan
 from armour_surgery.report.elements import NONE, Row, bar, code, facts, figure, numbers, section, table, tile
 from armour_surgery.report.figures import frontier_figure, sensitivity_figure
+from armour_surgery.report.style import inline_svg
 from armour_surgery.report.whole_file import check_target, write_whole
 from armour_surgery.report.wording import (
     NEEDS_TRAINING,
@@ -291,7 +292,7 @@ def _sensitivities(sensitivities: Sequence[Sensitivity]) -> str:
         "model\u2019s final features to the original\u2019s, residual the relative error of the attention\u2019s own "
         "output, both on held-out images.</p>",
         # The page has titles of its own.
-        figure(sensitivity_figure(sensitivities, title=""), "Loss and residual of each site"),
+        figure(inline_svg(sensitivity_figure(sensitivities, title=""), "Loss and residual of each site")),
         numbers(columns, rows),
     )
 
@@ -317,11 +318,12 @@ def _frontier(surgery: SurgeryPlan, points: Sequence[FrontierPoint]) -> str:
             str(len(point.sites)),
         )
         rows.append(Row(cells, "chosen" if point is chosen else ""))
+    drawn = frontier_figure(points, surgery.params_before, surgery.max_loss, chosen)
     return section(
         "Parameters against loss",
         "<p>Each point is a choice of attentions to convert. Its predicted loss is the sum of what they cost alone; "
         "where it was tried as a whole, its loss on held-out images stands beside.</p>",
-        figure(frontier_figure(points, surgery.params_before, surgery.max_loss, chosen), "Parameters against loss"),
+        figure(inline_svg(drawn, "Parameters against loss")),
         numbers(columns, rows),
     )
 

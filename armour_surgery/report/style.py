@@ -119,13 +119,14 @@ def short_names(fqns: Sequence[str]) -> tuple[list[str], str]:
 
 def _short_numbers(splits: list[list[str]]) -> tuple[list[str], str]:
     """Names that differ in numbers alone; in each split these have the odd places."""
-    columns = list(zip(*splits, strict=True))
-    varying = [place for place in range(1, len(columns), 2) if len(set(columns[place])) > 1]
     pattern = list(splits[0])
-    for place in varying:
-        pattern[place] = "*"
-    labels = [".".join(parts[place] for place in varying) for parts in splits]
-    return labels, "".join(pattern)
+    varying: list[tuple[str, ...]] = []
+    for place, column in enumerate(zip(*splits, strict=True)):
+        if place % 2 and len(set(column)) > 1:
+            pattern[place] = "*"
+            varying.append(column)
+    labels = map(".".join, zip(*varying, strict=True)) if varying else [""] * len(splits)
+    return list(labels), "".join(pattern)
 
 
 def _short_paths(paths: list[list[str]]) -> tuple[list[str], str]:

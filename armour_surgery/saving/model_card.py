@@ -49,7 +49,8 @@ def model_card(surgery: SurgeryPlan, name: str) -> str:
     ]
     if surgery.refused:
         lines += ["", "Left as they were:", ""]
-        lines += [f"- `{site.fqn}`: {site.reason}" for site in surgery.refused]
+    for site in surgery.refused:
+        lines.append(f"- `{site.fqn}`: {site.reason}")
     lines += ["", f"License of the base model: {known_license or 'unknown'}.", ""]
     return "\n".join(lines)
 
@@ -113,8 +114,11 @@ def _residual_row(neighbors: Sequence[SitePlan]) -> str:
         name += f" to {_escaped(last.fqn)}"
         spread += f" to {values[-1]:.4f}"
     # Dictionaries keep the order in which the neighbors have them, each once.
-    ways = dict.fromkeys(way(f"`{site.mode}`", site.rank, separator=" ") for site in neighbors)
-    steps = dict.fromkeys(step for site in neighbors for step in site.steps)
+    ways: dict[str, None] = {}
+    steps: dict[str, None] = {}
+    for site in neighbors:
+        ways[way(f"`{site.mode}`", site.rank, separator=" ")] = None
+        steps |= dict.fromkeys(site.steps)
     return f"| {name} | {', '.join(ways)} | {spread} | {', '.join(steps) or 'nothing'} |"
 
 
