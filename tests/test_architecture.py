@@ -172,7 +172,9 @@ def test_faces_hand_names_on_and_define_nothing(path: Path) -> None:
         assert name == "__all__" or lazy, f"{path} defines {name}"
 
 
-@pytest.mark.parametrize("room", ["recover", "images", "report", "measure", "benchmarking", "exporting", "paper", "demo"])
+@pytest.mark.parametrize(
+    "room", ["recover", "images", "report", "measure", "benchmarking", "exporting", "paper", "demo"]
+)
 def test_faces_that_light_commands_meet_are_empty(room: str) -> None:
     assert len(ast.parse((PACKAGE / room / "__init__.py").read_text(encoding="utf-8")).body) == 1
 

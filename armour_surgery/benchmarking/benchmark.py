@@ -1,4 +1,8 @@
-"""How fast models are beside each other, all of them treated alike."""
+"""How fast models are beside each other, all of them treated alike: `benchmark`.
+
+A model becomes a subject (deployed, moved, compiled, with an example of what it takes); subjects are counted, timed in
+turns at every batch size by `speed.compare`, and profiled. `results` has the records of that, `files` writes them.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -90,7 +94,7 @@ def benchmark(
         threads: torch's threads inside an operator while it runs; as many as before if it is not given.
         example_input: what all models take, for models of your own; see `convert`.
         keep_freed_memory: change this process for good, so that freed memory is not given back; see
-            `measure.speed.keep_memory`. The ratios are much steadier.
+            `speed.keep_memory`. The ratios are much steadier.
         inplace: use the models themselves instead of copies.
         progress: called with what is being done, and with how much of how much is done, never while a model is timed.
 
@@ -108,18 +112,23 @@ def benchmark(
     while double in models:
         double += " again"
     given = {name: model if inplace else full_copy(model) for name, model in models.items()}
+    # A copy in any case: that it has memory of its own is what the double is for.
     given[double] = full_copy(models[first])
     with _threads(threads), many_compiled() if compile else nullcontext():
-        subjects = [_subject(name, model, settings, place, example_input) for name, model in given.items()]
+        everyone = [_subject(name, model, settings, place, example_input) for name, model in given.items()]
+        # The double is timed and nothing else.
+        subjects = everyone[:-1]
         costs = []
-        for number, one in enumerate(subjects[:-1]):
-            tell("counting", number, len(models))
-            costs.append(ModelCost(one.name, count_params(one.module), count_macs(one.module, one.example).macs))
+        for number, subject in enumerate(subjects):
+            tell("counting", number, len(subjects))
+            macs = count_macs(subject.module, subject.example).macs
+            costs.append(ModelCost(subject.name, count_params(subject.module), macs))
         here = environment(place)
-        batches = [_at_batch(subjects, size, settings, tell) for size in sorted({1, *batch_sizes})]
-        largest = batches[-1].batch_size
-        timed = subjects[:-1] if profile else []
-        profiles = [_profile(one, largest, number, len(timed), tell) for number, one in enumerate(timed)]
+        batches = [_at_batch(everyone, size, settings, tell) for size in sorted({1, *batch_sizes})]
+        profiles = []
+        for number, subject in enumerate(subjects if profile else ()):
+            tell("profiling", number, len(subjects))
+            profiles.append(_profile(subject, batches[-1].batch_size))
     return Benchmark(here, settings, tuple(costs), tuple(batches), tuple(profiles))
 
 
@@ -133,9 +142,9 @@ def _check(
     """Refuse what is never right; the device."""
     if not models:
         raise UsageError("nothing to time: no model was given")
-    wrong = [size for size in batch_sizes if size < 1]
-    if wrong:
-        raise UsageError(f"a batch size must be 1 or more, not {wrong[0]}")
+    for size in batch_sizes:
+        if size < 1:
+            raise UsageError(f"a batch size must be 1 or more, not {size}")
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     if threads is not None and threads < 1:
@@ -143,12 +152,13 @@ def _check(
     try:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        found = torch.device(device)
-        torch.empty(1, device=found)
+        place = torch.device(device)
+        # That torch knows a device's name does not mean that this machine, or this build of torch, has one.
+        torch.empty(1, device=place)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         message = str(error).strip().splitlines()[0]
         raise UsageError(f"device {str(device)!r} cannot be used here: {message}; cpu always can") from error
-    return found
+    return place
 
 
 def _subject(
@@ -180,22 +190,24 @@ def _deployed(model: nn.Module, compiled: bool, example: dict[str, Tensor]) -> n
 
 def _at_batch(subjects: Sequence[_Subject], size: int, settings: Settings, tell: Progress) -> BatchSpeed:
     device = subjects[0].device
-    calls = {one.name: one.caller(size) for one in subjects}
+    calls = {subject.name: subject.caller(size) for subject in subjects}
     images = subjects[0].images(size)
     compile_s: dict[str, float] = {}
     peak_mib: dict[str, float | None] = {}
-    for number, one in enumerate(subjects):
+    for number, subject in enumerate(subjects):
         tell(f"{'compiling' if settings.compiled else 'trying'}, batch {size}", number, len(subjects))
-        compile_s[one.name] = _first_call(one, calls[one.name], images, settings)
-    for one in subjects:
+        compile_s[subject.name] = _first_call(subject, calls[subject.name], images, settings)
+    # After all first calls, so that nothing that is set up once counts for the model that happens to need it first.
+    for subject in subjects:
         with torch.inference_mode():
-            growth = peak_growth(partial(calls[one.name], images), device)
-        peak_mib[one.name] = None if growth is None else (held_bytes(one.module) + growth) / _MIB
+            growth = peak_growth(partial(calls[subject.name], images), device)
+        peak_mib[subject.name] = None if growth is None else (held_bytes(subject.module) + growth) / _MIB
 
     def before_block(done: float) -> None:
         tell(f"timing, batch {size}", int(_PERCENT * done), _PERCENT)
-        for one in subjects:
-            _move_weights(one.module)
+        for subject in subjects:
+            _move_weights(subject.module)
+        # The first call after a move reads memory that no cache has seen, and is not one to be timed.
         for call in calls.values():
             call(images)
 
@@ -207,6 +219,7 @@ def _at_batch(subjects: Sequence[_Subject], size: int, settings: Settings, tell:
         budget_s=settings.budget_s,
         before_block=before_block,
     )
+    # The double came last.
     *pairs, noise = report.pairs
     return BatchSpeed(
         size,
@@ -241,19 +254,20 @@ def _first_call(subject: _Subject, call: Callable[[Tensor], Any], images: Tensor
     return time.perf_counter() - started
 
 
-def _profile(subject: _Subject, size: int, number: int, total: int, tell: Progress) -> Profile:
-    tell("profiling", number, total)
+def _profile(subject: _Subject, size: int) -> Profile:
     call = partial(subject.caller(size), subject.images(size))
     return profile_call(subject.name, size, call, subject.device)
 
 
 def _move_weights(module: nn.Module) -> None:
     """Copy all weights to other memory; what shares memory goes on sharing it."""
+    # The new storage by the address of the old one.
     moved: dict[int, torch.UntypedStorage] = {}
     with torch.inference_mode(mode=False), torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
             if type(tensor.data) is not Tensor or tensor.layout is not torch.strided or tensor.is_inference():
                 continue  # packed for a kernel, and not ours to take apart
+            # A tensor is a view of its storage, and all views of one storage move together.
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in moved:
                 moved[storage.data_ptr()] = storage.clone()  # type: ignore[no-untyped-call]

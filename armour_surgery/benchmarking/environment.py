@@ -63,6 +63,7 @@ def environment(device: torch.device | str = "cpu") -> Environment:
     cuda = device.type == "cuda"
     cpu = _cpu_fields()
     name = cpu.get("model name") or platform.processor() or platform.machine()
+    # x86 has flags, ARM has Features.
     flags = set((cpu.get("flags") or cpu.get("Features") or "").split())
     return Environment(
         device=device.type,
@@ -92,7 +93,11 @@ def _cpu_fields() -> dict[str, str]:
         first = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
     except OSError:
         return {}
-    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+    fields = {}
+    for line in first.splitlines():
+        name, _, value = line.partition(":")
+        fields[name.strip()] = value.strip()
+    return fields
 
 
 def _version(package: str) -> str:
@@ -105,6 +110,7 @@ def _version(package: str) -> str:
 def _commit() -> str | None:
     if not (_CHECKOUT / ".git").exists():
         return None
+    # No tags: a commit of a checkout is what others can look up.
     describe = ("git", "-C", str(_CHECKOUT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     return _first_line(describe)
 

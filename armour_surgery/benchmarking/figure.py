@@ -21,9 +21,11 @@ def speed_figure(
     """Speed against parameters, a dot for each model; its interval is a line where there is one."""
     figure = blank_figure(7.6, 4.4)
     axes = figure.subplots()
+    # The figure has no background, and its axes should not bring one.
     axes.patch.set_alpha(0)
     dots = []
     for place, (name, count, speed, ends) in enumerate(zip(names, params, images_per_s, intervals, strict=True)):
+        # Where the colors are used up they start again, with another marker.
         color, marker = SERIES[place % len(SERIES)], _MARKERS[place // len(SERIES) % len(_MARKERS)]
         if ends is not None:
             axes.plot([count / 1e6] * 2, ends, color=color, linewidth=1.6, solid_capstyle="butt")
@@ -32,7 +34,8 @@ def speed_figure(
         )
     axes.margins(x=0.12)
     # From zero, a difference of a few percent looks like what it is.
-    axes.set_ylim(0, 1.12 * max([*images_per_s, *(ends[1] for ends in intervals if ends is not None)]))
+    highest = max([*images_per_s, *(ends[1] for ends in intervals if ends is not None)])
+    axes.set_ylim(0, 1.12 * highest)
     axes.set_title(plain(title), loc="left", fontsize=9.5)
     axes.set_xlabel("parameters, M")
     axes.set_ylabel("images per second")

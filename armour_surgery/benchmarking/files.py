@@ -1,16 +1,20 @@
-"""A benchmark as a file: JSON, CSV, a page of tables, or a figure."""
+"""A benchmark as a file: JSON, CSV, a page of Markdown tables, or a figure."""
 
 import csv
 import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from armour_surgery.benchmarking.intervals import CONFIDENCE
 from armour_surgery.benchmarking.operators import side_by_side
-from armour_surgery.benchmarking.results import Benchmark, Settings
+from armour_surgery.benchmarking.results import BatchSpeed, Benchmark, Settings
 from armour_surgery.errors import UsageError
 from armour_surgery.report.whole_file import check_target, write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["check_speed_file", "markdown", "write_speed_file"]
 
@@ -53,11 +57,9 @@ def write_speed_file(path: str | Path, benchmark: Benchmark) -> Path:
     check_speed_file(path)
     kind = Path(path).suffix.lower()
     if kind in _FIGURES:
-        # Only who draws waits for matplotlib.
-        from armour_surgery.benchmarking.figure import speed_figure
         from armour_surgery.report.style import save_figure
 
-        return save_figure(path, speed_figure(*_points(benchmark), title=_how(benchmark)))
+        return save_figure(path, _speed_figure(benchmark))
     if kind == ".json":
         text = json.dumps(benchmark.to_dict(), indent=1, allow_nan=False) + "\n"
     else:
@@ -67,11 +69,25 @@ def write_speed_file(path: str | Path, benchmark: Benchmark) -> Path:
 
 def markdown(benchmarks: Sequence[Benchmark]) -> str:
     """Tables of benchmarks that were made in one environment: where and how, models, pairs, and where time went."""
-    sections = [f"{_where(benchmarks[0])}\n"]
-    models = [
-        [
+    models: list[Sequence[object]] = []
+    pairs: list[Sequence[object]] = []
+    for benchmark in benchmarks:
+        for batch in benchmark.batches:
+            models += _model_rows(benchmark, batch)
+            pairs += _pair_rows(benchmark, batch)
+    sections = [f"{_where(benchmarks[0])}\n", _table(_MODEL_HEAD, models), _table(_PAIR_HEAD, pairs)]
+    for benchmark in benchmarks:
+        if benchmark.profiles:
+            sections += _operators(benchmark)
+    return "\n".join(sections)
+
+
+def _model_rows(benchmark: Benchmark, batch: BatchSpeed) -> list[Sequence[object]]:
+    rows: list[Sequence[object]] = []
+    for cost, speed in zip(benchmark.costs, batch.models, strict=True):
+        row = (
             cost.name,
-            _way(one.settings),
+            _way(benchmark.settings),
             batch.batch_size,
             f"{cost.params:,}",
             f"{cost.macs:,}",
@@ -79,33 +95,38 @@ def markdown(benchmarks: Sequence[Benchmark]) -> str:
             f"{speed.latency_ms:.2f}",
             f"{speed.p90_ms:.2f}",
             _number(batch.peak_mib[cost.name], ".1f"),
-        ]
-        for one in benchmarks
-        for batch in one.batches
-        for cost, speed in zip(one.costs, batch.models, strict=True)
-    ]
-    sections.append(_table(_MODEL_HEAD, models))
-    pairs = [
-        [
+        )
+        rows.append(row)
+    return rows
+
+
+def _pair_rows(benchmark: Benchmark, batch: BatchSpeed) -> list[Sequence[object]]:
+    """The model against its double first: what the others have to be larger than."""
+    rows: list[Sequence[object]] = []
+    for pair in (batch.noise, *batch.pairs):
+        row = (
             f"{pair.b} over {pair.a}",
-            _way(one.settings),
+            _way(benchmark.settings),
             batch.batch_size,
             f"{pair.speedup:.3f}",
             _range(pair.speedup_interval),
             _range(pair.speedup_iqr),
             pair.rounds,
             "noise" if pair is batch.noise else batch.verdict(pair),
-        ]
-        for one in benchmarks
-        for batch in one.batches
-        for pair in (batch.noise, *batch.pairs)
-    ]
-    sections.append(_table(_PAIR_HEAD, pairs))
-    for one in (one for one in benchmarks if one.profiles):
-        sections.append(f"Milliseconds in each operator, {_way(one.settings)}, batch {one.profiles[0].batch_size}:\n")
-        rows = [[name, *(f"{ms:.3f}" for ms in cells)] for name, cells in side_by_side(one.profiles, _OPERATORS)]
-        sections.append(_table(("operator", *(profile.name for profile in one.profiles)), rows))
-    return "\n".join(sections)
+        )
+        rows.append(row)
+    return rows
+
+
+def _operators(benchmark: Benchmark) -> list[str]:
+    """Where the time goes: a line that says of what, and the table."""
+    profiles = benchmark.profiles
+    title = f"Milliseconds in each operator, {_way(benchmark.settings)}, batch {profiles[0].batch_size}:\n"
+    head = ["operator"] + [profile.name for profile in profiles]
+    rows = []
+    for name, milliseconds in side_by_side(profiles, _OPERATORS):
+        rows.append([name] + [f"{ms:.3f}" for ms in milliseconds])
+    return [title, _table(head, rows)]
 
 
 def _csv(benchmark: Benchmark) -> str:
@@ -123,20 +144,33 @@ def _csv(benchmark: Benchmark) -> str:
             if pair is not None:
                 ends = pair.speedup_interval or (None, None)
                 row += [pair.speedup, *ends, *pair.speedup_iqr, pair.rounds, batch.verdict(pair)]
+            # The first model is compared with nothing, and its last columns stay empty.
             writer.writerow(row + [None] * (len(_CSV_HEAD) - len(row)))
     return stream.getvalue()
 
 
-def _points(benchmark: Benchmark) -> tuple[list[str], list[int], list[float], list[tuple[float, float] | None]]:
-    """Names, parameters, images per second, and the interval of these as far as they are compared with the first."""
+def _speed_figure(benchmark: Benchmark) -> "Figure":
+    """Speed against parameters at the largest batch size, with intervals for all models but the first."""
+    # Only who draws waits for matplotlib.
+    from armour_surgery.benchmarking.figure import speed_figure
+
     batch = benchmark.largest
-    ranges: list[tuple[float, float] | None] = [None]
+    intervals: list[tuple[float, float] | None] = [None]
     for speed, pair in zip(batch.models[1:], batch.pairs, strict=True):
-        ends = pair.speedup_interval
+        if pair.speedup_interval is None:
+            intervals.append(None)
+            continue
+        # The interval of the speed-up, in images per second; around the dot, which is the model's own median.
+        low, high = pair.speedup_interval
         scale = speed.images_per_s / pair.speedup
-        ranges.append(None if ends is None else (scale * ends[0], scale * ends[1]))
-    names = [cost.name for cost in benchmark.costs]
-    return names, [cost.params for cost in benchmark.costs], [one.images_per_s for one in batch.models], ranges
+        intervals.append((scale * low, scale * high))
+    return speed_figure(
+        names=[cost.name for cost in benchmark.costs],
+        params=[cost.params for cost in benchmark.costs],
+        images_per_s=[speed.images_per_s for speed in batch.models],
+        intervals=intervals,
+        title=f"{benchmark.environment.processor}, {_way(benchmark.settings)}, batch {batch.batch_size}",
+    )
 
 
 def _where(benchmark: Benchmark) -> str:
@@ -152,18 +186,18 @@ def _where(benchmark: Benchmark) -> str:
 
 
 def _way(settings: Settings) -> str:
+    """How the models were run: `fp32, deployed, compiled`, say."""
     kinds = (settings.dtype, "deployed" if settings.deployed else "", "compiled" if settings.compiled else "eager")
-    return ", ".join(kind for kind in kinds if kind)
-
-
-def _how(benchmark: Benchmark) -> str:
-    batch = benchmark.largest.batch_size
-    return f"{benchmark.environment.processor}, {_way(benchmark.settings)}, batch {batch}"
+    return ", ".join(filter(None, kinds))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+    text = ""
+    for line in (head, ["---"] * len(head), *rows):
+        # A bar in a cell would end it.
+        cells = [str(cell).replace("|", r"\|") for cell in line]
+        text += f"| {' | '.join(cells)} |\n"
+    return text
 
 
 def _range(ends: tuple[float, float] | None) -> str:

@@ -39,8 +39,10 @@ def median_interval(ratios: Sequence[float]) -> tuple[float, float] | None:
     length = math.ceil(len(ratios) / _BLOCKS)
     blocks = math.ceil(len(ratios) / length)
     logs = torch.tensor(ratios, dtype=torch.float64).log()
+    # A block may begin anywhere and goes on at the front, so that every round is drawn as often as any other.
     starts = torch.randint(len(logs), (_RESAMPLES, blocks, 1), generator=torch.Generator().manual_seed(0))
     drawn = ((starts + torch.arange(length)) % len(logs)).flatten(1)[:, : len(logs)]
+    # In logarithms: a ratio and its inverse are equally far from 1.
     spread = float(logs[drawn].quantile(0.5, dim=1).std())
     half = _student((1 + CONFIDENCE) / 2, blocks - 1) * math.sqrt(blocks / (blocks - 1)) * spread
     middle = float(logs.quantile(0.5))

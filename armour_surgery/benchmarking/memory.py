@@ -19,8 +19,11 @@ _RESET_PEAK = "5"
 
 def held_bytes(module: nn.Module) -> int:
     """Bytes of the module's parameters and buffers; storage that several of them share counts once."""
-    storages = [tensor.untyped_storage() for tensor in (*module.parameters(), *module.buffers())]
-    return sum({(storage.device, storage.data_ptr()): storage.nbytes() for storage in storages}.values())
+    sizes = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        storage = tensor.untyped_storage()
+        sizes[storage.device, storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
 
 
 def peak_growth(call: Callable[[], Any], device: torch.device) -> int | None:
@@ -30,6 +33,7 @@ def peak_growth(call: Callable[[], Any], device: torch.device) -> int | None:
     everything free was given back to the system: activations and the workspace of the kernels, in whole pages. It needs
     Linux and glibc. Call once beforehand: what is taken once and kept is not what a call takes.
     """
+    # What waits for the collector would be freed during the call and hide a part of what it takes.
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -43,7 +47,10 @@ def peak_growth(call: Callable[[], Any], device: torch.device) -> int | None:
     resident = _forget_peak()
     call()
     peak = _status("VmHWM")
-    return None if resident is None or peak is None else max(0, peak - resident)
+    if resident is None or peak is None:
+        return None
+    # Both are inaccurate by some pages (man 5 proc), so that the difference may be below zero.
+    return max(0, peak - resident)
 
 
 def _forget_peak() -> int | None:
@@ -62,5 +69,5 @@ def _status(field: str) -> int | None:
         text = (_PROCESS / "status").read_text(encoding="ascii")
     except OSError:
         return None
-    found = re.search(rf"^{field}:\s*(\d+) kB", text, re.MULTILINE)
-    return 1024 * int(found[1]) if found else None
+    line = re.search(rf"^{field}:\s*(\d+) kB", text, re.MULTILINE)
+    return 1024 * int(line[1]) if line else None

@@ -39,11 +39,11 @@ class Profile:
     @property
     def total_ms(self) -> float:
         """The sum over the operators."""
-        return sum(one.self_ms for one in self.operators)
+        return sum(operator.self_ms for operator in self.operators)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
-        operators = [asdict(one) for one in self.operators]
+        operators = list(map(asdict, self.operators))
         return {"name": self.name, "batch_size": self.batch_size, "total_ms": self.total_ms, "operators": operators}
 
 
@@ -67,16 +67,14 @@ def profile_call(name: str, batch_size: int, call: Callable[[], Any], device: to
                 call()
             if on_device:
                 torch.accelerator.synchronize(device)
-    found = [
-        OperatorTime(
-            event.key,
-            (event.self_device_time_total if on_device else event.self_cpu_time_total) / 1000 / calls,
-            event.count / calls,
-        )
-        for event in profiler.key_averages()
-    ]
-    busy = [one for one in found if one.self_ms > 0]
-    return Profile(name, batch_size, tuple(sorted(busy, key=lambda one: (-one.self_ms, one.name))))
+    operators = []
+    for event in profiler.key_averages():
+        total_us = event.self_device_time_total if on_device else event.self_cpu_time_total
+        # On an accelerator most entries are of the CPU, which only waits.
+        if total_us > 0:
+            operators.append(OperatorTime(event.key, total_us / 1000 / calls, event.count / calls))
+    operators.sort(key=lambda operator: (-operator.self_ms, operator.name))
+    return Profile(name, batch_size, tuple(operators))
 
 
 def side_by_side(profiles: Sequence[Profile], rows: int) -> list[tuple[str, list[float]]]:
@@ -84,10 +82,15 @@ def side_by_side(profiles: Sequence[Profile], rows: int) -> list[tuple[str, list
 
     After `rows` operators the others share a row, and the last row is the sum.
     """
-    times = [{one.name: one.self_ms for one in profile.operators} for profile in profiles]
-    table = {name: [found.get(name, 0.0) for found in times] for found in times for name in found}
+    table: dict[str, list[float]] = {}
+    for column, measured in enumerate(profiles):
+        for operator in measured.operators:
+            # An operator that a model does not call took no time there.
+            cells = table.setdefault(operator.name, [0.0] * len(profiles))
+            cells[column] = operator.self_ms
     ordered = sorted(table.items(), key=lambda row: (-max(row[1]), row[0]))
-    others = [cells for _, cells in ordered[rows:]]
+    shown, others = ordered[:rows], ordered[rows:]
     if others:
-        ordered[rows:] = [(f"{len(others)} others", [sum(column) for column in zip(*others, strict=True)])]
-    return [*ordered, ("all", [profile.total_ms for profile in profiles])]
+        columns = zip(*(cells for _, cells in others), strict=True)
+        shown.append((f"{len(others)} others", list(map(sum, columns))))
+    return [*shown, ("all", [measured.total_ms for measured in profiles])]

@@ -1,4 +1,4 @@
-"""What a benchmark found, as a record, and as JSON, CSV, Markdown or a figure."""
+"""What a benchmark is: records of how models were treated, what they cost and how fast they were, and their JSON."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -57,12 +57,13 @@ class BatchSpeed:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
+        models = []
+        for speed in self.models:
+            extra = {"peak_mib": self.peak_mib[speed.name], "compile_s": self.compile_s.get(speed.name)}
+            models.append({**asdict(speed), **extra})
         return {
             "batch_size": self.batch_size,
-            "models": [
-                {**asdict(one), "peak_mib": self.peak_mib[one.name], "compile_s": self.compile_s.get(one.name)}
-                for one in self.models
-            ],
+            "models": models,
             "pairs": [{**pair.to_dict(), "verdict": self.verdict(pair)} for pair in self.pairs],
             "noise": self.noise.to_dict(),
         }
@@ -86,23 +87,27 @@ class Benchmark:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary: the contract's keys, and per batch size everything that was measured."""
         largest = self.largest.to_dict()
+        models = []
+        # Throughput is that of the largest batch, latency that of one image alone: what each is asked for.
+        for cost, alone, together in zip(self.costs, self.batches[0].models, largest["models"], strict=True):
+            model = {
+                **asdict(cost),
+                "images_per_s": together["images_per_s"],
+                "latency_ms": alone.latency_ms,
+                "p90_ms": alone.p90_ms,
+                "peak_mib": together["peak_mib"],
+                "compile_s": together["compile_s"],
+            }
+            models.append(model)
         document = {
             "environment": self.environment.to_dict(),
             "settings": {**asdict(self.settings), "confidence": CONFIDENCE},
             "batch_size": self.largest.batch_size,
-            "models": [
-                {
-                    **asdict(cost),
-                    "images_per_s": large["images_per_s"],
-                    "latency_ms": single.latency_ms,
-                    "p90_ms": single.p90_ms,
-                    "peak_mib": large["peak_mib"],
-                    "compile_s": large["compile_s"],
-                }
-                for cost, single, large in zip(self.costs, self.batches[0].models, largest["models"], strict=True)
-            ],
+            "models": models,
             "pairs": largest["pairs"],
             "noise": largest["noise"],
             "batches": [batch.to_dict() for batch in self.batches],
         }
-        return {**document, "profile": [one.to_dict() for one in self.profiles]} if self.profiles else document
+        if self.profiles:
+            document["profile"] = [profile.to_dict() for profile in self.profiles]
+        return document

@@ -132,11 +132,16 @@ def compare(
     times: dict[str, list[list[float]]] = {name: [] for name in names}
     with torch.inference_mode():
         batch = make_input()
-        warm = {name: _warm_up(models[name], batch, max_warmup, warmup_s, clock) for name in names}
-        calls = {name: max(1, round(_TURN_S / median(found))) for name, found in warm.items()}
+        calls: dict[str, int] = {}
+        warmup_calls = 0
+        for name in names:
+            seconds = _warm_up(models[name], batch, max_warmup, warmup_s, clock)
+            calls[name] = max(1, round(_TURN_S / median(seconds)))
+            warmup_calls += len(seconds)
         started, blocks = clock(), 0
         for number in range(rounds):
             done = max(number / rounds, (clock() - started) / budget_s)
+            # A pair of rounds is not cut apart: only both together give every model equal places.
             if number % 2 == 0:
                 if number and done >= 1:
                     break
@@ -145,15 +150,17 @@ def compare(
                     blocks = 1 + int(_BLOCKS * done)
             batch = make_input()
             for name in _order(names, number):
-                times[name].append([_time_call(models[name], batch, clock) for _ in range(calls[name])])
-    typical = {name: [median(turn) for turn in turns] for name, turns in times.items()}
+                turn = [_time_call(models[name], batch, clock) for _ in range(calls[name])]
+                times[name].append(turn)
+    typical = {name: list(map(median, turns)) for name, turns in times.items()}
+    first, *others = names
     return SpeedReport(
         models=tuple(_model_speed(name, times[name], batch.shape[0]) for name in names),
-        pairs=tuple(_pair_speed(names[0], typical[names[0]], name, typical[name]) for name in names[1:]),
+        pairs=tuple(_pair_speed(first, typical[first], name, typical[name]) for name in others),
         times=typical,
         batch_size=batch.shape[0],
         rounds=len(times[names[0]]),
-        warmup_calls=sum(map(len, warm.values())),
+        warmup_calls=warmup_calls,
         environment=environment(batch.device),
     )
 
@@ -185,6 +192,7 @@ def many_compiled() -> Iterator[None]:
 
 
 def _order(names: Sequence[str], number: int) -> list[str]:
+    """Who comes when in a round; see `compare`."""
     first = number // 2 % len(names)
     turned = [*names[first:], *names[:first]]
     return turned if number % 2 == 0 else turned[::-1]
@@ -195,8 +203,10 @@ def _warm_up(
 ) -> list[float]:
     """Call the model until its time settles; the time of each call."""
     times = [_time_call(model, batch, clock)]
+    # From here: compiling may take longer than all of the warm-up may.
     started = clock()
     while len(times) < max_calls and clock() - started < max_s:
+        # Without the first call, which compiles and sets up what later ones find there.
         recent = times[1:][-_STEADY_CALLS:]
         if len(recent) == _STEADY_CALLS and max(recent) <= (1 + _TOLERANCE) * min(recent):
             break
@@ -219,7 +229,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _model_speed(name: str, turns: Sequence[Sequence[float]], batch_size: int) -> ModelSpeed:
-    times = [time for turn in turns for time in turn]
+    times = [seconds for turn in turns for seconds in turn]
     typical = median(times)
     slow = quantiles(times, n=10, method="inclusive")[-1]
     return ModelSpeed(name=name, latency_ms=1000 * typical, p90_ms=1000 * slow, images_per_s=batch_size / typical)

@@ -74,11 +74,12 @@ def bench(
         from armour_surgery.benchmarking.files import check_speed_file, write_speed_file
 
     for path in out or ():
+        # Before the work, whose numbers would be lost.
         check_speed_file(path)
     with console.status("building the models"):
         models = _load([model, *(vs or ())], pretrained)
     with progress_bar(console, "counting", still=True) as tell:
-        found = benchmark(
+        measured = benchmark(
             models,
             batch_sizes=batch_size or (16,),
             device=device,
@@ -89,16 +90,17 @@ def bench(
             rounds=rounds,
             budget_s=budget,
             threads=threads,
+            # This process ends with the command, and nobody else uses its models.
             keep_freed_memory=True,
             inplace=True,
             progress=tell,
         )
     for path in out or ():
-        write_speed_file(path, found)
+        write_speed_file(path, measured)
     if as_json:
-        print_json(found.to_dict())
+        print_json(measured.to_dict())
         return
-    _tell(console, found)
+    _tell(console, measured)
     for path in out or ():
         console.print(f"Written: {path}", markup=False, soft_wrap=True)
 
@@ -117,19 +119,19 @@ def _load(names: Sequence[str], pretrained: bool) -> "dict[str, nn.Module]":
     return models
 
 
-def _tell(console: Console, found: "Benchmark") -> None:
+def _tell(console: Console, benchmark: "Benchmark") -> None:
     from armour_surgery.cli.bench_tables import environment_line, model_table, pair_table, profile_table, size_table
 
-    console.print(environment_line(found), markup=False, style="dim")
-    console.print(size_table(found))
-    console.print(model_table(found))
-    console.print(pair_table(found))
-    if len(found.costs) > 1:
+    console.print(environment_line(benchmark), markup=False, style="dim")
+    console.print(size_table(benchmark))
+    console.print(model_table(benchmark))
+    console.print(pair_table(benchmark))
+    if len(benchmark.costs) > 1:
         console.print(
             "A difference is called where its interval leaves out 1 and it is larger than what MODEL shows against a "
             "copy of itself.",
             style="dim",
         )
-    if found.profiles:
-        console.print(profile_table(found.profiles))
+    if benchmark.profiles:
+        console.print(profile_table(benchmark.profiles))
         console.print("The profiler takes time at every call, which this table counts too.", style="dim")

@@ -20,11 +20,14 @@ _OPERATORS = 10
 _STYLES = {"faster": "green", "slower": "red"}
 
 
-def environment_line(found: "Benchmark") -> str:
+def environment_line(benchmark: "Benchmark") -> str:
     """Where and how, in a sentence or two."""
-    here, settings = found.environment, found.settings
+    here, settings = benchmark.environment, benchmark.settings
     where = f" (this process: {', '.join(map(str, here.affinity))})" if here.affinity else ""
-    ways = [settings.dtype, *(["deployed"] if settings.deployed else []), "compiled" if settings.compiled else "eager"]
+    ways = [settings.dtype]
+    if settings.deployed:
+        ways.append("deployed")
+    ways.append("compiled" if settings.compiled else "eager")
     load = f"; load {here.load:.2f} at the start" if here.load is not None else ""
     return (
         f"{here.processor}, {here.cpu_capability}; threads: {here.threads}; CPUs: {here.cores}{where}; "
@@ -32,57 +35,62 @@ def environment_line(found: "Benchmark") -> str:
     )
 
 
-def size_table(found: "Benchmark") -> Table:
+def size_table(benchmark: "Benchmark") -> Table:
     """A row for each model: what it is made of, at any batch size."""
     table = plain_table()
     table.add_column("model", overflow="fold")
     table.add_column("params, M", justify="right", no_wrap=True)
     table.add_column("MACs, G", justify="right", no_wrap=True)
-    for cost in found.costs:
+    for cost in benchmark.costs:
         table.add_row(escape(cost.name), f"{cost.params / 1e6:.3f}", f"{cost.macs / 1e9:.3f}")
     return table
 
 
-def model_table(found: "Benchmark") -> Table:
+def model_table(benchmark: "Benchmark") -> Table:
     """A row for each model and batch size."""
     table = plain_table()
     table.add_column("model", overflow="fold")
-    compiled = found.settings.compiled
-    for header in ("batch", "images/s", "ms", "p90", "MiB", *(["compile, s"] * compiled)):
+    compiled = benchmark.settings.compiled
+    headers = ["batch", "images/s", "ms", "p90", "MiB"]
+    if compiled:
+        headers.append("compile, s")
+    for header in headers:
         table.add_column(header, justify="right", no_wrap=True)
-    for place, cost in enumerate(found.costs):
-        for number, batch in enumerate(found.batches):
+    for place, cost in enumerate(benchmark.costs):
+        for number, batch in enumerate(benchmark.batches):
             speed = batch.models[place]
             peak = batch.peak_mib[cost.name]
-            table.add_row(
-                "" if number else escape(cost.name),
+            cells = [
                 str(batch.batch_size),
                 _short(speed.images_per_s),
                 _short(speed.latency_ms),
                 _short(speed.p90_ms),
                 "-" if peak is None else _short(peak),
-                *([f"{batch.compile_s[cost.name]:.1f}"] if compiled else []),
-            )
+            ]
+            if compiled:
+                cells.append(f"{batch.compile_s[cost.name]:.1f}")
+            # A model is named once, in the first of its rows.
+            table.add_row("" if number else escape(cost.name), *cells)
     return table
 
 
-def pair_table(found: "Benchmark") -> Table:
+def pair_table(benchmark: "Benchmark") -> Table:
     """A row for each pair and batch size, the first model against its double beneath them."""
     from armour_surgery.benchmarking.intervals import CONFIDENCE
 
-    first = escape(found.costs[0].name)
+    first = escape(benchmark.costs[0].name)
     table = plain_table(f"How many times as fast as {first}")
     table.add_column("model", overflow="fold")
     for header in ("batch", "speed-up", f"{100 * CONFIDENCE:.0f} % interval", "rounds"):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("verdict")
-    for place, cost in enumerate(found.costs[1:]):
-        for number, batch in enumerate(found.batches):
+    for place, cost in enumerate(benchmark.costs[1:]):
+        for number, batch in enumerate(benchmark.batches):
             pair = batch.pairs[place]
             said = batch.verdict(pair)
             label = "" if number else escape(cost.name)
             table.add_row(label, *_pair_cells(pair, batch.batch_size), said, style=_STYLES.get(said))
-    for number, batch in enumerate(found.batches):
+    for number, batch in enumerate(benchmark.batches):
         label = "" if number else "a copy of itself"
         table.add_row(label, *_pair_cells(batch.noise, batch.batch_size), "noise", style="dim")
     return table
@@ -96,11 +104,17 @@ def profile_table(profiles: "Sequence[Profile]") -> Table:
     table.add_column("operator", overflow="ellipsis", no_wrap=True)
     for profile in profiles:
         table.add_column(escape(profile.name), justify="right", overflow="fold")
-    *rows, total = side_by_side(profiles, _OPERATORS)
-    for name, cells in rows:
-        table.add_row(escape(name), *(f"{ms:.2f}" for ms in cells), end_section=name == rows[-1][0])
-    table.add_row(total[0], *(f"{ms:.2f}" for ms in total[1]))
+    *operators, (all_of_them, sums) = side_by_side(profiles, _OPERATORS)
+    for name, milliseconds in operators:
+        table.add_row(escape(name), *map(_milliseconds, milliseconds))
+    # A line between the operators and their sum.
+    table.add_section()
+    table.add_row(all_of_them, *map(_milliseconds, sums))
     return table
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.2f}"
 
 
 def _pair_cells(pair: "PairSpeed", batch_size: int) -> list[str]:
@@ -113,4 +127,6 @@ def _short(value: float) -> str:
     """Three digits or more, and of what is less than one, two decimals."""
     if value < 1:
         return f"{value:.2f}"
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+    if value < 100:
+        return f"{value:.3g}"
+    return f"{value:.0f}" if value < 1000 else f"{value:,.0f}"

@@ -1,7 +1,6 @@
 """`armour-surgery convert MODEL`."""
 
 import json
-import re
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -17,12 +16,15 @@ from armour_surgery.cli.options import (
     Model,
     NumClasses,
     Pretrained,
+    name_for_folder,
     read_model,
 )
 from armour_surgery.cli.progress import progress_bar
 from armour_surgery.cli.run import command, console_for, print_json
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from armour_surgery.records import SurgeryPlan
 
 __all__ = ["convert"]
@@ -117,6 +119,7 @@ def convert(
             from armour_surgery.report.page import check_report, html_report, write_html
 
             check_report(report)
+        # A plan needs no weights, so none are downloaded for one.
         host, source = read_model(model, pretrained and not dry_run, checkpoint, img_size, num_classes, in_chans)
     kind = type(host).__name__
     options: dict[str, Any] = {"init": init, "include": include, "exclude": exclude, "source": source}
@@ -174,11 +177,17 @@ def _default_name(model: str, surgery: "SurgeryPlan") -> str:
     """`NAME-armour-MODE`, with the mode that `auto` chose where it chose one."""
     modes = {site.mode for site in surgery.sites}
     mode = modes.pop() if len(modes) == 1 else surgery.mode
-    name = re.sub(r"[^\w.-]+", "-", model.rstrip("/").rpartition("/")[2].rpartition(":")[2]).strip("-")
-    return f"{name or 'model'}-armour-{mode}"
+    return f"{name_for_folder(model)}-armour-{mode}"
 
 
 def _document(model: str, surgery: "SurgeryPlan", target: Path | None, seconds: float) -> dict[str, Any]:
+    sites = []
+    for site in surgery.sites:
+        sites.append({"fqn": site.fqn, "mode": site.mode, "rank": site.rank, "residual": site.residual})
+    frontier = []
+    for point in surgery.frontier:
+        choice = {"params": point.params, "predicted": point.predicted, "measured": point.measured}
+        frontier.append({**choice, "sites": len(point.sites)})
     return {
         "model": model,
         "mode": surgery.mode,
@@ -188,21 +197,16 @@ def _document(model: str, surgery: "SurgeryPlan", target: Path | None, seconds: 
         "params_after": surgery.params_after,
         "macs_before": surgery.macs_before,
         "macs_after": surgery.macs_after,
-        "sites": [
-            {"fqn": site.fqn, "mode": site.mode, "rank": site.rank, "residual": site.residual} for site in surgery.sites
-        ],
-        "refused": [{"fqn": site.fqn, "reason": site.reason} for site in surgery.refused],
+        "sites": sites,
+        "refused": [asdict(refused) for refused in surgery.refused],
         "fidelity": asdict(surgery.fidelity) if surgery.fidelity is not None else None,
         "max_loss": surgery.max_loss,
-        "frontier": [
-            {"params": one.params, "predicted": one.predicted, "measured": one.measured, "sites": len(one.sites)}
-            for one in surgery.frontier
-        ],
+        "frontier": frontier,
         "seconds": round(seconds, 3),
     }
 
 
-def _tell(console: Any, model: str, kind: str, surgery: "SurgeryPlan", target: Path | None) -> None:
+def _tell(console: "Console", model: str, kind: str, surgery: "SurgeryPlan", target: Path | None) -> None:
     from rich.markup import escape
 
     from armour_surgery.cli.tables import cost_table, fidelity_lines, frontier_table, refused_lines
@@ -222,15 +226,18 @@ def _tell(console: Any, model: str, kind: str, surgery: "SurgeryPlan", target: P
     for line in fidelity_lines(surgery):
         console.print(line, markup=False)
     console.print(_advice(surgery), markup=False)
+    # As JSON a string is a string in Python too, whatever the folder is called.
     load = f"\n    from armour_surgery import load\n    model = load({json.dumps(str(target))})\n"
     console.print(load, markup=False, soft_wrap=True)
 
 
 def _advice(surgery: "SurgeryPlan") -> str:
     """What the model is good for now, in a sentence or two."""
+    from armour_surgery.report.wording import needs_training
+
     if surgery.fidelity is not None:
         return "\nThe model can be used as it is, and fine-tuned from here."
-    if surgery.init == "wq":
+    if needs_training(surgery):
         return (
             "\nThis model needs training. Its projections now serve a purpose that they were not trained for (init "
             "wq), so its accuracy is near chance until it is fine-tuned: load it where your recipe creates the model, "
@@ -239,6 +246,5 @@ def _advice(surgery: "SurgeryPlan") -> str:
         )
     return (
         f"\nIts weights were chosen without images (init {surgery.init}): better than wq, and still in need of "
-        "training. "
-        "--init calibrated gives a model that works without training."
+        "training. --init calibrated gives a model that works without training."
     )

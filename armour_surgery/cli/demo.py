@@ -14,7 +14,11 @@ from armour_surgery.cli.run import command, console_for, print_json
 from armour_surgery.errors import FolderError
 
 if TYPE_CHECKING:
-    from armour_surgery.benchmarking.speed import PairSpeed
+    from rich.console import Console
+    from rich.table import Table
+    from torch import Tensor, nn
+
+    from armour_surgery.benchmarking.speed import PairSpeed, SpeedReport
     from armour_surgery.records import SurgeryPlan
 
 __all__ = ["demo"]
@@ -26,14 +30,17 @@ _INITS = {
     "qk": ("wq", "calibrated"),
     "qk-diag": ("wq", "calibrated"),
 }
-_TRIALS = tuple((mode, init) for mode, inits in _INITS.items() for init in inits)
+# A mode, and how its weights were chosen.
+Trial = tuple[str, str]
 # What is trained at the end, from the start that needs it most, and by which recipe.
-_RECOVERED = ("qv", "wq")
+_RECOVERED: Trial = ("qv", "wq")
 _RECIPE = "digits_recover"
+# What a process of its own runs, so that nothing can come from this one's memory.
 _FRESH = """
 import json, sys
 from armour_surgery import load
-from armour_surgery.demo.digits_vit import accuracy, digits_split
+from armour_surgery.demo.digits_vit import accuracy
+from armour_surgery.images.digits import digits_split
 _, _, images, labels = digits_split()
 print(json.dumps({name: accuracy(load(name), images, labels) for name in sys.argv[1:]}))
 """
@@ -66,14 +73,11 @@ def demo(
         console.print(f"The converted models are in {out}.", markup=False, soft_wrap=True)
 
 
-def _story(console: Any, folder: Path) -> dict[str, Any]:
+def _story(console: "Console", folder: Path) -> dict[str, Any]:
     with console.status("loading PyTorch and a ViT trained on digits"):
         import torch
 
-        from armour_surgery import convert, inspect, save
-        from armour_surgery.benchmarking import speed
-        from armour_surgery.cli.tables import site_table
-        from armour_surgery.demo.digits_vit import accuracy, digits_source, load_digits_vit
+        from armour_surgery.demo.digits_vit import load_digits_vit
         from armour_surgery.images.digits import digits_split
         from armour_surgery.surgery.perform import surgery_of
 
@@ -81,142 +85,82 @@ def _story(console: Any, folder: Path) -> dict[str, Any]:
         model = load_digits_vit()
         train_images, _, images, labels = digits_split()
     console.rule("1. inspect", align="left")
-    table, _ = site_table(inspect(model))
-    console.print(table)
-
+    _inspect(console, model)
     console.rule("2. convert and evaluate", align="left")
-    before = accuracy(model, images, labels)
-    converted, found = {}, {}
-    given = torch.split(train_images, 64)  # without their labels; the test images stay unseen
-    for mode, init in _TRIALS:
-        with console.status(f"converting to {mode} with {init}"):
-            images_given = given if init == "calibrated" else None
-            one = convert(model, mode, init=init, calibration=images_given, source=digits_source())
-            converted[mode, init], found[mode, init] = one, accuracy(one, images, labels)
-        console.print(
-            f"  {mode:8} {init:11} {len(surgery_of(one).sites)} sites converted, {found[mode, init]:.1f} % right"
-        )
-
+    before, converted, accuracies = _convert(console, model, train_images, images, labels)
     console.rule("3. save, and load in a new process", align="left")
-    paths = {trial: str(save(one, folder / _folder_name(*trial))) for trial, one in converted.items()}
-    with console.status("a fresh Python loads them"):
-        fresh = _evaluate_fresh(list(paths.values()))
-    reloaded = {trial: fresh[path] for trial, path in paths.items()}
-    same = reloaded == found
-    console.print(
-        f"  reloaded models get {'the same accuracy, every one' if same else f'OTHER accuracies: {reloaded}'}"
-    )
-
+    paths, reloaded = _reload(console, converted, accuracies, folder)
     console.rule("4. time", align="left")
-    with console.status("timing in turns with the original"):
-        speed.keep_memory()
-        report = speed.compare(
-            # How fast a model is depends on its mode and not on its weights.
-            {"original": model, **{mode: converted[mode, "wq"] for mode in _INITS}},
-            lambda: torch.randn(256, *images.shape[1:]),
-            rounds=20,
-            budget_s=20,
-        )
-    plans = {mode: surgery_of(converted[mode, "wq"]) for mode in _INITS}
-    _tell(console, plans, before, found, {pair.b: pair for pair in report.pairs})
-
+    # How large and how fast a model is depends on its mode and not on its weights.
+    by_mode = {mode: converted[mode, "wq"] for mode in _INITS}
+    plans = {mode: surgery_of(student) for mode, student in by_mode.items()}
+    report = _time(console, model, by_mode, images)
+    pairs = {pair.b: pair for pair in report.pairs}
+    _summarize(console, plans, before, accuracies, pairs)
     console.rule("5. recover without labels", align="left")
-    recovered = _recover(console, Path(paths[_RECOVERED]), folder)
-    console.print(
-        f"  {_RECOVERED[0]} from {_RECOVERED[1]}: {found[_RECOVERED]:.1f} % -> {recovered['accuracy']:.1f} % right in "
-        f"{recovered['seconds']:.0f} s (original {before:.1f} %): {recovered['steps']} steps towards what the original "
-        "computes, on the training images alone"
-    )
-    first = plans["qv"]
+    recovered = _recover(console, Path(paths[_RECOVERED]), folder, before, accuracies[_RECOVERED])
+    original = plans["qv"]
     return {
-        "original": {"params": first.params_before, "macs": first.macs_before, "accuracy": before},
-        "modes": {
-            pair.b: {
-                "params": plans[pair.b].params_after,
-                "macs": plans[pair.b].macs_after,
-                "accuracy": found[pair.b, "wq"],
-                "accuracy_reloaded": reloaded[pair.b, "wq"],
-                "speedup": pair.speedup,
-                "speedup_iqr": list(pair.speedup_iqr),
-                "inits": {
-                    init: {"accuracy": found[pair.b, init], "accuracy_reloaded": reloaded[pair.b, init]}
-                    for init in _INITS[pair.b]
-                },
-            }
-            for pair in report.pairs
-        },
+        "original": {"params": original.params_before, "macs": original.macs_before, "accuracy": before},
+        "modes": {mode: _mode_to_dict(mode, plans[mode], pairs[mode], accuracies, reloaded) for mode in _INITS},
         "recovered": {"mode": _RECOVERED[0], "init": _RECOVERED[1], "recipe": _RECIPE, **recovered},
         "environment": report.environment.to_dict(),
     }
 
 
-def _recover(console: Any, student: Path, folder: Path) -> dict[str, Any]:
-    """`armour-surgery finetune STUDENT --recipe digits_recover`, and what the test images say of the result."""
-    from armour_surgery import load
-    from armour_surgery.demo.digits_vit import accuracy
-    from armour_surgery.images.digits import digits_split
-    from armour_surgery.recover.distributed import distributed
-    from armour_surgery.recover.finetuning import finetune
-    from armour_surgery.recover.recipe_files import load_recipe
+def _inspect(console: "Console", model: "nn.Module") -> None:
+    from armour_surgery import inspect
+    from armour_surgery.cli.tables import site_table
 
-    out = folder / f"{student.name}-recovered"
-    with distributed("cpu") as process, console.status("learning from the original, without labels"):
-        done = finetune(str(student), load_recipe(_RECIPE), out, process)
-    _, _, images, labels = digits_split()
-    return {
-        "accuracy": accuracy(load(out), images, labels),
-        "steps": done.outcome.steps,
-        "images": done.outcome.images,
-        "seconds": round(done.outcome.seconds, 2),
-    }
+    table, _ = site_table(inspect(model))
+    console.print(table)
+
+
+def _convert(
+    console: "Console", model: "nn.Module", train_images: "Tensor", images: "Tensor", labels: "Tensor"
+) -> "tuple[float, dict[Trial, nn.Module], dict[Trial, float]]":
+    """The original's accuracy; every trial's model, and its accuracy. Percent of the test images."""
+    import torch
+
+    from armour_surgery import convert
+    from armour_surgery.demo.digits_vit import accuracy, digits_source
+    from armour_surgery.surgery.conversion import surgery_of
+
+    before = accuracy(model, images, labels)
+    converted: dict[Trial, nn.Module] = {}
+    accuracies: dict[Trial, float] = {}
+    batches = torch.split(train_images, 64)  # without their labels; the test images stay unseen
+    for mode, inits in _INITS.items():
+        for init in inits:
+            with console.status(f"converting to {mode} with {init}"):
+                calibration = batches if init == "calibrated" else None
+                student = convert(model, mode, init=init, calibration=calibration, source=digits_source())
+                right = accuracy(student, images, labels)
+            sites = len(surgery_of(student).sites)
+            console.print(f"  {mode:8} {init:11} {sites} sites converted, {right:.1f} % right")
+            converted[mode, init], accuracies[mode, init] = student, right
+    return before, converted, accuracies
+
+
+def _reload(
+    console: "Console", converted: "dict[Trial, nn.Module]", accuracies: dict[Trial, float], folder: Path
+) -> tuple[dict[Trial, str], dict[Trial, float]]:
+    """Where the models were saved, and the accuracies that they have in a process that loads them."""
+    from armour_surgery import save
+
+    paths = {trial: str(save(student, folder / _folder_name(*trial))) for trial, student in converted.items()}
+    with console.status("a fresh Python loads them"):
+        fresh = _evaluate_fresh(list(paths.values()))
+    reloaded = {trial: fresh[path] for trial, path in paths.items()}
+    # To the last digit: a saved model is the same model.
+    said = "the same accuracy, every one" if reloaded == accuracies else f"OTHER accuracies: {reloaded}"
+    console.print(f"  reloaded models get {said}")
+    return paths, reloaded
 
 
 def _folder_name(mode: str, init: str) -> str:
     """`convert`'s default name for `wq`, the init behind it for others."""
     return f"digits_vit-armour-{mode}" + ("" if init == "wq" else f"-{init}")
-
-
-def _tell(
-    console: Any,
-    plans: "dict[str, SurgeryPlan]",
-    before: float,
-    found: dict[tuple[str, str], float],
-    pairs: "dict[str, PairSpeed]",
-) -> None:
-    """The table of it all, and what it shows."""
-    from armour_surgery.cli.tables import millions, plain_table
-    from armour_surgery.report.wording import change
-    from armour_surgery.surgery.order import CALIBRATION_IMAGES
-
-    summary = plain_table("A ViT on scikit-learn's digits, 500 held-out images, no training")
-    for column, side in (("model", "left"), ("init", "left"), ("accuracy", "right"), ("parameters", "right"),
-                         ("MACs", "right"), ("times as fast", "right")):  # fmt: skip
-        summary.add_column(column, justify=side, no_wrap=True)  # type: ignore[arg-type]
-    first = plans["qv"]
-    summary.add_row("original", "", f"{before:.1f} %", f"{first.params_before:,}", millions(first.macs_before), "1.00")
-    for mode, inits in _INITS.items():
-        surgery, pair = plans[mode], pairs[mode]
-        costs = (
-            f"{surgery.params_after:,}",
-            millions(surgery.macs_after),
-            f"{pair.speedup:.2f} ({pair.speedup_iqr[0]:.2f}-{pair.speedup_iqr[1]:.2f})",
-        )
-        for place, init in enumerate(inits):
-            summary.add_row(
-                mode if place == 0 else "",
-                init,
-                f"{found[mode, init]:.1f} %",
-                *(costs if place == 0 else ()),
-                style="bold" if init == "calibrated" else None,
-            )
-    console.print(summary)
-    console.print(
-        f"Parameters: {change(first.params_before, first.params_after)} with qv. Times as fast: the median of paired "
-        "rounds, with its quartiles; it does not depend on the init. What the table shows is true: sharing a weight as "
-        "it is (wq) without training costs nearly all accuracy, and is a start for training. Calibrated on "
-        f"{CALIBRATION_IMAGES} training images, without their labels, qv gets {found['qv', 'calibrated']:.1f} % where "
-        f"the original gets {before:.1f} %."
-    )
 
 
 def _evaluate_fresh(paths: list[str]) -> dict[str, float]:
@@ -229,3 +173,124 @@ def _evaluate_fresh(paths: list[str]) -> dict[str, float]:
         raise FolderError(f"a fresh process could not load {paths[0]}: {last[0]}")
     result: dict[str, float] = json.loads(done.stdout)
     return result
+
+
+def _time(console: "Console", model: "nn.Module", by_mode: "dict[str, nn.Module]", images: "Tensor") -> "SpeedReport":
+    import torch
+
+    from armour_surgery.benchmarking import speed
+
+    with console.status("timing in turns with the original"):
+        speed.keep_memory()
+        return speed.compare(
+            {"original": model, **by_mode},
+            lambda: torch.randn(256, *images.shape[1:]),
+            rounds=20,
+            budget_s=20,
+        )
+
+
+def _summarize(
+    console: "Console",
+    plans: "dict[str, SurgeryPlan]",
+    before: float,
+    accuracies: dict[Trial, float],
+    pairs: "dict[str, PairSpeed]",
+) -> None:
+    """The table of it all, and what it shows."""
+    from armour_surgery.report.wording import change
+    from armour_surgery.surgery.order import CALIBRATION_IMAGES
+
+    original = plans["qv"]
+    console.print(_summary_table(plans, before, accuracies, pairs))
+    console.print(
+        f"Parameters: {change(original.params_before, original.params_after)} with qv. Times as fast: the median of "
+        "paired rounds, with its quartiles; it does not depend on the init. What the table shows is true: sharing a "
+        "weight as it is (wq) without training costs nearly all accuracy, and is a start for training. Calibrated on "
+        f"{CALIBRATION_IMAGES} training images, without their labels, qv gets {accuracies['qv', 'calibrated']:.1f} % "
+        f"where the original gets {before:.1f} %."
+    )
+
+
+def _summary_table(
+    plans: "dict[str, SurgeryPlan]",
+    before: float,
+    accuracies: dict[Trial, float],
+    pairs: "dict[str, PairSpeed]",
+) -> "Table":
+    from armour_surgery.cli.tables import plain_table
+    from armour_surgery.report.wording import millions
+
+    table = plain_table("A ViT on scikit-learn's digits, 500 held-out images, no training")
+    for column in ("model", "init"):
+        table.add_column(column, no_wrap=True)
+    for column in ("accuracy", "parameters", "MACs", "times as fast"):
+        table.add_column(column, justify="right", no_wrap=True)
+    original = plans["qv"]
+    costs = (f"{original.params_before:,}", millions(original.macs_before), "1.00")
+    table.add_row("original", "", f"{before:.1f} %", *costs)
+    for mode, inits in _INITS.items():
+        surgery, pair = plans[mode], pairs[mode]
+        low, high = pair.speedup_iqr
+        # What depends on the mode alone is said once, beside the first of its inits.
+        label = mode
+        costs = (
+            f"{surgery.params_after:,}",
+            millions(surgery.macs_after),
+            f"{pair.speedup:.2f} ({low:.2f}-{high:.2f})",
+        )
+        for init in inits:
+            style = "bold" if init == "calibrated" else None
+            table.add_row(label, init, f"{accuracies[mode, init]:.1f} %", *costs, style=style)
+            label, costs = "", ("", "", "")
+    return table
+
+
+def _recover(
+    console: "Console", student: Path, folder: Path, original_accuracy: float, student_accuracy: float
+) -> dict[str, Any]:
+    """`armour-surgery finetune STUDENT --recipe digits_recover`, and what the test images say of the result."""
+    from armour_surgery import load
+    from armour_surgery.demo.digits_vit import accuracy
+    from armour_surgery.images.digits import digits_split
+    from armour_surgery.recover.distributed import distributed
+    from armour_surgery.recover.finetuning import finetune
+    from armour_surgery.recover.recipe_files import load_recipe
+
+    out = folder / f"{student.name}-recovered"
+    with distributed("cpu") as process, console.status("learning from the original, without labels"):
+        done = finetune(str(student), load_recipe(_RECIPE), out, process)
+    _, _, images, labels = digits_split()
+    recovered = {
+        "accuracy": accuracy(load(out), images, labels),
+        "steps": done.outcome.steps,
+        "images": done.outcome.images,
+        "seconds": round(done.outcome.seconds, 2),
+    }
+    mode, init = _RECOVERED
+    console.print(
+        f"  {mode} from {init}: {student_accuracy:.1f} % -> {recovered['accuracy']:.1f} % right in "
+        f"{recovered['seconds']:.0f} s (original {original_accuracy:.1f} %): {recovered['steps']} steps towards what "
+        "the original computes, on the training images alone"
+    )
+    return recovered
+
+
+def _mode_to_dict(
+    mode: str,
+    surgery: "SurgeryPlan",
+    pair: "PairSpeed",
+    accuracies: dict[Trial, float],
+    reloaded: dict[Trial, float],
+) -> dict[str, Any]:
+    inits = {}
+    for init in _INITS[mode]:
+        inits[init] = {"accuracy": accuracies[mode, init], "accuracy_reloaded": reloaded[mode, init]}
+    return {
+        "params": surgery.params_after,
+        "macs": surgery.macs_after,
+        **inits["wq"],
+        "speedup": pair.speedup,
+        "speedup_iqr": list(pair.speedup_iqr),
+        "inits": inits,
+    }

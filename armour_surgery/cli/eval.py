@@ -1,15 +1,16 @@
 """`armour-surgery eval MODEL --data DATA`."""
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from armour_surgery.cli.options import AsJson, Checkpoint, Model, Pretrained
-from armour_surgery.cli.run import command, console_for, print_json
+from armour_surgery.cli.run import command, console_of_first_rank, print_json
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from armour_surgery.recover.evaluation import Evaluated
 
 __all__ = ["evaluate"]
@@ -65,8 +66,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Count how often MODEL's first choice, and its first five, are right; every image once, also under torchrun."""
-    console = console_for(as_json)
-    console.quiet = os.environ.get("RANK", "0") != "0"
+    console = console_of_first_rank(as_json)
     with console.status("loading PyTorch"):
         from armour_surgery.recover.distributed import distributed
         from armour_surgery.recover.evaluation import Options
@@ -85,13 +85,14 @@ def evaluate(
             checkpoint=checkpoint,
         )
     with distributed(device) as process, console.status("evaluating"):
-        found = run(model, data, process, vs=vs, options=options)
+        evaluated = run(model, data, process, vs=vs, options=options)
+    # JSON does not go through the console, which is quiet in all other processes.
     if not process.first:
         return
     if as_json:
-        print_json(found.to_dict())
+        print_json(evaluated.to_dict())
     else:
-        _tell(console, found)
+        _tell(console, evaluated)
 
 
 def _numbers(option: str, text: str | None) -> list[float] | None:
@@ -105,24 +106,26 @@ def _numbers(option: str, text: str | None) -> list[float] | None:
         raise UsageError(f"{option} {text!r} is not numbers joined by commas; write for example 0.5,0.5,0.5") from error
 
 
-def _tell(console: Any, found: "Evaluated") -> None:
-    def line(name: str, scores: "Evaluated") -> None:
-        real = f", ReaL {scores.real['top1']:.2f} % of {scores.real['images']:,}" if scores.real else ""
+def _tell(console: "Console", evaluated: "Evaluated") -> None:
+    _tell_scores(console, evaluated)
+    if evaluated.vs is not None:
+        _tell_scores(console, evaluated.vs)
+        console.print(f"same first choice on {evaluated.agreement:.2f} % of the images")
+    unreadable = evaluated.unreadable
+    if unreadable:
         console.print(
-            f"{name}: top-1 {scores.top1:.2f} %, top-5 {scores.top5:.2f} %, {scores.images:,} images{real}",
+            f"{len(unreadable)} images could not be read and were left out; the first: {unreadable[0]}",
             markup=False,
             soft_wrap=True,
         )
+    if evaluated.confusion is not None:
+        console.print(f"Confusion plot: {evaluated.confusion}", markup=False, soft_wrap=True)
 
-    line(found.model, found)
-    if found.vs is not None:
-        line(found.vs.model, found.vs)
-        console.print(f"same first choice on {found.agreement:.2f} % of the images")
-    if found.unreadable:
-        console.print(
-            f"{len(found.unreadable)} images could not be read and were left out; the first: {found.unreadable[0]}",
-            markup=False,
-            soft_wrap=True,
-        )
-    if found.confusion is not None:
-        console.print(f"Confusion plot: {found.confusion}", markup=False, soft_wrap=True)
+
+def _tell_scores(console: "Console", scores: "Evaluated") -> None:
+    real = f", ReaL {scores.real['top1']:.2f} % of {scores.real['images']:,}" if scores.real else ""
+    console.print(
+        f"{scores.model}: top-1 {scores.top1:.2f} %, top-5 {scores.top5:.2f} %, {scores.images:,} images{real}",
+        markup=False,
+        soft_wrap=True,
+    )

@@ -1,7 +1,5 @@
 """`armour-surgery finetune MODEL --recipe NAME`."""
 
-import os
-import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from armour_surgery.cli.options import AsJson, Model
-from armour_surgery.cli.run import command, console_for, print_json
+from armour_surgery.cli.options import AsJson, Model, name_for_folder
+from armour_surgery.cli.run import command, console_of_first_rank, print_json
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from armour_surgery.recover.finetuning import Finetuned
     from armour_surgery.recover.recipe import Recipe
 
@@ -58,18 +58,17 @@ def finetune(
     from armour_surgery.recover.recipe_files import load_recipe
 
     chosen = load_recipe(recipe, settings or ())
-    target = out if out is not None else Path(_default_name(model, recipe))
+    target = out if out is not None else Path(f"{name_for_folder(model)}-{Path(recipe).stem}")
     started = time.perf_counter()
-    quiet = os.environ.get("RANK", "0") != "0"
-    console = console_for(as_json)
-    console.quiet = quiet
+    console = console_of_first_rank(as_json)
     with console.status("loading PyTorch"):
         from armour_surgery.recover.distributed import distributed
         from armour_surgery.recover.finetuning import finetune as run
     _announce(console, chosen, recipe, target)
     with distributed(chosen.run.device) as process, _Display(console) as display:
         done = run(model, chosen, target, process, data=data, teacher=teacher, resume=resume, watch=display.update)
-    if quiet:
+    # JSON does not go through the console.
+    if console.quiet:
         return
     document = _document(model, recipe, chosen, done, time.perf_counter() - started)
     if as_json:
@@ -78,12 +77,7 @@ def finetune(
         _tell(console, done)
 
 
-def _default_name(model: str, recipe: str) -> str:
-    name = re.sub(r"[^\w.-]+", "-", model.rstrip("/").rpartition("/")[2].rpartition(":")[2]).strip("-")
-    return f"{name or 'model'}-{Path(recipe).stem}"
-
-
-def _announce(console: Any, chosen: "Recipe", name: str, target: Path) -> None:
+def _announce(console: "Console", chosen: "Recipe", name: str, target: Path) -> None:
     base, effective = chosen.optimizer.lr, chosen.effective_lr
     rule = f" (for 512 images, times {chosen.data.batch_size}/512)" if chosen.optimizer.lr_rule == "deit" else ""
     console.print(f"recipe {name}, into {target}", markup=False, soft_wrap=True)
@@ -93,9 +87,12 @@ def _announce(console: Any, chosen: "Recipe", name: str, target: Path) -> None:
 
 
 class _Display:
-    """A progress bar with images per second and the time that is left; on no terminal, a line per epoch."""
+    """A progress bar with images per second and the time that is left; on no terminal, a line per epoch.
 
-    def __init__(self, console: Any) -> None:
+    Not the bar of other commands: that one starts anew when its text changes, and here the text tells the loss.
+    """
+
+    def __init__(self, console: "Console") -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._console = console
@@ -106,6 +103,7 @@ class _Display:
             TextColumn("{task.description}"),
             TimeRemainingColumn(),
             console=console,
+            # Where nobody watches, a bar would only leave empty lines.
             disable=not console.is_terminal or console.quiet,
             transient=True,
         )
@@ -121,11 +119,12 @@ class _Display:
     def update(self, values: Mapping[str, Any]) -> None:
         """Show what the trainer tells."""
         if "epoch" in values:
-            shown = {key: value for key, value in values.items() if key not in ("epoch", "epochs", "step", "steps")}
-            text = ", ".join(f"{key} {value:.4g}" for key, value in shown.items())
+            scores = values.keys() - {"epoch", "epochs", "step", "steps"}
+            text = ", ".join(f"{name} {values[name]:.4g}" for name in values if name in scores)
             self._console.print(f"epoch {values['epoch']}/{values['epochs']}: {text}", markup=False, soft_wrap=True)
             return
         if self._task is None:
+            # Not made before: a run that is resumed does not begin with step 0, and only a message says with which.
             self._task = self._progress.add_task("", total=values["steps"], completed=values["step"])
         text = f"loss {values['loss']:.4f}, {values['images_per_s']:.0f} images/s"
         self._progress.update(self._task, completed=values["step"], description=text)
@@ -152,7 +151,7 @@ def _document(model: str, name: str, chosen: "Recipe", done: "Finetuned", second
     }
 
 
-def _tell(console: Any, done: "Finetuned") -> None:
+def _tell(console: "Console", done: "Finetuned") -> None:
     outcome = done.outcome
     for name, value in outcome.end.items():
         before = f"{outcome.start[name]:.5g} -> " if name in outcome.start else ""

@@ -66,6 +66,7 @@ def inspect(
     if plot is not None and calib is None:
         raise UsageError("--plot draws what --calib measures; add --calib IMAGES, synthetic say")
     if plot is not None:
+        # Before the work: minutes of measuring are not to end in a file that cannot be written.
         from armour_surgery.report.style import check_figure
 
         check_figure(plot)
@@ -84,7 +85,9 @@ def inspect(
         save_figure(plot, sensitivity_figure(measured, model))
     if as_json:
         document: dict[str, Any] = {"model": model, "sites": [site.to_dict() for site in sites]}
-        print_json({**document, "sensitivities": [asdict(one) for one in measured]} if calib is not None else document)
+        if calib is not None:
+            document["sensitivities"] = list(map(asdict, measured))
+        print_json(document)
         return
     from rich.markup import escape
 
@@ -105,8 +108,7 @@ def inspect(
         )
     if plot is not None:
         console.print(f"Drawn: {plot}", markup=False, soft_wrap=True)
-    fitting = [site for site in sites if site.modes]
-    if fitting:
+    if any(site.modes for site in sites):
         console.print(f"\nNext: armour-surgery convert {shlex.quote(model)}", markup=False, soft_wrap=True)
 
 

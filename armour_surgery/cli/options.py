@@ -1,5 +1,6 @@
 """The options that several commands have, spelled and explained once."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +19,7 @@ __all__ = [
     "Model",
     "NumClasses",
     "Pretrained",
+    "name_for_folder",
     "read_model",
 ]
 
@@ -73,3 +75,9 @@ def read_model(
         num_classes=num_classes,
         in_chans=in_chans,
     )
+
+
+def name_for_folder(model: str) -> str:
+    """What a folder that is made from MODEL is called first: MODEL without its library, owner and odd letters."""
+    last = model.rstrip("/").rpartition("/")[2].rpartition(":")[2]
+    return re.sub(r"[^\w.-]+", "-", last).strip("-") or "model"

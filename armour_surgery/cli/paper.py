@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from armour_surgery.cli.options import AsJson
+from armour_surgery.cli.progress import progress_bar
 from armour_surgery.cli.run import command, console_for, print_json
 from armour_surgery.errors import UsageError
 
@@ -37,8 +38,6 @@ def paper(
 
     Needs no network. Accuracy is the paper's own, with the recipe that would repeat it.
     """
-    from rich.progress import Progress
-
     console = console_for(as_json)
     if markdown is not None:
         from armour_surgery.report.whole_file import check_target
@@ -46,26 +45,22 @@ def paper(
         if markdown.suffix.lower() != ".md":
             raise UsageError(f"--markdown: the page is Markdown, and {str(markdown)!r} does not end in .md; name it so")
         check_target(markdown, "page")
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("counting", total=None)
-
-        def advance(done: int, total: int, name: str) -> None:
-            progress.update(task, completed=done, total=total, description=name)
-
+    with progress_bar(console, "counting") as tell:
         from armour_surgery.benchmarking.speed import keep_memory
         from armour_surgery.paper import throughput, views
         from armour_surgery.paper.reproduction import regenerate
 
         if speed:
             keep_memory()
-        result = regenerate(advance, budget_s=budget, devices=throughput.devices() if speed else ())
+        result = regenerate(tell, budget_s=budget, devices=throughput.devices() if speed else ())
+    if not console.is_terminal:
+        # What is written to a file starts with an empty line; it did before there was one bar for all commands.
+        console.print()
     if markdown is not None:
         from armour_surgery.report.whole_file import write_whole
 
-        options = ["--no-speed"] if not speed else [f"--budget {budget:g}"] if budget != _BUDGET else []
-        shown = markdown.name if markdown.is_absolute() else str(markdown)
-        written = " ".join(["armour-surgery paper", *options, f"--markdown {shlex.quote(shown)}"])
-        write_whole(markdown, views.markdown_page(result, written).encode(), "page")
+        page = views.markdown_page(result, _command_line(speed, budget, markdown))
+        write_whole(markdown, page.encode(), "page")
     if as_json:
         print_json(result.to_dict())
         return
@@ -80,14 +75,29 @@ def paper(
         console.print(f"Written: {markdown}", markup=False, soft_wrap=True)
 
 
+def _command_line(speed: bool, budget: float, markdown: Path) -> str:
+    """The command that makes the same page, for whoever reads the page; without options that are as by default."""
+    words = ["armour-surgery paper"]
+    if not speed:
+        words.append("--no-speed")
+    elif budget != _BUDGET:
+        words.append(f"--budget {budget:g}")
+    # Where the page lay on this machine is nobody's business.
+    shown = markdown.name if markdown.is_absolute() else str(markdown)
+    words.append(f"--markdown {shlex.quote(shown)}")
+    return " ".join(words)
+
+
 def _table(view: "View") -> "Table":
     from rich.markup import escape
 
     from armour_surgery.cli.tables import plain_table
 
     table = plain_table(view.caption)
+    # Less than other tables have, so that all columns fit into 80 letters.
     table.padding = (0, 1, 0, 0)
     for place, header in enumerate(view.headers):
+        # Names to the left, numbers to the right.
         left = place == 0 or header in ("mode", "recipe")
         table.add_column(header, justify="left" if left else "right", no_wrap=True)
     for row in view.rows:

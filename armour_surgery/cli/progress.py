@@ -23,10 +23,12 @@ def progress_bar(console: Console, first: str, *, still: bool = False) -> Iterat
     disable = not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=disable, auto_refresh=not still) as progress:
         task = progress.add_task(first, total=None)
+        # A list, because a closure cannot bind a name of its surroundings anew without saying so.
         stage = [first]
 
         def tell(what: str, finished: int, total: int) -> None:
             if what != stage[0]:
+                # Anew, so that the time that is left follows from this stage alone.
                 stage[0] = what
                 progress.reset(task, description=what, total=total)
             progress.update(task, completed=finished, total=total, refresh=still)

@@ -21,14 +21,14 @@ def _list(as_json: AsJson = False) -> None:
     from armour_surgery.cli.tables import plain_table
     from armour_surgery.recover.recipe_files import load_recipe, recipe_names
 
-    found = {name: load_recipe(name).description for name in recipe_names()}
+    descriptions = {name: load_recipe(name).description for name in recipe_names()}
     if as_json:
-        print_json({"recipes": [{"name": name, "description": text} for name, text in found.items()]})
+        print_json({"recipes": [{"name": name, "description": text} for name, text in descriptions.items()]})
         return
     table = plain_table()
     table.add_column("recipe", no_wrap=True)
     table.add_column("what it does")
-    for name, text in found.items():
+    for name, text in descriptions.items():
         table.add_row(name, text)
     console_for(False).print(table)
 
@@ -39,6 +39,7 @@ def _show(name: Name) -> None:
     """Print a recipe as it is written, with its header: command, hardware, cost, expected result."""
     from armour_surgery.recover.recipe_files import load_recipe, recipe_path
 
+    # Read first: a file that is no recipe is told, not printed.
     load_recipe(name)
     typer.echo(recipe_path(name).read_text(encoding="utf-8"), nl=False)
 

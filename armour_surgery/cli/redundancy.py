@@ -69,7 +69,10 @@ def redundancy(
         from armour_surgery.likeness.compare import compare_layers
 
         host, _ = read_model(model, pretrained, checkpoint, img_size, num_classes, in_chans)
-    weights = str(checkpoint) if checkpoint is not None else "pretrained" if pretrained else "random"
+    if checkpoint is not None:
+        weights = str(checkpoint)
+    else:
+        weights = "pretrained" if pretrained else "random"
     with progress_bar(console, "comparing weights") as tell:
         sites, detail = compare_layers(host, threshold=threshold, layer=layer, progress=tell)
     if out is not None:
@@ -112,17 +115,18 @@ def _table(sites: "Sequence[SiteRedundancy]", threshold: float) -> "Table":
     table = plain_table(f"Entries closer than {threshold:g} in % / by chance, and residuals")
     names, pattern = short_names([site.fqn for site in sites])
     numbers = [str(number) for number in range(len(sites))]
-    if names != numbers:
+    # `--layer` takes numbers; where the short names are these numbers, one column says both.
+    numbered = names != numbers
+    if numbered:
         table.add_column("#", justify="right", no_wrap=True)
     table.add_column(escape(pattern), overflow="fold")
-    for pair in PAIRS:
-        table.add_column(_spelled(pair, ", "), justify="right", no_wrap=True)
-    for pair in PAIRS:
-        table.add_column(_spelled(pair, "="), justify="right", no_wrap=True)
+    for between in (", ", "="):
+        for pair in PAIRS:
+            table.add_column(_spelled(pair, between), justify="right", no_wrap=True)
     for number, name, site in zip(numbers, names, sites, strict=True):
-        found = [site.pairs.get(pair) for pair in PAIRS]
-        first = [escape(name)] if names == numbers else [number, escape(name)]
-        table.add_row(*first, *map(_share, found), *map(_residual, found))
+        first = [number, escape(name)] if numbered else [escape(name)]
+        compared = [site.pairs.get(pair) for pair in PAIRS]
+        table.add_row(*first, *map(_share, compared), *map(_residual, compared))
     return table
 
 
@@ -146,18 +150,25 @@ def _notes(sites: "Sequence[SiteRedundancy]") -> list[str]:
         "By chance: the same entries in random order. Residual: what the best shared weight (joint-svd, from the "
         "weights alone) loses of logits and values, relative to their size."
     ]
-    groups: dict[str, list[str]] = {}
+    sites_by_remark: dict[str, list[str]] = {}
     for site in sites:
-        told = [f"{_spelled(pair, ' and ')} were not compared: {reason}" for pair, reason in site.skipped.items()]
-        channels = {one.channels for one in site.pairs.values() if one.channels < max(site.key_dim, site.value_dim)}
-        told += [
-            f"{'V is' if site.value_dim > site.key_dim else 'Q and K are'} wider; the first {count} channels of each "
-            f"head were compared{', those that concat-half shares' if site.mode == 'concat-half' else ''}"
-            for count in channels
-        ]
-        for line in told:
-            groups.setdefault(line, []).append(site.fqn)
-    lines += [f"{grouped_names(names)}: {line}" for line, names in groups.items()]
-    if any(one.refused is not None for site in sites for one in site.pairs.values()):
+        for remark in _remarks(site):
+            sites_by_remark.setdefault(remark, []).append(site.fqn)
+    for remark, names in sites_by_remark.items():
+        lines.append(f"{grouped_names(names)}: {remark}")
+    refused = [pair for site in sites for pair in site.pairs.values() if pair.refused is not None]
+    if refused:
         lines.append("-: no mode makes the two one there; `armour-surgery inspect` says why.")
     return lines
+
+
+def _remarks(site: "SiteRedundancy") -> list[str]:
+    """Which pairs of a site were not compared, or not all of their channels."""
+    remarks = [f"{_spelled(pair, ' and ')} were not compared: {reason}" for pair, reason in site.skipped.items()]
+    wider = "V is" if site.value_dim > site.key_dim else "Q and K are"
+    shared = ", those that concat-half shares" if site.mode == "concat-half" else ""
+    widest = max(site.key_dim, site.value_dim)
+    # A set: pairs of which equally many were compared share a remark.
+    for channels in {pair.channels for pair in site.pairs.values() if pair.channels < widest}:
+        remarks.append(f"{wider} wider; the first {channels} channels of each head were compared{shared}")
+    return remarks

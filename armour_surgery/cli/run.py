@@ -13,7 +13,7 @@ from rich.console import Console
 
 from armour_surgery.errors import ArmourError
 
-__all__ = ["command", "console_for", "print_json"]
+__all__ = ["command", "console_for", "console_of_first_rank", "print_json"]
 
 P = ParamSpec("P")
 
@@ -21,6 +21,13 @@ P = ParamSpec("P")
 def console_for(as_json: bool) -> Console:
     """The console for people: stderr while stdout belongs to JSON."""
     return Console(stderr=as_json, highlight=False)
+
+
+def console_of_first_rank(as_json: bool) -> Console:
+    """The console for people, quiet in every process of torchrun but the first: they all run the same command."""
+    console = console_for(as_json)
+    console.quiet = os.environ.get("RANK", "0") != "0"
+    return console
 
 
 def print_json(document: dict[str, Any]) -> None:
@@ -61,5 +68,6 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
 def _failed(message: str, code: int, debug: bool) -> typer.Exit:
     if debug:
         traceback.print_exc()
+    # One line, whatever line breaks the message of a library has.
     typer.secho(f"error: {' '.join(message.split())}", err=True, fg=typer.colors.RED)
     return typer.Exit(code)

@@ -113,6 +113,7 @@ def compare_layers(
                     pairs[pair], mode=sharing.mode, residual=sharing.residual, refused=sharing.refused
                 )
                 compared[fqn] = replace(compared[fqn], pairs={**pairs, pair: with_sharing})
+    # Last, for what a mode costs is known only now.
     for site in followed:
         compared[site.fqn] = _with_default(site, compared[site.fqn])
     return list(compared.values()), Layer(chosen, weights[chosen])
@@ -147,7 +148,7 @@ def _weights(model: nn.Module, site: FoundSite) -> dict[str, Tensor]:
     weights = {}
     for letter, role in (("q", site.traced.q), ("k", site.traced.k), ("v", site.traced.v)):
         with_bias = read(module, locate(module, role, {}))
-        weights[letter] = with_bias[:, :-1]
+        weights[letter] = with_bias[:, :-1]  # the last row is the bias
     return weights
 
 
@@ -167,9 +168,9 @@ def _compare(site: AttentionSite, weights: dict[str, Tensor], threshold: float) 
 class _Sharing:
     """What makes a pair one: the mode, the residual of the best shared weight, or why there is none."""
 
-    mode: str | None
-    residual: float | None
-    refused: str | None
+    mode: str | None = None
+    residual: float | None = None
+    refused: str | None = None
 
 
 def _shared(model: nn.Module, sites: list[FoundSite], pair: str, example: dict[str, Tensor]) -> dict[str, _Sharing]:
@@ -181,16 +182,17 @@ def _shared(model: nn.Module, sites: list[FoundSite], pair: str, example: dict[s
         fitting = [mode for mode in _MODES[pair] if mode in site.modes]
         heads = {role.num_heads for role in site.projections.values()}
         if not fitting:
-            sharing[site.fqn] = _Sharing(None, None, site.refused[_MODES[pair][0]])
+            sharing[site.fqn] = _Sharing(refused=site.refused[_MODES[pair][0]])
         elif len(heads) > 1:
             reason = "there is no closed form where several heads of Q share one of K"
-            sharing[site.fqn] = _Sharing(fitting[0], None, reason)
+            sharing[site.fqn] = _Sharing(fitting[0], refused=reason)
         else:
             modes[site.fqn] = fitting[0]
     prepared = prepare(model, [site for site in sites if site.fqn in modes], modes)
     for left in prepared.refused:
-        sharing[left.fqn] = _Sharing(None, None, left.reason)
+        sharing[left.fqn] = _Sharing(refused=left.reason)
     if prepared.operations:
+        # The caller may be in inference mode, whose tensors could not become parameters of the copy.
         with torch.inference_mode(False):
             converted = full_copy(model)
             for operation in prepared.operations:
@@ -198,7 +200,7 @@ def _shared(model: nn.Module, sites: list[FoundSite], pair: str, example: dict[s
             order = Order(AUTO, init="joint-svd", example=example)
             results, _ = choose_weights(model, converted, prepared.operations, order)
         for result in results:
-            sharing[result.fqn] = _Sharing(modes[result.fqn], result.residual, None)
+            sharing[result.fqn] = _Sharing(modes[result.fqn], result.residual)
     return sharing
 
 

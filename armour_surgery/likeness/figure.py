@@ -1,7 +1,9 @@
 """Figure 1 of the Armour paper for any model: one layer in detail, and all layers beside each other."""
 
+import math
 from collections.abc import Mapping, Sequence
 from textwrap import fill
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -14,11 +16,12 @@ from armour_surgery.report.style import INK, LEGEND, MUTED, RULE, SERIES, blank_
 
 __all__ = ["redundancy_figure"]
 
-_COLORS = dict(zip(PAIRS, SERIES, strict=False))
+_COLORS = dict(zip(PAIRS, SERIES[: len(PAIRS)], strict=True))
 _MARKERS = dict(zip(PAIRS, "osD", strict=True))
 _POINTS = 400  # of a curve
 _LABELS = 14  # names that an axis has room for
-_LONGEST = 4
+_LONGEST = 4  # letters of such a name; longer ones would run into each other
+_TICKS = 8  # heads that an axis of channels marks
 _SEEN = 0.995  # share of the entries that the axes and colors are made for
 
 
@@ -39,16 +42,14 @@ def redundancy_figure(
     _draw_layer(upper, layer, apart, limit, threshold)
     shares, every, costs = lower.subplots(1, 3)
     _draw_shares(shares, apart, limit, threshold)
-    labels, pattern = short_names([site.fqn for site in sites])
-    place = [site.fqn for site in sites].index(fqn)
+    # Each layer has a place on the axes, and a short name there.
+    fqns = [site.fqn for site in sites]
+    labels, pattern = short_names(fqns)
     for axes in (every, costs):
-        _draw_layers(axes, labels, pattern, place)
+        _draw_layers(axes, labels, pattern, fqns.index(fqn))
     for pair in PAIRS:
-        found = [site.pairs.get(pair) for site in sites]
-        look = {"color": _COLORS[pair], "marker": _MARKERS[pair], "markersize": 3.6, "linewidth": 1.2}
-        every.plot([one.share if one else None for one in found], **look)
-        every.plot([one.share_by_chance if one else None for one in found], color=_COLORS[pair], linewidth=1.1, ls=":")
-        costs.plot([one.residual if one else None for one in found], **look, clip_on=False)
+        _draw_pair(every, costs, sites, pair)
+    # From zero, and with room above for what is drawn on the line.
     for axes in (every, costs):
         axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
     every.set_ylabel(f"entries below {threshold:g}, %")
@@ -56,17 +57,29 @@ def redundancy_figure(
     for axes in (shares, every, costs):
         tidy(axes)
     figure.suptitle(plain(title), x=0.01, horizontalalignment="left", fontsize=11.5, fontweight="bold", color=INK)
-    marks = [
-        Line2D([], [], color=_COLORS[pair], marker=_MARKERS[pair], markersize=4, label=_named(pair)) for pair in PAIRS
-    ]
+    marks = []
+    for pair in PAIRS:
+        look: dict[str, Any] = {"color": _COLORS[pair], "marker": _MARKERS[pair], "markersize": 4}
+        marks.append(Line2D([], [], **look, label=f"{pair[0].upper()} and {pair[1].upper()}"))
     marks.append(Line2D([], [], color=MUTED, ls=":", label="by chance: the same entries in random order"))
     marks.append(Line2D([], [], color=MUTED, ls=(0, (5, 3)), linewidth=1, label=f"threshold {threshold:g}"))
     lower.legend(handles=marks, **LEGEND, loc="outside lower left", ncols=5)
     return figure
 
 
-def _named(pair: str) -> str:
-    return f"{pair[0].upper()} and {pair[1].upper()}"
+def _draw_pair(every: Axes, costs: Axes, sites: Sequence[SiteRedundancy], pair: str) -> None:
+    """A pair's share of entries below the threshold in every layer, and what sharing costs there."""
+    shares, by_chance, residuals = [], [], []
+    for site in sites:
+        compared = site.pairs.get(pair)
+        # matplotlib leaves a gap for not a number.
+        shares.append(compared.share if compared else math.nan)
+        by_chance.append(compared.share_by_chance if compared else math.nan)
+        residuals.append(compared.residual if compared and compared.residual is not None else math.nan)
+    look: dict[str, Any] = {"color": _COLORS[pair], "marker": _MARKERS[pair], "markersize": 3.6, "linewidth": 1.2}
+    every.plot(shares, **look)
+    every.plot(by_chance, color=_COLORS[pair], linewidth=1.1, ls=":")
+    costs.plot(residuals, **look, clip_on=False)
 
 
 def _quantile(values: Tensor, share: float) -> float:
@@ -93,15 +106,16 @@ def _draw_layer(
                 fontsize=8.5, color=MUTED,
             )  # fmt: skip
             continue
-        one, values = layer.pairs[pair], apart[pair]
+        compared, values = layer.pairs[pair], apart[pair]
         heads, width, channels = values.shape
-        share = f"{one.share:.1f} % below {threshold:g}, by chance {one.share_by_chance:.1f} %"
+        share = f"{compared.share:.1f} % below {threshold:g}, by chance {compared.share_by_chance:.1f} %"
         axes.text(0, 1.012, share, transform=axes.transAxes, va="bottom", fontsize=8.5, color=MUTED)
+        # Heads beside each other, as they are in the weight of a packed projection.
         flat = values.permute(1, 0, 2).reshape(width, heads * channels)
         picture = axes.imshow(flat.numpy(), cmap="Blues", vmin=0, vmax=limit, aspect="auto")
-        step = -(-heads // 8)
-        axes.set_xticks([head * channels - 0.5 for head in range(0, heads + 1, step)])
-        axes.set_xticklabels([str(head * channels) for head in range(0, heads + 1, step)])
+        # A tick where a head begins, at the edge of its first channel; of many heads, at every second or third.
+        starts = [head * channels for head in range(0, heads + 1, -(-heads // _TICKS))]
+        axes.set_xticks([start - 0.5 for start in starts], list(map(str, starts)))
         axes.set_xlabel(f"output channel, {heads} heads of {channels}", color=INK, fontsize=9)
     panels[0].set_ylabel("input channel", color=INK, fontsize=9)
     if picture is not None:

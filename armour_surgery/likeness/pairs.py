@@ -121,6 +121,7 @@ def compare_pair(weights: Mapping[str, Tensor], pair: str, threshold: float) -> 
 
 def _share_by_chance(first: Tensor, second: Tensor, threshold: float) -> float:
     """The share of all pairs (a of `first`, b of `second`) with |a - b| < threshold, counted exactly."""
+    # For each a, how many b lie in a window around it: two searches instead of as many differences as there are pairs.
     ordered = second.sort().values
     below = torch.searchsorted(ordered, first - threshold, right=True)
     within = torch.searchsorted(ordered, first + threshold) - below

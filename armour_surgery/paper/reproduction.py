@@ -4,7 +4,7 @@ Networks are timed together with those that they are held against, and counted a
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from armour_surgery.benchmarking.environment import Environment
 from armour_surgery.measure.cost import count_folded_params, count_macs, count_params
 from armour_surgery.paper.printed import CAPTIONS, COLUMNS, RECIPES, ROWS, PaperRow
 from armour_surgery.paper.throughput import Network, RowSpeed, time_group
-from armour_surgery.records import Source, SurgeryPlan
+from armour_surgery.records import Progress, Source, SurgeryPlan
 
 __all__ = ["Cell", "ReproducedRow", "Reproduction", "regenerate"]
 
@@ -75,29 +75,28 @@ class Reproduction:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary: the tables with their rows, the cells of each by column."""
+        tables = []
+        for number, caption in CAPTIONS.items():
+            rows = [_row_to_dict(row) for row in self.rows if row.table == number]
+            tables.append({"table": number, "caption": caption, "rows": rows})
         return {
             "paper": "arXiv 2108.01778",
-            "environment": {device: one.to_dict() for device, one in self.environments.items()},
-            "tables": [
-                {
-                    "table": table,
-                    "caption": caption,
-                    "rows": [_row_to_dict(row) for row in self.rows if row.table == table],
-                }
-                for table, caption in CAPTIONS.items()
-            ],
+            "environment": {device: place.to_dict() for device, place in self.environments.items()},
+            "tables": tables,
         }
 
 
 @dataclass(frozen=True)
 class _Cost:
+    """What a network costs: parameters, parameters after BatchNorm folding, and MACs of one image."""
+
     params: int
     folded: int
     macs: int
 
 
 def regenerate(
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
     *,
     budget_s: float = 0.0,
     devices: Sequence[str] = (),
@@ -105,55 +104,64 @@ def regenerate(
     """Build the network of every row and count it; with `devices`, also time it there, for `budget_s` seconds in all.
 
     To count, no weight is ever allocated; it takes under a minute. The budget is for timing alone, and a little more is
-    used where the slowest networks' two rounds need it. `progress` is called with the number of networks that are done,
-    their total, and the name of the next.
+    used where the slowest networks' two rounds need it. `progress` is called with the name of the next network, the
+    number of those that are done, and their total.
     """
+    tell = progress or (lambda what, finished, total: None)
     groups = _groups()
-    total, done = sum(map(len, groups.values())), 0
+    total, done = sum(map(len, groups)), 0
     costs: dict[Network, _Cost] = {}
     speeds: dict[Network, dict[str, RowSpeed]] = {}
     environments: dict[str, Environment] = {}
     left = budget_s
-    for members in groups.values():
+    # One group after the other: no more of them are in memory than are timed together.
+    for members in groups:
         networks: dict[Network, nn.Module] = {}
         hosts: dict[str, nn.Module] = {}
         for number, (name, mode) in enumerate(members):
-            if progress is not None:
-                progress(done + number, total, f"{name} {mode}".strip())
+            tell(f"{name} {mode}".strip(), done + number, total)
             networks[name, mode], costs[name, mode] = _build(name, mode, hosts)
+        reference = members[0]
         for place, device in enumerate(devices):
-            if progress is not None:
-                progress(done, total, f"timing {members[0][0]} on {device}")
-            # What one group leaves over is there for the others.
-            share = left * len(members) / ((total - done) * len(devices) - place * len(members))
+            tell(f"timing {reference[0]} on {device}", done, total)
+            # A share of what is left, not of all: what one group leaves over is there for the others. It is the group's
+            # part of all timings that are still to come, a timing being a network on a device.
+            to_come = (total - done) * len(devices) - place * len(members)
+            share = left * len(members) / to_come
             started = time.perf_counter()
-            image, macs = _image(networks), costs[members[0]].macs
-            found, environments[device] = time_group(networks, image, macs, device, share)
+            measured, environments[device] = time_group(
+                networks, _image(networks), costs[reference].macs, device, share
+            )
             left = max(0.0, left - (time.perf_counter() - started))
-            for network, speed in found.items():
+            for network, speed in measured.items():
                 speeds.setdefault(network, {})[device] = speed
         done += len(members)
     return Reproduction(tuple(_row(row, costs, speeds) for row in ROWS), environments)
 
 
-def _groups() -> dict[str, list[Network]]:
-    """Networks that are timed together, by the model of the first, which the others are held against."""
+def _groups() -> list[list[Network]]:
+    """Networks that are timed together; the others are held against the first."""
     groups: dict[str, list[Network]] = {}
     for row in ROWS:
-        members = groups.setdefault(_reference(row).model, [(_reference(row).model, "")])
+        reference = _reference(row).model
+        members = groups.setdefault(reference, [(reference, "")])
+        # Rows that differ in training alone have the same network.
         if (row.model, row.mode) not in members:
             members.append((row.model, row.mode))
-    return groups
+    return list(groups.values())
 
 
 def _baseline(row: PaperRow) -> PaperRow:
+    """The row of the same table and model in which nothing is converted."""
     return next(other for other in ROWS if (other.table, other.model, other.mode) == (row.table, row.model, ""))
 
 
 def _reference(row: PaperRow) -> PaperRow:
     """What a row's throughput is held against: its baseline, or for a model of its own kind the table's first one."""
-    own = any(other.mode for other in ROWS if other.model == row.model)
-    return _baseline(row) if own else _baseline(next(other for other in ROWS if other.table == row.table))
+    converted_too = any(other.mode for other in ROWS if other.model == row.model)
+    if converted_too:
+        return _baseline(row)
+    return _baseline(next(other for other in ROWS if other.table == row.table))
 
 
 def _build(name: str, mode: str, hosts: dict[str, nn.Module]) -> tuple[nn.Module, _Cost]:
@@ -163,6 +171,7 @@ def _build(name: str, mode: str, hosts: dict[str, nn.Module]) -> tuple[nn.Module
     from armour_surgery.surgery.conversion import convert
 
     source = Source(library="timm", architecture=name)
+    # Built once for all modes: `convert` leaves a host as it is.
     if name not in hosts:
         hosts[name] = build(source)
     model = hosts[name]
@@ -177,19 +186,21 @@ def _build(name: str, mode: str, hosts: dict[str, nn.Module]) -> tuple[nn.Module
 def _image(networks: Mapping[Network, nn.Module]) -> tuple[int, ...]:
     from armour_surgery.hosts import example_input
 
-    first = next(iter(networks.values()))
-    return tuple(next(iter(example_input(first).values())).shape[1:])
+    network = next(iter(networks.values()))
+    images = next(iter(example_input(network).values()))
+    return tuple(images.shape[1:])
 
 
 def _row(row: PaperRow, costs: Mapping[Network, _Cost], speeds: Mapping[Network, dict[str, RowSpeed]]) -> ReproducedRow:
     baseline, reference = _baseline(row), _reference(row)
     cost, base = costs[row.model, row.mode], costs[baseline.model, ""]
     speed = speeds.get((row.model, row.mode), {})
-    ratios = {
-        column: _number(getattr(row, column)) / _number(getattr(reference, column))
-        for column in _COLUMNS.values()
-        if getattr(row, column) and getattr(reference, column) and row is not reference
-    }
+    ratios = {}
+    for column in _COLUMNS.values():
+        own, other = getattr(row, column), getattr(reference, column)
+        if own and other and row is not reference:
+            ratios[column] = _number(own) / _number(other)
+    cells = [_cell(column, row, baseline, cost, base, speed) for column in COLUMNS if getattr(row, column)]
     return ReproducedRow(
         table=row.table,
         name=row.name,
@@ -199,7 +210,7 @@ def _row(row: PaperRow, costs: Mapping[Network, _Cost], speeds: Mapping[Network,
         params_folded=cost.folded,
         macs=cost.macs,
         macs_ratio=base.macs / cost.macs if row.mode else None,
-        cells=tuple(_cell(column, row, baseline, cost, base, speed) for column in COLUMNS if getattr(row, column)),
+        cells=tuple(cells),
         recipe=RECIPES.get(row.name, "") if row.top1 else "",
         paper_ratio=ratios,
         speed=speed,
@@ -217,9 +228,9 @@ def _cell(
     if column.endswith("_change"):
         source = column.removesuffix("_change")
         return _throughput_change_cell(column, printed, getattr(baseline, source), getattr(row, source))
-    measured = next((one for device, one in speed.items() if _COLUMNS[device] == column), None)
-    if measured is not None:
-        return Cell(column, printed, f"{measured.images_per_s:,.1f}", MEASURED)
+    for device, measured in speed.items():
+        if _COLUMNS[device] == column:
+            return Cell(column, printed, f"{measured.images_per_s:,.1f}", MEASURED)
     return Cell(column, printed, NOT_RUN, PAPER)
 
 
@@ -255,10 +266,12 @@ def _throughput_change_cell(column: str, printed: str, before: str, after: str) 
     ours = _percent(_number(after) / _number(before) - 1)
     if ours == printed:
         return Cell(column, printed, ours, SAME, "from the paper's own throughputs")
-    half_before, half_after = (0.5 * 10 ** -_digits(text) for text in (before, after))
+    # A printed number stands for all that round to it: half of its last digit to each side. The printed speed-up is
+    # explained if any two throughputs that round to the printed ones have a ratio that rounds to it.
+    half_before, half_after = _half_digit(before), _half_digit(after)
     low = 100 * ((_number(after) - half_after) / (_number(before) + half_before) - 1)
     high = 100 * ((_number(after) + half_after) / (_number(before) - half_before) - 1)
-    target, half = float(printed.rstrip("%")), 0.5 * 10 ** -_digits(printed)
+    target, half = float(printed.rstrip("%")), _half_digit(printed)
     note = (
         f"the paper's own throughputs, {before} and {after}, give {ours}; "
         f"before rounding, from {low:+.2f}% to {high:+.2f}%"
@@ -276,14 +289,17 @@ def _number(text: str) -> float:
 
 
 def _digits(text: str) -> int:
+    """Digits after the point."""
     return len(text.rstrip("%").partition(".")[2])
+
+
+def _half_digit(text: str) -> float:
+    return float(0.5 * 10 ** -_digits(text))
 
 
 def _row_to_dict(row: ReproducedRow) -> dict[str, Any]:
     data = asdict(row)
+    # The table stands above its rows, and a cell's column before the cell.
     del data["table"]
-    data["cells"] = {
-        cell.column: {"printed": cell.printed, "ours": cell.ours, "status": cell.status, "note": cell.note}
-        for cell in row.cells
-    }
+    data["cells"] = {cell.pop("column"): cell for cell in data["cells"]}
     return data

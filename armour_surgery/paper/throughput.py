@@ -53,16 +53,14 @@ def time_group(
     `image` is the shape of one, and `macs` what one costs the first network: the batch is the largest power of two with
     which a call stays short on a CPU. Parameters on the meta device get random values, and stay on the device.
     """
-    largest = _LARGEST[device]
-    batch = largest
+    batch = _LARGEST[device]
     while device == "cpu" and batch > 1 and batch * macs > _CALL_MACS:
         batch //= 2
     for model in networks.values():
         _fill(model)
         model.to(device).eval()
-    names = {network: " ".join(network).strip() for network in networks}
     report = compare(
-        {names[network]: model for network, model in networks.items()},
+        {" ".join(network).strip(): model for network, model in networks.items()},
         lambda: torch.randn(batch, *image, device=device),
         rounds=_ROUNDS,
         # Where nothing is left, two rounds are.
@@ -70,19 +68,20 @@ def time_group(
         warmup_s=_WARMUP * budget_s / len(networks),
     )
     pairs = {pair.b: pair for pair in report.pairs}
-    found = {}
-    for network, one in zip(networks, report.models, strict=True):
-        pair = pairs.get(one.name)
-        found[network] = RowSpeed(
+    speeds = {}
+    # A report has its models in the order in which they were given.
+    for network, measured in zip(networks, report.models, strict=True):
+        pair = pairs.get(measured.name)
+        speeds[network] = RowSpeed(
             batch_size=report.batch_size,
-            images_per_s=one.images_per_s,
-            latency_ms=one.latency_ms,
+            images_per_s=measured.images_per_s,
+            latency_ms=measured.latency_ms,
             against=report.models[0].name,
             ratio=pair.speedup if pair else None,
             ratio_iqr=pair.speedup_iqr if pair else None,
             rounds=report.rounds,
         )
-    return found, report.environment
+    return speeds, report.environment
 
 
 def _fill(model: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """The paper's tables for people: what was printed and what was found here, side by side, as text and as a page."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from armour_surgery.paper.printed import CAPTIONS
@@ -30,18 +30,22 @@ def views(result: Reproduction) -> list[View]:
     `[1]` marks what the first of the `notes` explains.
     """
     marks = {note: f" [{number}]" for number, note in enumerate(notes(result), 1)}
-    found = []
+    listed = []
     for number, caption in CAPTIONS.items():
         rows = [row for row in result.rows if row.table == number]
         if rows:
-            found += [_sizes(f"Table {number}. {caption}", rows, marks), _speeds(number, rows, marks)]
-    return [*found, _accuracies(result.rows)]
+            listed += [_sizes(f"Table {number}. {caption}", rows, marks), _speeds(number, rows, marks)]
+    return [*listed, _accuracies(result.rows)]
 
 
 def notes(result: Reproduction) -> list[str]:
     """What explains the cells that are not simply the same, each once."""
-    cells = (cell for row in result.rows for cell in row.cells)
-    return list(dict.fromkeys(_note(cell) for cell in cells if cell.status in ("explained", "differs")))
+    explained: dict[str, None] = {}  # an ordered set
+    for row in result.rows:
+        for cell in row.cells:
+            if cell.status in ("explained", "differs"):
+                explained[_note(cell)] = None
+    return list(explained)
 
 
 def remarks(result: Reproduction) -> list[str]:
@@ -73,60 +77,82 @@ def markdown_page(result: Reproduction, command: str) -> str:
     for view in views(result):
         parts += [f"## {view.caption}", _markdown_table(view)]
     explained = [f"[{number}] {note}" for number, note in enumerate(notes(result), 1)]
-    return "\n\n".join([*parts, *(["## Notes"] if explained else []), *explained]) + "\n"
+    if explained:
+        parts += ["## Notes", *explained]
+    return "\n\n".join(parts) + "\n"
 
 
 def _markdown_table(view: View) -> str:
-    def line(cells: Iterable[str]) -> str:
-        return f"| {' | '.join(cells)} |"
+    # Names to the left, numbers to the right.
+    sides = ["---", *["---:"] * (len(view.headers) - 1)]
+    lines = [_markdown_line(view.headers), _markdown_line(sides)]
+    for row in view.rows:
+        cells = list(row)
+        if view.recipes and cells[-1] != "-":
+            cells[-1] = f"[{cells[-1]}]({_RECIPES}/{cells[-1]}.yaml)"
+        lines.append(_markdown_line(cells))
+    return "\n".join(lines)
 
-    def linked(row: tuple[str, ...]) -> tuple[str, ...]:
-        name = row[-1]
-        return (*row[:-1], f"[{name}]({_RECIPES}/{name}.yaml)" if view.recipes and name != "-" else name)
 
-    sides = ["---", *("---:" for _ in view.headers[1:])]
-    return "\n".join([line(view.headers), line(sides), *(line(linked(row)) for row in view.rows)])
+def _markdown_line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _note(cell: Cell) -> str:
+    """A cell's note. That of a change says what was printed, which no column of these tables does."""
     return f"the paper prints {cell.printed}: {cell.note}" if cell.column.endswith("_change") else cell.note
 
 
-def _sizes(caption: str, rows: list[ReproducedRow], marks: dict[str, str]) -> View:
-    changes = any(cell.column == "params_change" for row in rows for cell in row.cells)
-    headers = ("model", "mode", "parameters", "paper, M", *(["change"] if changes else []), "MACs, M", "ratio")
+def _sizes(caption: str, rows: Sequence[ReproducedRow], marks: dict[str, str]) -> View:
+    # Only some of the paper's tables have this column.
+    changes = _has_column(rows, "params_change")
+    headers = ["model", "mode", "parameters", "paper, M", "MACs, M", "ratio"]
+    if changes:
+        headers.insert(4, "change")
     lines = []
     for row in rows:
-        cells = {cell.column: cell for cell in row.cells}
-        change = [_printed(cells.get("params_change"), marks)] if changes else []
-        ratio = f"{row.macs_ratio:.4f}" if row.macs_ratio else "-"
-        size = (f"{row.params:,}", _printed(cells.get("params"), marks), *change, f"{row.macs / 1e6:,.1f}", ratio)
-        lines.append((row.name, row.mode or "-", *size))
-    return View(caption, headers, tuple(lines))
+        cells = _cells(row)
+        line = [row.name, row.mode or "-", f"{row.params:,}", _printed(cells.get("params"), marks)]
+        if changes:
+            line.append(_printed(cells.get("params_change"), marks))
+        line += [f"{row.macs / 1e6:,.1f}", f"{row.macs_ratio:.4f}" if row.macs_ratio else "-"]
+        lines.append(tuple(line))
+    return View(caption, tuple(headers), tuple(lines))
 
 
-def _speeds(number: int, rows: list[ReproducedRow], marks: dict[str, str]) -> View:
+def _speeds(number: int, rows: Sequence[ReproducedRow], marks: dict[str, str]) -> View:
     devices = [device for device in _DEVICES if any(device in row.speed for row in rows)]
-    columns = [name for name in ("gpu", "cpu") if any(cell.column == name for row in rows for cell in row.cells)]
+    columns = [column for column in ("gpu", "cpu") if _has_column(rows, column)]
     headers = ["model"]
     for device in devices:
         headers += ["batch", f"{_DEVICES[device]} im/s", "ratio", "quartiles"]
-    headers += ["MACs", *(f"paper's {name.upper()}" for name in columns)]
+    headers.append("MACs")
+    headers += [f"paper's {column.upper()}" for column in columns]
     lines = []
     for row in rows:
         line = [row.name]
         for device in devices:
             line += _measured(row, device)
         line.append(f"{row.macs_ratio:.3f}" if row.macs_ratio else "-")
-        lines.append((*line, *(_of_the_paper(row, name, marks) for name in columns)))
+        line += [_of_the_paper(row, column, marks) for column in columns]
+        lines.append(tuple(line))
     return View(f"Table {number}, throughput and ratios", tuple(headers), tuple(lines))
+
+
+def _cells(row: ReproducedRow) -> dict[str, Cell]:
+    return {cell.column: cell for cell in row.cells}
+
+
+def _has_column(rows: Sequence[ReproducedRow], column: str) -> bool:
+    return any(column in _cells(row) for row in rows)
 
 
 def _measured(row: ReproducedRow, device: str) -> list[str]:
     speed = row.speed[device]
     ratio, quartiles = "-", "-"
     if speed.ratio is not None and speed.ratio_iqr is not None:
-        ratio, quartiles = f"{speed.ratio:.3f}", "{:.2f}-{:.2f}".format(*speed.ratio_iqr)
+        low, high = speed.ratio_iqr
+        ratio, quartiles = f"{speed.ratio:.3f}", f"{low:.2f}-{high:.2f}"
     return [str(speed.batch_size), _short(speed.images_per_s), ratio, quartiles]
 
 
@@ -135,18 +161,19 @@ def _short(images_per_s: float) -> str:
 
 
 def _of_the_paper(row: ReproducedRow, column: str, marks: dict[str, str]) -> str:
-    cells = {cell.column: cell for cell in row.cells}
+    cells = _cells(row)
     if column not in cells:
         return "-"
     ratio = f" {row.paper_ratio[column]:.3f}" if column in row.paper_ratio else ""
     change = cells.get(f"{column}_change")
-    return f"{cells[column].printed}{ratio}{marks.get(_note(change), '') if change else ''}"
+    mark = marks.get(_note(change), "") if change else ""
+    return f"{cells[column].printed}{ratio}{mark}"
 
 
-def _accuracies(rows: Iterable[ReproducedRow]) -> View:
+def _accuracies(rows: Sequence[ReproducedRow]) -> View:
     lines = []
     for row in rows:
-        cell = next((cell for cell in row.cells if cell.column == "top1"), None)
+        cell = _cells(row).get("top1")
         if cell is not None:
             lines.append((row.name, cell.printed, cell.ours, row.recipe or "-"))
     return View("ImageNet top-1", ("model", "paper", "here", "recipe"), tuple(lines), recipes=True)

@@ -1,4 +1,4 @@
-"""How figures look, and how they are written: colors, letters, formats."""
+"""How all figures look, how names get short enough for them, and how they are written: to a file, or into a page."""
 
 import io
 import re
@@ -86,11 +86,15 @@ def inline_svg(figure: Figure, label: str) -> str:
     with matplotlib.rc_context({"svg.hashsalt": label, "svg.fonttype": "none"}):
         figure.savefig(stream, format="svg", metadata=_UNSIGNED)
     text = stream.getvalue()
+    # Without the XML head, which may only stand at the start of a file.
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    # Every drawing names its parts anew, and two of them on one page would share names. What refers to a part needs its
+    # name, and that one is made with the salt.
     used = set(re.findall(r"(?:url\(#|href=\"#)([^)\"]+)", text))
-    text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", text)
+    text = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", text)
     text = re.sub(r' xmlns(?::xlink)?="[^"]*"', "", text)
+    # The page's own font instead of matplotlib's, which a reader may not have.
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
     for color, name in _VARIABLES.items():
         text = text.replace(color, f"var(--{name}, {color})")
@@ -101,21 +105,47 @@ def inline_svg(figure: Figure, label: str) -> str:
 
 def short_names(fqns: Sequence[str]) -> tuple[list[str], str]:
     """What tells names apart, and the pattern of the rest: `blocks.0.attn`, ... are `0`, ... of `blocks.*.attn`."""
-    splits = [re.split(r"(\d+)", name) for name in fqns]
-    if len(fqns) > 1 and len({(len(parts), *parts[::2]) for parts in splits}) == 1:
-        varying = [place for place in range(1, len(splits[0]), 2) if len({parts[place] for parts in splits}) > 1]
-        pattern = "".join("*" if place in varying else text for place, text in enumerate(splits[0]))
-        return [".".join(parts[place] for place in varying) for parts in splits], pattern
-    paths = [name.split(".") for name in fqns]
-    shortest = min(map(len, paths), default=1) - 1
-    same = [all(path[place] == paths[0][place] for path in paths) for place in range(shortest)]
-    start = same.index(False) if False in same else shortest
-    tail = [all(path[-1 - place] == paths[0][-1 - place] for path in paths) for place in range(shortest - start)]
-    end = tail.index(False) if False in tail else len(tail)
-    if len(fqns) < 2 or not start + end:
-        return list(fqns), "attention"
+    if len(fqns) > 1:
+        # Text and numbers take turns: `blocks.0.attn` is `blocks.`, `0`, `.attn`.
+        splits = [re.split(r"(\d+)", name) for name in fqns]
+        texts = {tuple(parts[::2]) for parts in splits}
+        if len(texts) == 1:
+            return _short_numbers(splits)
+        labels, pattern = _short_paths([name.split(".") for name in fqns])
+        if pattern != "*":
+            return labels, pattern
+    return list(fqns), "attention"
+
+
+def _short_numbers(splits: list[list[str]]) -> tuple[list[str], str]:
+    """Names that differ in numbers alone; in each split these have the odd places."""
+    pattern = list(splits[0])
+    varying: list[tuple[str, ...]] = []
+    for place, column in enumerate(zip(*splits, strict=True)):
+        if place % 2 and len(set(column)) > 1:
+            pattern[place] = "*"
+            varying.append(column)
+    labels = map(".".join, zip(*varying, strict=True)) if varying else [""] * len(splits)
+    return list(labels), "".join(pattern)
+
+
+def _short_paths(paths: list[list[str]]) -> tuple[list[str], str]:
+    """Names that differ in words: what all begin and end with goes into the pattern."""
+    # Something is left of every name, even of one that is the beginning of all others.
+    room = min(map(len, paths)) - 1
+    start = _common(paths, room)
+    end = _common([path[::-1] for path in paths], room - start)
     labels = [".".join(path[start : len(path) - end]) for path in paths]
-    return labels, ".".join([*paths[0][:start], "*", *paths[0][len(paths[0]) - end :]])
+    first = paths[0]
+    return labels, ".".join([*first[:start], "*", *first[len(first) - end :]])
+
+
+def _common(paths: list[list[str]], most: int) -> int:
+    """With how many equal words the paths begin, `most` at most."""
+    count = 0
+    while count < most and len({path[count] for path in paths}) == 1:
+        count += 1
+    return count
 
 
 def blank_figure(width: float, height: float) -> Figure:

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from armour_surgery.records import SitePlan, SurgeryPlan
+from armour_surgery.report.wording import NEEDS_TRAINING, UNTIL_TRAINED, change, fidelity_clause, needs_training, way
 
 __all__ = ["model_card"]
 
@@ -18,22 +19,19 @@ def model_card(surgery: SurgeryPlan, name: str) -> str:
     """
     source = surgery.source
     origin = source.name if source else "a model built in Python"
-    license_name = (source.license if source else None) or "unknown"
-    modes = Counter((site.mode, site.rank) for site in surgery.sites)
-    shared = ", ".join(
-        f"{count} x `{mode}`" + (f" with {rank} channels a head" if rank else "")
-        for (mode, rank), count in modes.items()
-    )
-    lines = [
-        "---",
-        f"license: {license_name if source and source.license else 'other'}",
-        *([f"base_model: {origin.partition(':')[2]}"] if origin.startswith("hf-hub:") else []),
+    known_license = source.license if source else None
+    # The hub takes licenses that it knows, and "other" for everything else; "unknown" is for people.
+    lines = ["---", f"license: {known_license or 'other'}"]
+    if origin.startswith("hf-hub:"):
+        lines.append(f"base_model: {origin.removeprefix('hf-hub:')}")
+    converted = ", ".join(f"`{site.fqn}`" for site in surgery.sites)
+    lines += [
         "library_name: armour-surgery",
         "tags: [vision, armour, model-compression]",
         "---",
         f"# {name}",
         "",
-        f"`{origin}` after Armour surgery (arXiv 2108.01778): {shared}, initialized with `{surgery.init}`.",
+        f"`{origin}` after Armour surgery (arXiv 2108.01778): {_shared(surgery)}, initialized with `{surgery.init}`.",
         "",
         "| | before | after | change |",
         "|---|---:|---:|---:|",
@@ -46,37 +44,46 @@ def model_card(surgery: SurgeryPlan, name: str) -> str:
         f'model = load("{name}")  # a model of the class it was before, in eval mode',
         "```",
         "",
-        f"Converted: {', '.join(f'`{site.fqn}`' for site in surgery.sites)}.",
+        f"Converted: {converted}.",
         *_residuals(surgery),
     ]
     if surgery.refused:
         lines += ["", "Left as they were:", ""]
-        lines += [f"- `{site.fqn}`: {site.reason}" for site in surgery.refused]
-    lines += ["", f"License of the base model: {license_name}.", ""]
+    for site in surgery.refused:
+        lines.append(f"- `{site.fqn}`: {site.reason}")
+    lines += ["", f"License of the base model: {known_license or 'unknown'}.", ""]
     return "\n".join(lines)
 
 
+def _shared(surgery: SurgeryPlan) -> str:
+    """`12 x `qv` with 32 channels a head`, and so on."""
+    ways = Counter((site.mode, site.rank) for site in surgery.sites)
+    parts = []
+    for (mode, rank), count in ways.items():
+        channels = f" with {rank} channels a head" if rank else ""
+        parts.append(f"{count} x `{mode}`{channels}")
+    return ", ".join(parts)
+
+
 def _row(label: str, before: int, after: int) -> str:
-    change = f"{100 * (after - before) / before:+.1f} %" if before else ""
-    return f"| {label} | {before:,} | {after:,} | {change} |"
+    return f"| {label} | {before:,} | {after:,} | {change(before, after, of_nothing='')} |"
 
 
 def _advice(surgery: SurgeryPlan) -> list[str]:
+    """What the model is good for, with an empty line after it; nothing where nothing is known."""
     if surgery.trained is not None:
         return [surgery.trained, ""]
     near = surgery.fidelity
     if near is not None:
-        same = f", same first choice on {near.agreement:.1f} %" if near.agreement is not None else ""
         return [
-            f"On {near.images} held-out images ({near.source}): cosine to the original's features {near.cosine:.4f}, "
-            f"SQNR {near.sqnr_db:.1f} dB{same}. Labels played no part.",
+            f"On {near.images} held-out images ({near.source}): {fidelity_clause(near)}. Labels played no part.",
             "",
         ]
-    if surgery.init != "wq":
+    if not needs_training(surgery):
         return []
     return [
-        "**It needs training.** `wq` keeps Q's weights and gives them to V as well, so the network receives what it",
-        "was not trained for: until it is fine-tuned, its accuracy is near chance.",
+        f"**{NEEDS_TRAINING}** `wq` keeps Q's weights and gives them to V as well, so the network receives what it",
+        f"was not trained for: {UNTIL_TRAINED}",
         "",
     ]
 
@@ -86,27 +93,35 @@ def _residuals(surgery: SurgeryPlan) -> list[str]:
     sites = [site for site in surgery.sites if site.residual is not None]
     if surgery.init != "calibrated" or not sites:
         return []
+    # Rounded up, so that there are never more rows than there may be.
     size = -(-len(sites) // _ROWS)
-    groups = [sites[start : start + size] for start in range(0, len(sites), size)]
+    rows = [_residual_row(sites[start : start + size]) for start in range(0, len(sites), size)]
     return [
         "",
         "Relative error of each attention's output on held-out images (0: nothing was lost):",
         "",
         "| attention | mode | residual | fitted |",
         "|---|---|---:|---|",
-        *(_residual_row(group) for group in groups),
+        *rows,
     ]
 
 
-def _residual_row(group: Sequence[SitePlan]) -> str:
-    names = [f"`{site.fqn}`".replace("|", r"\|") for site in group]
-    modes = dict.fromkeys(_way(site) for site in group)
-    values = sorted(site.residual for site in group if site.residual is not None)
-    spread = f"{values[0]:.4f}" if len(group) == 1 else f"{values[0]:.4f} to {values[-1]:.4f}"
-    steps = dict.fromkeys(step for site in group for step in site.steps)
-    name = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
-    return f"| {name} | {', '.join(modes)} | {spread} | {', '.join(steps) or 'nothing'} |"
+def _residual_row(neighbors: Sequence[SitePlan]) -> str:
+    first, last = neighbors[0], neighbors[-1]
+    values = sorted(site.residual for site in neighbors if site.residual is not None)
+    name, spread = _escaped(first.fqn), f"{values[0]:.4f}"
+    if len(neighbors) > 1:
+        name += f" to {_escaped(last.fqn)}"
+        spread += f" to {values[-1]:.4f}"
+    # Dictionaries keep the order in which the neighbors have them, each once.
+    ways: dict[str, None] = {}
+    steps: dict[str, None] = {}
+    for site in neighbors:
+        ways[way(f"`{site.mode}`", site.rank, separator=" ")] = None
+        steps |= dict.fromkeys(site.steps)
+    return f"| {name} | {', '.join(ways)} | {spread} | {', '.join(steps) or 'nothing'} |"
 
 
-def _way(site: SitePlan) -> str:
-    return f"`{site.mode}`" + (f" rank {site.rank}" if site.rank is not None else "")
+def _escaped(fqn: str) -> str:
+    # A bar would end the cell, even inside code.
+    return f"`{fqn}`".replace("|", r"\|")

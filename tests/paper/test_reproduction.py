@@ -44,11 +44,11 @@ def removed(model: str, mode: str) -> int:
 
 @pytest.fixture(scope="module")
 def reproduction() -> Reproduction:
-    calls: list[tuple[int, int, str]] = []
+    calls: list[tuple[str, int, int]] = []
     result = regenerate(lambda *call: calls.append(call))
     networks = list(dict.fromkeys(f"{row.model} {row.mode}".strip() for row in ROWS))
-    assert [call[:2] for call in calls] == [(number, len(networks)) for number in range(len(networks))]
-    assert sorted(call[2] for call in calls) == sorted(networks)
+    assert [call[1:] for call in calls] == [(number, len(networks)) for number in range(len(networks))]
+    assert sorted(call[0] for call in calls) == sorted(networks)
     return result
 
 
