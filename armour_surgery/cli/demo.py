@@ -124,7 +124,7 @@ def _convert(
 
     from armour_surgery import convert
     from armour_surgery.demo.digits_vit import accuracy, digits_source
-    from armour_surgery.surgery.conversion import surgery_of
+    from armour_surgery.surgery.perform import surgery_of
 
     before = accuracy(model, images, labels)
     converted: dict[Trial, nn.Module] = {}

@@ -1,7 +1,6 @@
 """Reading recipes: shipped ones by name, files, and `--set a.b=c`; each mistake becomes one line with a suggestion."""
 
 import difflib
-import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -14,7 +13,7 @@ from pydantic import ValidationError
 from armour_surgery.errors import UsageError
 from armour_surgery.recover.recipe import Recipe, known_keys
 
-__all__ = ["header_of", "load_recipe", "recipe_names", "recipe_path", "to_yaml"]
+__all__ = ["load_recipe", "recipe_names", "recipe_path", "to_yaml"]
 
 
 def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -51,13 +50,6 @@ def recipe_path(name: str | Path) -> Path:
     if str(name) not in recipe_names():
         raise UsageError(f"no recipe is called {str(name)!r}{_meant(str(name), recipe_names())}; see `recipes ls`")
     return shipped
-
-
-def header_of(path: Path) -> list[str]:
-    """The comment lines at the top of a recipe: command, hardware, cost, expected result."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    top = itertools.takewhile(lambda line: line.startswith("#"), lines)
-    return [line.lstrip("#").strip() for line in top]
 
 
 def to_yaml(recipe: Recipe, header: Iterable[str] = ()) -> str:
