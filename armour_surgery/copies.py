@@ -1,4 +1,4 @@
-"""Copies of a model that have its structure and none of its numbers."""
+"""Copies of a model that have its structure and none of its numbers, and what numbers a model has."""
 
 import copy
 import types
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["alias", "copy_weights", "full_copy", "meta_copy"]
+__all__ = ["alias", "copy_weights", "floating_weight", "full_copy", "has_weights", "meta_copy"]
 
 _CALL_HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name and "state_dict" not in name)
 # What deepcopy hands over as it is: nothing behind these is copied, so nothing behind them needs replacing.
@@ -97,3 +97,16 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
         tensors = {**dict(source.named_parameters()), **dict(source.named_buffers())}
         for name, tensor in [*target.named_parameters(), *target.named_buffers()]:
             tensor.copy_(tensors[name])
+
+
+def has_weights(module: nn.Module) -> bool:
+    """Whether every parameter has its numbers: False for a weightless copy and for a skeleton."""
+    return not any(parameter.is_meta for parameter in module.parameters())
+
+
+def floating_weight(module: nn.Module) -> nn.Parameter | None:
+    """The first floating-point parameter: its type and device are those of the images that a model takes."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            return parameter
+    return None

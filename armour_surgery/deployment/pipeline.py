@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from armour_surgery.copies import full_copy
+from armour_surgery.copies import floating_weight, full_copy, has_weights
 from armour_surgery.deployment.attention import AttentionPass, deploy_attention
 from armour_surgery.deployment.channels_last_pass import channels_last
 from armour_surgery.deployment.dataflow import follow_model, tensors_in
@@ -140,11 +140,10 @@ def _chosen(passes: Iterable[str] | None) -> tuple[str, ...]:
 
 def _noise(model: nn.Module, example: dict[str, Tensor]) -> dict[str, Tensor] | None:
     """Numbers in the shapes of the example; None where the model has no weights to try them with."""
-    parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
-    if not parameters or any(parameter.is_meta for parameter in parameters):
+    like = floating_weight(model)
+    if like is None or not has_weights(model):
         return None
     generator = torch.Generator().manual_seed(0)
-    like = parameters[0]
     noise: dict[str, Tensor] = {}
     for name, value in example.items():
         if value.is_floating_point():

@@ -7,6 +7,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
+from armour_surgery.copies import floating_weight
 from armour_surgery.errors import ExampleInputError, UsageError
 from armour_surgery.hosts.libraries import adapter, library_of
 
@@ -39,7 +40,8 @@ def example_input(model: nn.Module, batch_size: int = 2) -> dict[str, torch.Tens
             "so its input is not known; pass example_input={name: tensor}"
         )
     # The model may have been cast: images come in the type of its weights, token numbers stay integers.
-    floating = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
+    weight = floating_weight(model)
+    floating = torch.float32 if weight is None else weight.dtype
     inputs = {}
     for name, (shape, dtype) in adapter(library).example(model).items():
         dtype = floating if dtype.is_floating_point else dtype

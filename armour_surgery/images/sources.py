@@ -120,9 +120,9 @@ def open_pictures(
     """
     parts = [source] if labelled or Path(source).expanduser().exists() else [part.strip() for part in source.split(",")]
     if len(parts) > 1:
-        opened = [
-            open_pictures(part, split, size=size, labelled=False, seed=seed, per_epoch=per_epoch) for part in parts
-        ]
+        opened = []
+        for part in parts:
+            opened.append(open_pictures(part, split, size=size, labelled=False, seed=seed, per_epoch=per_epoch))
         return _mixed(source, opened)
     if source == SYNTHETIC:
         if labelled:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from armour_surgery.copies import full_copy
+from armour_surgery.copies import full_copy, has_weights
 from armour_surgery.discover import find_sites
 from armour_surgery.errors import TraceError, UsageError
 from armour_surgery.initialize.weights import locate, read
@@ -120,9 +120,15 @@ def compare_layers(
 
 
 def _choose_layer(seen: list[SeenSite], layer: str | None) -> str:
-    names = [site.fqn for site in seen]
-    reasons = {site.fqn: site.reason for site in seen if isinstance(site, RefusedSite)}
-    followed = [name for name in names if name not in reasons]
+    names: list[str] = []
+    followed: list[str] = []
+    reasons: dict[str, str] = {}
+    for site in seen:
+        names.append(site.fqn)
+        if isinstance(site, RefusedSite):
+            reasons[site.fqn] = site.reason
+        else:
+            followed.append(site.fqn)
     if not followed:
         raise TraceError(f"none of the {len(seen)} attention sites could be followed ({names[0]}: {reasons[names[0]]})")
     if layer is None:
@@ -143,7 +149,7 @@ def _choose_layer(seen: list[SeenSite], layer: str | None) -> str:
 def _weights(model: nn.Module, site: FoundSite) -> dict[str, Tensor]:
     """What q, k and v are made with, `[H, D, d]` in float64, without biases."""
     module = model.get_submodule(site.fqn)
-    if any(parameter.is_meta for parameter in module.parameters()):
+    if not has_weights(module):
         raise UsageError(f"the weights of {site.fqn} are on the meta device, so there is nothing to compare; load some")
     weights = {}
     for letter, role in (("q", site.traced.q), ("k", site.traced.k), ("v", site.traced.v)):

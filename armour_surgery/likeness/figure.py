@@ -142,7 +142,7 @@ def _draw_layers(axes: Axes, labels: Sequence[str], pattern: str, place: int) ->
     """An axis over all layers, the one at `place` marked; by number where names are long."""
     axes.axvspan(place - 0.4, place + 0.4, color=RULE, alpha=0.55, linewidth=0)
     if max(map(len, labels)) > _LONGEST:
-        labels, pattern = [str(number) for number in range(len(labels))], "attention, numbered in order"
+        labels, pattern = list(map(str, range(len(labels)))), "attention, numbered in order"
     step = -(-len(labels) // _LABELS)
     axes.set_xticks(range(0, len(labels), step), [plain(label) for label in labels[::step]])
     axes.set_xlim(-0.6, max(len(labels), 2) - 0.4)

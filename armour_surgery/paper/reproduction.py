@@ -158,9 +158,9 @@ def _baseline(row: PaperRow) -> PaperRow:
 
 def _reference(row: PaperRow) -> PaperRow:
     """What a row's throughput is held against: its baseline, or for a model of its own kind the table's first one."""
-    converted_too = any(other.mode for other in ROWS if other.model == row.model)
-    if converted_too:
-        return _baseline(row)
+    for other in ROWS:
+        if other.model == row.model and other.mode:
+            return _baseline(row)
     return _baseline(next(other for other in ROWS if other.table == row.table))
 
 

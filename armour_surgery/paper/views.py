@@ -121,7 +121,10 @@ def _sizes(caption: str, rows: Sequence[ReproducedRow], marks: dict[str, str]) -
 
 
 def _speeds(number: int, rows: Sequence[ReproducedRow], marks: dict[str, str]) -> View:
-    devices = [device for device in _DEVICES if any(device in row.speed for row in rows)]
+    timed: set[str] = set()
+    for row in rows:
+        timed.update(row.speed)
+    devices = [device for device in _DEVICES if device in timed]
     columns = [column for column in ("gpu", "cpu") if _has_column(rows, column)]
     headers = ["model"]
     for device in devices:

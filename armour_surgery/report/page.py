@@ -70,7 +70,7 @@ def html_report(
             "<main>",
             _header(surgery, name),
             _tiles(surgery),
-            *(section for section in sections if section),
+            *filter(None, sections),  # one that has nothing to show is empty
             "<footer>Written by armour-surgery. The method: Armour, arXiv 2108.01778. MACs are multiply-accumulates of "
             "one forward pass on one image.</footer>",
             "</main>",

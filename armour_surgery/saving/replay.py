@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from armour_surgery.copies import floating_weight
 from armour_surgery.discover import find_sites
 from armour_surgery.errors import SchemaError
 from armour_surgery.modes import MODES, choose_rank
@@ -55,7 +56,8 @@ def _why_not(site: SeenSite | None, mode: str) -> str | None:
 
 def _example_of(host: nn.Module, surgery: SurgeryPlan) -> dict[str, torch.Tensor]:
     """What the surgery was done with, on the meta device."""
-    own = next((p.dtype for p in host.parameters() if p.is_floating_point()), torch.float32)
+    weight = floating_weight(host)
+    own = torch.float32 if weight is None else weight.dtype
     example = {}
     for name, shape, recorded in surgery.example:
         # A fresh build is in float32, whatever the converted model was cast to.

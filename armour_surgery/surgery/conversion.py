@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from armour_surgery import hosts
-from armour_surgery.copies import meta_copy
+from armour_surgery.copies import has_weights, meta_copy
 from armour_surgery.discover import find_sites
 from armour_surgery.errors import ArmourError, NothingToConvertError
 from armour_surgery.modes import AUTO, MODES
 from armour_surgery.records import AttentionSite, Progress, Sensitivity, Source, SurgeryPlan
 from armour_surgery.surgery.operation import prepare
 from armour_surgery.surgery.order import CALIBRATION_IMAGES, SYNTHETIC, Images, Order, Rank, check_options
-from armour_surgery.surgery.perform import has_weights, perform, surgery_of
+from armour_surgery.surgery.perform import perform, surgery_of
 from armour_surgery.surgery.refusals import nothing_fits
 from armour_surgery.surgery.selection import convert_within, measure_sites
 from armour_surgery.surgery.targets import Example, check_names, example_of, refuse_converted, select_sites

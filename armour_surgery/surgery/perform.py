@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from armour_surgery import hosts
-from armour_surgery.copies import full_copy
+from armour_surgery.copies import full_copy, has_weights
 from armour_surgery.errors import UsageError
 from armour_surgery.initialize import SiteResult
 from armour_surgery.measure.cost import CostReport, count_macs, count_params
@@ -13,7 +13,7 @@ from armour_surgery.surgery.new_weights import choose_weights
 from armour_surgery.surgery.operation import Change, Operation, Prepared, operate
 from armour_surgery.surgery.order import Order
 
-__all__ = ["has_weights", "keep_plan", "perform", "surgery_of"]
+__all__ = ["keep_plan", "perform", "surgery_of"]
 
 
 def perform(model: nn.Module, prepared: Prepared, order: Order, *, inplace: bool) -> nn.Module:
@@ -67,11 +67,6 @@ def surgery_of(model: nn.Module) -> SurgeryPlan:
     if not isinstance(surgery, SurgeryPlan):
         raise UsageError(f"this {type(model).__name__} is not converted; pass what convert() returned")
     return surgery
-
-
-def has_weights(model: nn.Module) -> bool:
-    """Whether a model has numbers to choose weights by; `plan` works on a copy that has none."""
-    return not any(parameter.is_meta for parameter in model.parameters())
 
 
 def _site_plan(
