@@ -1,6 +1,6 @@
 """How alike the projections of each attention are, and what it would cost to make two of them one.
 
-Discovery says which rows of which parameters are Q, K and V; `measure.redundancy` compares them; the closed forms of
+Discovery says which rows of which parameters are Q, K and V; `pairs.py` compares them; the closed forms of
 `initialize` find the best shared weight for each pair.
 """
 

@@ -1,6 +1,6 @@
 """The spine: find the sites, choose a mode for each, rewrite them, and keep the plan on the model.
 
-`plan` says what would happen, `convert` does it. Every stage hands over records (`sites.py`, `traced.py`) and knows
+`plan` says what would happen, `convert` does it. Every stage hands over records (`records.py`, `traced.py`) and knows
 none of the others.
 """
 
