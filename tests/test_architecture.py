@@ -143,6 +143,12 @@ def test_imports_point_down(path: Path) -> None:
             assert LEVELS[room] > LEVELS[own], f"{own} stands beside or below {room}, and imports {name}"
 
 
+@pytest.mark.parametrize("path", [path for path in FILES if room_of(path) != "cli"], ids=lambda path: path.name)
+def test_only_the_command_line_asks_the_package_for_its_public_names(path: Path) -> None:
+    asked = {name.removeprefix("armour_surgery.") for name, _ in imports(path) if name.startswith("armour_surgery.")}
+    assert path == PACKAGE / "__init__.py" or not asked & set(armour_surgery._HOME)
+
+
 def test_every_room_stands_on_one_floor() -> None:
     rooms = [room for floor in FLOORS for room in floor]
     assert len(rooms) == len(set(rooms))

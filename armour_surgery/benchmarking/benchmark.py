@@ -20,6 +20,7 @@ from armour_surgery.benchmarking.operators import Profile, profile_call
 from armour_surgery.benchmarking.results import BatchSpeed, Benchmark, ModelCost, Settings
 from armour_surgery.benchmarking.speed import compare, keep_memory, many_compiled
 from armour_surgery.copies import full_copy
+from armour_surgery.deployment.pipeline import deploy
 from armour_surgery.errors import BenchmarkError, NothingToDeployError, UsageError
 from armour_surgery.measure.cost import count_macs, count_params
 from armour_surgery.records import Progress
@@ -179,8 +180,6 @@ def _subject(
 def _deployed(model: nn.Module, compiled: bool, example: dict[str, Tensor]) -> nn.Module:
     if hasattr(model, "deployment"):
         return model  # the caller did it
-    from armour_surgery import deploy
-
     try:
         deployed: nn.Module = deploy(model, compiled=compiled, example_input=example, inplace=True)
     except NothingToDeployError:
