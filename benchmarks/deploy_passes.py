@@ -13,7 +13,7 @@ through torch.compile.
 Every deployed model, compiled if it is, is first compared with the one it came from, in float32: the largest
 difference of its outputs on noise, relative to the largest output, is in the table. A second table holds conversions
 against the original, as they are and both deployed, beside what the MACs say. Models are timed in turns and freed
-memory is kept (see armour_surgery.benchmarking.speed). Weights are random: they do not change the time. Writes JSON and,
+memory is kept (see benchmarking/speed.py). Weights are random: they do not change the time. Writes JSON and,
 beside it, a Markdown table.
 """
 
