@@ -42,7 +42,7 @@ def drop_dead_tokens(model: nn.Module, example: dict[str, Tensor], findings: Fin
         return not leads_to_it and name not in inside
 
     try:
-        traced = trace(model, recording.calls[""], is_opaque)
+        traced = trace(model, recording.calls[""][0], is_opaque)
         acting = unread_nodes(traced.graph)
         reason = _narrow(traced.graph, follow_model(model, example), dict(model.named_modules()))
     except TraceError as error:

@@ -3,7 +3,7 @@
 Nothing here knows a class or an attribute of any model.
 """
 
-from armour_surgery.discover.find import find_sites, trace_call
+from armour_surgery.discover.find import describe_site, find_sites, trace_call
 from armour_surgery.discover.match import result_of
 from armour_surgery.discover.output import find_output
 from armour_surgery.discover.record import could_not_run
@@ -13,6 +13,7 @@ from armour_surgery.discover.trace import SELF, guard, value_of
 __all__ = [
     "SELF",
     "could_not_run",
+    "describe_site",
     "find_output",
     "find_results",
     "find_sites",

@@ -21,7 +21,7 @@ from armour_surgery.modes import judge
 from armour_surgery.records import AttentionSite, Projection, RefusedSite
 from armour_surgery.traced import Call, FoundSite, OutputProjection, Role, SeenSite, Trace, TracedSite
 
-__all__ = ["find_sites", "trace_call"]
+__all__ = ["describe_site", "find_sites", "trace_call"]
 
 
 def trace_call(module: nn.Module, call: Call, around: frozenset[str]) -> TracedSite:
@@ -77,7 +77,8 @@ def _sources(traced: TracedSite, role: Role) -> list[str]:
     return names
 
 
-def _site(fqn: str, traced: TracedSite) -> AttentionSite:
+def describe_site(fqn: str, traced: TracedSite) -> AttentionSite:
+    """What was understood of one call, as users see it: sizes, projections, and the modes that fit."""
     q, k, v = traced.q, traced.k, traced.v
     site = AttentionSite(
         fqn=fqn,
@@ -107,8 +108,11 @@ _BOOKKEEPING = set(vars(nn.Module()))
 def _fingerprint(module: nn.Module, call: Call, around: frozenset[str]) -> str:
     """All that can make the traces of two modules differ: classes, plain attributes, shapes, and the call."""
     lines = [str(sorted(around))]
-    for leaf in pytree.tree_leaves((call.args, call.kwargs)):
-        lines.append(_plain(leaf))
+    # Where arguments are one tensor they are one input of the graph: `a(x, x, x)` is another call than `a(q, q, x)`.
+    places: dict[int, int] = {}
+    for place, leaf in enumerate(pytree.tree_leaves((call.args, call.kwargs))):
+        same = places.setdefault(id(leaf), place) if isinstance(leaf, torch.Tensor) else place
+        lines.append(f"{same} {_plain(leaf)}")
     for name, child in module.named_modules():
         lines.append(f"{name} {type(child).__module__}.{type(child).__qualname__}")
         values = {key: value for key, value in vars(child).items() if key not in _BOOKKEEPING}
@@ -151,13 +155,24 @@ def _follow(recording: Recording, fqn: str, known: dict[str, _Followed | TraceEr
     reason: str | None = None
     place = fqn
     while True:
-        call, around = recording.calls[place], _relative(recording.around, place)
-        key = _fingerprint(modules[place], call, around)
-        if key not in known:
-            known[key] = _follow_once(modules[place], call, around)
-        followed = known[key]
+        calls, around = recording.calls[place], _relative(recording.around, place)
+        # A module that is called several times in one run, in different ways, has to be followed in each of them.
+        kinds: dict[str, _Followed | TraceError] = {}
+        for call in calls:
+            key = _fingerprint(modules[place], call, around)
+            if key not in known:
+                known[key] = _follow_once(modules[place], call, around)
+            kinds.setdefault(key, known[key])
+        (key, followed), *others = kinds.items()
         if isinstance(followed, _Followed):
-            return FoundSite(_site(place, followed.traced), call, around, followed.traced, key, followed.find_output)
+            site = describe_site(place, followed.traced)
+            for _, other in others:
+                if isinstance(other, TraceError):
+                    return RefusedSite(
+                        place, f"it is called in several ways, and one of them cannot be followed: {other}"
+                    )
+                site = _fitting_both(site, describe_site(place, other.traced))
+            return FoundSite(site, calls[0], around, followed.traced, "\n\n".join(kinds), followed.find_output)
         # What the innermost module says is what a user can act on, whatever the modules around it say.
         reason = reason or str(followed)
         if not place or "was found behind" not in reason:
@@ -165,6 +180,14 @@ def _follow(recording: Recording, fqn: str, known: dict[str, _Followed | TraceEr
         place = place.rpartition(".")[0]
         while place not in recording.calls:  # a ModuleList or ModuleDict is never called
             place = place.rpartition(".")[0]
+
+
+def _fitting_both(site: AttentionSite, other: AttentionSite) -> AttentionSite:
+    """A site with the modes that fit another kind of call of it too."""
+    refused = dict(site.refused)
+    for mode, reason in other.refused.items():
+        refused.setdefault(mode, f"it is called in several ways, and in one of them {reason}")
+    return replace(site, modes=tuple(mode for mode in site.modes if mode not in refused), refused=refused)
 
 
 def find_sites(model: nn.Module, example: dict[str, Any]) -> list[SeenSite]:

@@ -30,12 +30,12 @@ _CORE_FUNCTIONS = {
 class Recording:
     """What one run showed.
 
-    `model` is the copy that ran. `calls` has the first call of every module. `innermost` lists the modules which
-    themselves called a softmax or an attention function, `around` all modules that were running at such a moment.
+    `model` is the copy that ran. `calls` has the calls of every module, in their order. `innermost` lists the modules
+    which themselves called a softmax or an attention function, `around` all that were running at such a moment.
     """
 
     model: nn.Module
-    calls: dict[str, Call] = field(default_factory=dict)
+    calls: dict[str, list[Call]] = field(default_factory=dict)
     innermost: list[str] = field(default_factory=list)
     around: set[str] = field(default_factory=set)
 
@@ -84,7 +84,7 @@ def _stack_of(model: nn.Module, recording: Recording) -> Iterator[list[str]]:
         # `fqn` is bound by its default: a closure would see the name of the last module in all of them.
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fqn: str = fqn) -> None:
             stack.append(fqn)
-            recording.calls.setdefault(fqn, Call(args, dict(kwargs)))
+            recording.calls.setdefault(fqn, []).append(Call(args, dict(kwargs)))
 
         def leave(*_: Any) -> None:
             stack.pop()

@@ -10,7 +10,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from armour_surgery.copies import meta_copy
-from armour_surgery.discover import find_results, trace_call
+from armour_surgery.discover import describe_site, find_results, trace_call
 from armour_surgery.errors import ArmourError, PostconditionError, SpecializationError, TraceError
 from armour_surgery.measure.cost import count_params
 from armour_surgery.modes import choose, choose_rank, get_mode
@@ -223,6 +223,10 @@ class _SiteRewriter:
     def _rewrite_call(self, module: nn.Module, call: Call) -> tuple[Rewritten, Variant]:
         """Trace one call of a module in its present state, rewrite the graph, and print it."""
         traced = trace_call(module, call, self._found.around)
+        # A mode fits a call, not a module: shared self- and cross-attention reads the same tokens in one of them alone.
+        reason = self._mode.fits(describe_site(self._found.fqn, traced))
+        if reason is not None:
+            raise TraceError(f"{self._mode.name} does not fit it: {reason}")
         results = None if self._out is None else find_results(traced, dict(module.named_modules()), self._out)
         rewritten = rewrite(traced, self._mode, self._rank, results)
         return rewritten, render(rewritten.graph, traced.trace.signature)
@@ -240,7 +244,14 @@ def _copy_flags(converted: nn.Module, fqn: str, child: nn.Module) -> None:
 
 
 def _on_meta(call: Call) -> Call:
+    twins: dict[int, torch.Tensor] = {}
+
     def move(leaf: Any) -> Any:
-        return torch.empty_like(leaf, device="meta") if isinstance(leaf, torch.Tensor) else leaf
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        # What is one tensor stays one: it is one input of the graph, and one of the conditions of the branch.
+        if id(leaf) not in twins:
+            twins[id(leaf)] = torch.empty_like(leaf, device="meta")
+        return twins[id(leaf)]
 
     return Call(pytree.tree_map(move, call.args), pytree.tree_map(move, call.kwargs))
