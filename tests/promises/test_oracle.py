@@ -20,7 +20,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from armour_surgery.modes import MODES
-from armour_surgery.surgery.conversion import convert
+from armour_surgery.surgery.conversion import convert, inspect
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 EXACT = [(name, mode) for name, one in CASES.items() for mode in one.modes if mode != "qk-diag"]
@@ -58,13 +58,13 @@ def test_surgery_changes_nothing_where_the_projections_are_equal(name: str, mode
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_modes_that_fit(name: str) -> None:
-    _, sites = built(name)
-    fitting = {mode for found in sites for mode in found.site.modes}
+    sites = inspect(built(name)[0], example_input=CASES[name].example())
+    fitting = {mode for site in sites for mode in site.modes}
     assert fitting == set(CASES[name].modes)
     assert len(sites) == CASES[name].sites
-    for found in sites:
-        assert set(found.site.modes) | set(found.site.refused) == set(MODES)
-        assert not set(found.site.modes) & set(found.site.refused)
+    for site in sites:
+        assert set(site.modes) | set(site.refused) == set(MODES)
+        assert not set(site.modes) & set(site.refused)
 
 
 @pytest.mark.parametrize(
@@ -85,13 +85,13 @@ def test_two_swapped_rows_do_not_escape_the_oracle(name: str) -> None:
     model, converted = merged(name, CASES[name].auto)
     done = {site.fqn for site in converted.surgery.sites}
     for found in built(name)[1]:
-        if found.site.fqn not in done:
+        if found.fqn not in done:
             continue
         sabotaged = copy.deepcopy(converted)
-        weight = sabotaged.get_submodule(found.site.fqn).get_parameter(found.traced.q.producer.weight)
+        weight = sabotaged.get_submodule(found.fqn).get_parameter(found.traced.q.producer.weight)
         with torch.no_grad():
             weight[[0, 1]] = weight[[1, 0]]
-        assert error(CASES[name], model, sabotaged, torch.float64) > 1e-6, found.site.fqn
+        assert error(CASES[name], model, sabotaged, torch.float64) > 1e-6, found.fqn
 
 
 # The paths through an attention that a flag switches.
