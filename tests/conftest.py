@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shared_hosts import changed
 from small_paper import SMALL
 
 from armour_surgery.paper import reproduction
@@ -19,11 +20,22 @@ FIRST = ("recover/test_distributed.py", "cli/test_demo.py", "paper/test_reproduc
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def place(item: pytest.Item) -> int:
-        name = item.path.relative_to(TESTS).as_posix()
-        return FIRST.index(name) if name in FIRST else len(FIRST)
+    items.sort(key=_place)
 
-    items.sort(key=place)
+
+def _place(item: pytest.Item) -> tuple[int, str]:
+    """The first files, then the promises host by host, then the others in their order.
+
+    A host is converted once in every worker that needs it (shared_hosts.py), so its tests should be of one worker. A
+    worker that has nothing left to do takes tests from the end of another's: those of whole hosts.
+    """
+    name = item.path.relative_to(TESTS).as_posix()
+    if name in FIRST:
+        return FIRST.index(name), ""
+    if not name.startswith("promises/"):
+        return len(FIRST) + 1, ""
+    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    return len(FIRST), str(parameters.get("name", ""))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -42,6 +54,13 @@ def _what_is_imported_stays() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _shared_hosts_stay() -> Iterator[None]:
+    """Nobody changes what other tests get too."""
+    yield
+    assert changed() == []
 
 
 @pytest.fixture

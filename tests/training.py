@@ -1,19 +1,17 @@
 """A training run that is over in seconds: a small student, its pictures and its recipe."""
 
-import copy
 import json
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from tiny_hosts import case
+from shared_hosts import converted_host
 from torch import nn
 
-from armour_surgery import convert
+from armour_surgery.copies import full_copy
 from armour_surgery.images.sources import Pictures
 from armour_surgery.recover.distributed import Process
 from armour_surgery.recover.recipe import Recipe
@@ -65,14 +63,9 @@ def score(runner: nn.Module) -> Mapping[str, float]:
     return {"top1": total, "top5": total, "cosine": total}
 
 
-@cache
-def _armour() -> nn.Module:
-    return convert(case("vit").build(), "qv")
-
-
 def armour() -> nn.Module:
     """A converted tiny ViT, the same at every call."""
-    return copy.deepcopy(_armour())
+    return full_copy(converted_host("vit", "qv"))
 
 
 def task(out: Path, *settings: str, student: nn.Module | None = None, **options: Any) -> Task:

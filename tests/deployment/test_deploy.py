@@ -6,11 +6,12 @@ import pytest
 import torch
 from deployed import double, worst
 from oracle import outputs, relative_error
+from shared_hosts import converted_host
 from tiny_hosts import CASES
 from torch import nn
 
 from armour_surgery import convert, deploy, save
-from armour_surgery.copies import meta_copy
+from armour_surgery.copies import full_copy, meta_copy
 from armour_surgery.deployment import PASSES
 from armour_surgery.errors import (
     AlreadyDeployedError,
@@ -83,7 +84,7 @@ def test_without_weights_it_does_the_same_and_compares_nothing() -> None:
 def test_it_compiles_and_exports(name: str, converted: bool, tmp_path) -> None:
     torch._dynamo.reset()
     case = CASES[name]
-    model = convert(case.build(), example_input=case.example()) if converted else case.build()
+    model = full_copy(converted_host(name)) if converted else case.build()
     model.eval()
     deployed = deploy(model, example_input=case.example())
     batch = case.batches()[1]
@@ -100,7 +101,7 @@ def test_it_exports_to_onnx(name: str, converted: bool, tmp_path) -> None:
     from onnx.reference import ReferenceEvaluator
 
     case = CASES[name]
-    model = (convert(case.build(), example_input=case.example()) if converted else case.build()).eval()
+    model = (full_copy(converted_host(name)) if converted else case.build()).eval()
     deployed = deploy(model, example_input=case.example())
     batch = case.batches()[1]
     with torch.no_grad():

@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_steps import initialized
 from oracle import merge
+from shared_hosts import built, example, prepared
 from tiny_hosts import case
 from torch import nn
 
-from armour_surgery.discover import find_sites
+from armour_surgery.copies import full_copy
 from armour_surgery.initialize.closed_form import Head, joint_svd, loss, make_metric, refit_output
-from armour_surgery.surgery.operation import Operation, prepare
+from armour_surgery.surgery.operation import Operation
 
 EXACT = [
     ("vit", "qv"),
@@ -38,12 +39,10 @@ def _output(model, batch):
 @functools.cache
 def merged(name: str, mode: str) -> tuple[nn.Module, list[Operation]]:
     """A host in which the roles that `mode` merges are equal, and what converts it. Shared."""
-    host = case(name)
-    model = host.build(torch.float64)
-    batch = {key: value.double() for key, value in host.batches()[0].items()}
-    found = find_sites(model, batch)
-    merge(model, mode, batch, found)
-    return model, prepare(model, found, mode).operations
+    original, sites = built(name, torch.float64)
+    model = full_copy(original)
+    merge(model, mode, example(name, torch.float64), sites)
+    return model, prepared(name, mode, torch.float64)
 
 
 @pytest.mark.parametrize("init", ["wq-refit", "joint-svd", "calibrated"])
@@ -53,7 +52,7 @@ def test_where_the_merged_roles_are_equal_every_initializer_is_exact(name: str, 
     batch = {key: value.double() for key, value in case(name).batches()[0].items()}
     generator = torch.Generator().manual_seed(1)
     shape = next(iter(batch.values())).shape
-    images = [torch.randn(4, *shape[1:], generator=generator, dtype=torch.float64) for _ in range(6)]
+    images = [torch.randn(8, *shape[1:], generator=generator, dtype=torch.float64) for _ in range(3)]
     armour, results = initialized(model, operations, init, batch, images)
     wanted, got = _output(model, batch), _output(armour, batch)
     assert (wanted - got).norm() <= 1e-5 * wanted.norm()

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny_hosts import case
+from shared_hosts import built
 from torch import nn
 
 from armour_surgery import convert
 from armour_surgery.copies import meta_copy
-from armour_surgery.discover import find_output, find_sites
+from armour_surgery.discover import find_output
 from armour_surgery.errors import ConversionError
 from armour_surgery.initialize.freedom import Freedom, probe
 
@@ -24,9 +24,8 @@ from armour_surgery.initialize.freedom import Freedom, probe
     ],
 )
 def test_which_bases_are_free(name: str, freedom: Freedom) -> None:
-    host = case(name)
-    model, batch = host.build(), host.batches()[0]
-    found = find_sites(model, batch)[0]
+    model, sites = built(name)
+    found = sites[0]
     module, traced = model.get_submodule(found.site.fqn), found.traced
     assert traced is not None
     with torch.no_grad():

@@ -2,16 +2,17 @@
 
 import pytest
 import torch
+from in_steps import initialized
 from oracle import outputs
+from shared_hosts import built, prepared
 from tiny_hosts import case
 from torch import nn
 
-from armour_surgery import convert
-from armour_surgery.discover import find_sites
+from armour_surgery.copies import full_copy
 from armour_surgery.initialize.batches import Batches
+from armour_surgery.initialize.site import SiteResult
 from armour_surgery.initialize.stream import learned_tokens
 from armour_surgery.initialize.walk import Store, Walk, units_of
-from armour_surgery.surgery.perform import surgery_of
 
 
 def test_what_does_not_fit_into_memory_is_kept_in_files() -> None:
@@ -28,18 +29,19 @@ def test_what_does_not_fit_into_memory_is_kept_in_files() -> None:
 @pytest.mark.parametrize("name", ["vit", "levit", "swin", "hf-dinov2"])
 def test_without_memory_for_them_activations_are_computed_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     host = case(name)
-    model = host.build(torch.float64)
-    example = {name: value.double() for name, value in host.batches()[0].items()}
+    model, _ = built(name, torch.float64)
+    operations = prepared(name, host.auto, torch.float64)
+    example = host.batches(torch.float64)[0]
     key = next(iter(example))
     images = [torch.randn(3, *example[key].shape[1:], dtype=torch.float64) for _ in range(6)]
 
-    def converted() -> nn.Module:
-        return convert(model, init="calibrated", calibration=images, example_input=example)
+    def calibrated() -> tuple[nn.Module, list[SiteResult]]:
+        return initialized(model, operations, "calibrated", example, images)
 
-    remembered = converted()
+    remembered, results = calibrated()
     monkeypatch.setattr(Store, "has_room", lambda self, size: False)
-    recomputed = converted()
-    assert any("last layer" in site.steps for site in surgery_of(remembered).sites)
+    recomputed, _ = calibrated()
+    assert any("last layer" in result.steps for result in results)
     # Weights may differ by what changes no function, such as the signs of a basis.
     for first, second in zip(*(outputs(one.eval(), example) for one in (remembered, recomputed)), strict=True):
         assert torch.allclose(first, second, rtol=1e-6, atol=1e-8)
@@ -50,11 +52,11 @@ def test_without_memory_for_them_activations_are_computed_again(name: str, monke
     [("vit", [0]), ("hf-dinov2", [0]), ("deit-distilled", [0, 1]), ("levit", None), ("swin", None)],
 )
 def test_learned_tokens_are_those_that_no_image_changes(name: str, learned: list[int] | None) -> None:
-    host = case(name)
-    model = host.build(torch.float64)
-    inputs = {key: value.double() for key, value in host.batches()[0].items()}
+    original, sites = built(name, torch.float64)
+    model = full_copy(original)
+    inputs = case(name).batches(torch.float64)[0]
     key = next(iter(inputs))
-    units = units_of(model, [one.site.fqn for one in find_sites(model, inputs)])
+    units = units_of(model, [found.site.fqn for found in sites])
     walk = Walk(model, units, lambda model, batch: model(**{key: batch}))
     found = learned_tokens(walk, inputs[key], walk.begin(inputs[key]))
     assert (None if found is None else found.nonzero().flatten().tolist()) == learned

@@ -1,10 +1,10 @@
 """Hosts to compare, which no test changes."""
 
 import pytest
-from tiny_hosts import CASES
+from shared_hosts import built
 from torch import nn
 
 
 @pytest.fixture(scope="session")
 def vit() -> nn.Module:
-    return CASES["vit"].build()
+    return built("vit")[0]

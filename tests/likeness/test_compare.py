@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from oracle import merge
+from shared_hosts import built
 from tiny_hosts import CASES
 from torch import Tensor, nn
 
@@ -58,7 +59,7 @@ def test_weights_that_are_no_numbers_are_refused() -> None:
 @pytest.mark.parametrize(("mode", "pair"), [("qv", "qv"), ("qk", "qk"), ("kv", "kv")])
 def test_equal_weights_are_wholly_alike_and_cost_nothing(vit: nn.Module, mode: str, pair: str) -> None:
     model = copy.deepcopy(vit)
-    merge(model, mode, CASES["vit"].example())
+    merge(model, mode, CASES["vit"].example(), built("vit")[1])
     for site in redundancy(model, example_input=CASES["vit"].example()):
         same = site.pairs[pair]
         assert (same.share, same.mean_abs_difference, same.mode) == (100.0, 0.0, mode)

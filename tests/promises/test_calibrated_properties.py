@@ -1,23 +1,21 @@
 """What holds for every way to choose weights, on any host: it runs, types stay, and the better one is better."""
 
 import copy
-import functools
 
 import pytest
 import torch
 from in_steps import initialized
 from oracle import outputs
+from shared_hosts import built, example, prepared
 from tiny_hosts import CASES, HostCase, case
 from torch import Tensor, nn
 
 from armour_surgery import convert
-from armour_surgery.copies import meta_copy
+from armour_surgery.copies import full_copy, meta_copy
 from armour_surgery.discover import find_output, find_sites
 from armour_surgery.initialize.site import SiteResult
 from armour_surgery.initialize.weights import locate, read, read_output, write, write_output
-from armour_surgery.surgery.operation import Operation, prepare
 from armour_surgery.surgery.order import INITS
-from armour_surgery.traced import SeenSite
 
 EVERYWHERE = [(name, mode) for name, one in CASES.items() for mode in one.modes]
 # One host for each answer to which bases are free: both, V's only, neither and V's order.
@@ -25,43 +23,27 @@ SEEN = [("vit", "qv"), ("vit", "kv"), ("vit-qk-norm", "qv"), ("hf-dinov2", "qv")
 SEEN += [("levit", "concat-half"), ("levit", "concat-full"), ("levit", "grouped"), ("hf-vit", "qk"), ("vit", "qk-diag")]
 
 
-def images(host: HostCase, count: int = 6, batch: int = 4, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Calibration batches of the size that the host is converted for."""
+def images(host: HostCase, count: int = 3, batch: int = 8, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Calibration batches of the size that the host is converted for.
+
+    Few and large ones: a call of a tiny host takes as long for eight images as for one.
+    """
     size = host.inputs[0][1]
     generator = torch.Generator().manual_seed(11)
     return [torch.randn(batch, 3, size, size, generator=generator, dtype=torch.float64).to(dtype) for _ in range(count)]
 
 
-def example(host: HostCase, model: nn.Module) -> dict[str, Tensor]:
-    """What conversions are shown, in the model's type."""
-    dtype = next(model.parameters()).dtype
-    return {name: value.to(dtype) for name, value in host.example().items()}
-
-
 def converted(host: HostCase, model: nn.Module, mode: str, init: str, seen: list[Tensor]) -> nn.Module:
-    """What a user of `convert` gets."""
+    """What a user of `convert` gets, for a model of the images' type."""
     calibration = seen if init == "calibrated" else None
-    return convert(model, mode, init=init, calibration=calibration, example_input=example(host, model))
-
-
-@functools.cache
-def built(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, list[SeenSite]]:
-    """A host and what was found in it. Shared, and not to be changed."""
-    model = case(name).build(dtype)
-    return model, find_sites(model, example(case(name), model))
-
-
-@functools.cache
-def prepared(name: str, mode: str, dtype: torch.dtype = torch.float32) -> list[Operation]:
-    """What converts it."""
-    return prepare(*built(name, dtype), mode).operations
+    return convert(model, mode, init=init, calibration=calibration, example_input=example(host.id, seen[0].dtype))
 
 
 def weighed(
     name: str, mode: str, init: str, seen: list[Tensor], dtype: torch.dtype = torch.float32
 ) -> tuple[nn.Module, list[SiteResult]]:
     model, _ = built(name, dtype)
-    return initialized(model, prepared(name, mode, dtype), init, example(case(name), model), seen)
+    return initialized(model, prepared(name, mode, dtype), init, example(name, dtype), seen)
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -78,22 +60,25 @@ def test_the_steps_are_what_convert_does(name: str, mode: str, init: str) -> Non
         assert [(one.fqn, one.residual, one.steps) for one in whole.surgery.sites] == told
 
 
-def site_error(host: HostCase, model: nn.Module, armour: nn.Module, fqn: str, seen: list[Tensor]) -> float:
-    """Relative squared error of one attention's output over images."""
+def site_outputs(host: HostCase, model: nn.Module, fqn: str, seen: list[Tensor]) -> list[Tensor]:
+    """What one attention returns for each batch."""
+    caught: list[Tensor] = []
+    model = full_copy(model)
+    model.get_submodule(fqn).register_forward_hook(
+        lambda _, __, output: caught.append(output if isinstance(output, Tensor) else output[0])
+    )
+    with torch.no_grad():
+        for batch in seen:
+            model(**{host.argument: batch})
+    return [output.double() for output in caught]
+
+
+def relative_loss(expected: list[Tensor], got: list[Tensor]) -> float:
+    """Relative squared error over all batches."""
     error = energy = 0.0
-    for batch in seen:
-        found = []
-        for one in (model, armour):
-            caught: list[Tensor] = []
-            handle = one.get_submodule(fqn).register_forward_hook(
-                lambda _, __, output, caught=caught: caught.append(output if isinstance(output, Tensor) else output[0])
-            )
-            with torch.no_grad():
-                one(**{host.argument: batch})
-            handle.remove()
-            found.append(caught[0].double())
-        error += float((found[0] - found[1]).square().sum())
-        energy += float((found[0] - found[0].mean(dim=(0, 1))).square().sum())
+    for wanted, output in zip(expected, got, strict=True):
+        error += float((wanted - output).square().sum())
+        energy += float((wanted - wanted.mean(dim=(0, 1))).square().sum())
     return error / energy
 
 
@@ -102,10 +87,11 @@ def test_on_the_images_it_saw_calibrated_is_never_worse(name: str, mode: str) ->
     """At the first site, whose input no other conversion has changed, for the output of attention."""
     host, first = case(name), prepared(name, mode)[0].fqn
     seen = images(host)
+    expected = site_outputs(host, built(name)[0], first, seen)
     errors = {}
     for init in INITS:
         armour, _ = weighed(name, mode, init, seen)
-        errors[init] = site_error(host, built(name)[0], armour, first, seen)
+        errors[init] = relative_loss(expected, site_outputs(host, armour, first, seen))
     assert errors["calibrated"] <= min(errors["wq-refit"], errors["joint-svd"]) * (1 + 1e-4), errors
     assert errors["calibrated"] < errors["wq"]
 
@@ -120,7 +106,7 @@ def change_bases(model: nn.Module, host: HostCase) -> None:
         scale = torch.exp(0.5 * torch.randn(heads, 1, 1, generator=generator, dtype=torch.float64))
         return scale * (torch.eye(size, dtype=torch.float64) + 0.5 / size**0.5 * noise)
 
-    for found in find_sites(model, example(host, model)):
+    for found in find_sites(model, example(host.id, torch.float64)):
         traced = found.traced
         assert traced is not None
         module = model.get_submodule(found.site.fqn)
@@ -171,8 +157,8 @@ def test_types_stay(dtype: torch.dtype, init: str) -> None:
 @pytest.mark.parametrize(("name", "mode"), EVERYWHERE)
 def test_every_initializer_runs_everywhere(name: str, mode: str) -> None:
     host = case(name)
-    batch, seen = host.batches()[1], images(host, count=4)
-    shapes = [tensor.shape for tensor in outputs(built(name)[0], batch)]
+    batch, seen = host.batches()[1], images(host, count=2)
+    shapes = [tensor.shape for tensor in outputs(full_copy(built(name)[0]), batch)]
     for init in INITS[1:]:
         armour, results = weighed(name, mode, init, seen)
         assert [one.fqn for one in results] == [operation.fqn for operation in prepared(name, mode)]

@@ -8,11 +8,13 @@ import pytest
 import torch
 from before_and_after import close, leaves, pair, sites
 from oracle import merge, outputs, relative_error
+from shared_hosts import converted_host
 from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV3, reparameterize_model
 from tiny_hosts import CASES
 from torch import nn
 
+from armour_surgery.copies import full_copy
 from armour_surgery.surgery.conversion import convert
 
 TIMM = [name for name in CASES if not name.startswith("hf")]
@@ -67,7 +69,7 @@ def test_distilled_training_still_gives_two_outputs() -> None:
 @pytest.mark.parametrize("name", ["levit", "levit-conv"])
 @pytest.mark.parametrize("mode", ["concat-half", "concat-full", "qk", "grouped", "grouped-shuffled"])
 def test_batch_norms_can_still_be_folded(name: str, mode: str) -> None:
-    converted = convert(CASES[name].build(), mode, example_input=CASES[name].example()).double()
+    converted = full_copy(converted_host(name, mode)).double()
     # The layers that timm makes for the folded weights have the default type, whatever the model's own is.
     torch.set_default_dtype(torch.float64)
     try:

@@ -4,7 +4,6 @@
 """
 
 import copy
-import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,39 +12,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import merge, outputs, randomize, relative_error
+from shared_hosts import built, converted_host, merged
 from timm.layers import Attention, set_fused_attn, use_fused_attn
 from timm.models.levit import Attention as LevitAttention
 from tiny_hosts import CASES, EVEN, HostCase
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from armour_surgery.discover import find_sites
 from armour_surgery.modes import MODES
-from armour_surgery.surgery.conversion import convert
-from armour_surgery.traced import SeenSite
+from armour_surgery.surgery.conversion import convert, inspect
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 EXACT = [(name, mode) for name, one in CASES.items() for mode in one.modes if mode != "qk-diag"]
-
-
-@functools.cache
-def built(name: str) -> tuple[nn.Module, list[SeenSite]]:
-    """A host and what was found in it. Shared: copy it before changing it."""
-    model = CASES[name].build()
-    return model, find_sites(model, CASES[name].example())
-
-
-@functools.cache
-def merged(name: str, mode: str) -> tuple[nn.Module, nn.Module]:
-    """A host whose merged projections are equal, and the same after surgery. Shared."""
-    model, sites = built(name)
-    model = copy.deepcopy(model)
-    names = merge(model, mode, CASES[name].example(), sites)
-    converted = convert(model, mode, example_input=CASES[name].example())
-    assert names
-    assert [site.fqn for site in converted.surgery.sites] == names
-    assert {site.residual for site in converted.surgery.sites} == {0.0}
-    return model, converted
 
 
 def error(
@@ -80,13 +58,13 @@ def test_surgery_changes_nothing_where_the_projections_are_equal(name: str, mode
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_modes_that_fit(name: str) -> None:
-    _, sites = built(name)
-    fitting = {mode for found in sites for mode in found.site.modes}
+    sites = inspect(built(name)[0], example_input=CASES[name].example())
+    fitting = {mode for site in sites for mode in site.modes}
     assert fitting == set(CASES[name].modes)
     assert len(sites) == CASES[name].sites
-    for found in sites:
-        assert set(found.site.modes) | set(found.site.refused) == set(MODES)
-        assert not set(found.site.modes) & set(found.site.refused)
+    for site in sites:
+        assert set(site.modes) | set(site.refused) == set(MODES)
+        assert not set(site.modes) & set(site.refused)
 
 
 @pytest.mark.parametrize(
@@ -96,10 +74,9 @@ def test_the_modes_that_fit(name: str) -> None:
     + [("levit", mode) for mode in ("qk", "concat-half", "concat-full", "grouped", "grouped-shuffled")],
 )
 def test_without_equal_projections_surgery_changes_the_output(name: str, mode: str) -> None:
-    model, _ = built(name)
-    converted = convert(model, mode, example_input=CASES[name].example())
-    assert all(site.residual > 0.5 for site in converted.surgery.sites)
-    assert error(CASES[name], model, converted, torch.float32) > 1e-3
+    model, armour = built(name)[0], converted_host(name, mode)
+    assert all(site.residual > 0.5 for site in armour.surgery.sites)
+    assert error(CASES[name], model, armour, torch.float32) > 1e-3
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -108,13 +85,13 @@ def test_two_swapped_rows_do_not_escape_the_oracle(name: str) -> None:
     model, converted = merged(name, CASES[name].auto)
     done = {site.fqn for site in converted.surgery.sites}
     for found in built(name)[1]:
-        if found.site.fqn not in done:
+        if found.fqn not in done:
             continue
         sabotaged = copy.deepcopy(converted)
-        weight = sabotaged.get_submodule(found.site.fqn).get_parameter(found.traced.q.producer.weight)
+        weight = sabotaged.get_submodule(found.fqn).get_parameter(found.traced.q.producer.weight)
         with torch.no_grad():
             weight[[0, 1]] = weight[[1, 0]]
-        assert error(CASES[name], model, sabotaged, torch.float64) > 1e-6, found.site.fqn
+        assert error(CASES[name], model, sabotaged, torch.float64) > 1e-6, found.fqn
 
 
 # The paths through an attention that a flag switches.

@@ -1,6 +1,7 @@
 """Heads with fewer channels than they had: exact where nothing is lost, smaller by what arithmetic says."""
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,36 +11,55 @@ import timm
 import torch
 from oracle import _tensors, merge, outputs, randomize, relative_error
 from own_attentions import Plain, ReadsWidth, Shuffles
+from shared_hosts import built
 from tiny_hosts import CASES
 from torch import nn
 from torchvision_hosts import swin, vit
 
 from armour_surgery import convert, plan
-from armour_surgery.copies import meta_copy
+from armour_surgery.copies import full_copy, meta_copy
 from armour_surgery.discover import find_sites
 from armour_surgery.initialize.weights import locate, read, write
 from armour_surgery.measure.cost import count_macs
 from armour_surgery.records import RefusedSite
 from armour_surgery.rewrite import ArmourAttention
 from armour_surgery.surgery.perform import surgery_of
+from armour_surgery.traced import SeenSite
 
 Example = dict[str, torch.Tensor]
 
 
-def cut(model: nn.Module, mode: str, rank: int, example: Example) -> nn.Module:
-    """Make V what the mode says it is, and all channels of a head from `rank` on zero."""
-    found = find_sites(model, example)
-    merge(model, mode, example, found)
-    for one in found:
-        if isinstance(one, RefusedSite):
+def cut(model: nn.Module, mode: str, rank: int, example: Example, sites: list[SeenSite] | None = None) -> nn.Module:
+    """Make V what the mode says it is, and all channels of a head from `rank` on zero.
+
+    `sites` are what `find_sites` found before, to save the time.
+    """
+    sites = find_sites(model, example) if sites is None else sites
+    merge(model, mode, example, sites)
+    for found in sites:
+        if isinstance(found, RefusedSite):
             continue
-        module = model.get_submodule(one.site.fqn)
-        for role in (one.traced.q, one.traced.k, one.traced.v):
+        module = model.get_submodule(found.site.fqn)
+        for role in (found.traced.q, found.traced.k, found.traced.v):
             rows = [channel for head in role.channels for channel in head[rank:]]
             with torch.no_grad():
                 for tensor, row in _tensors(role.producer, module, rows):
                     tensor[row] = 0.0
     return model
+
+
+@functools.cache
+def _narrowed(name: str, mode: str, rank: int) -> tuple[nn.Module, nn.Module]:
+    host = CASES[name]
+    original, sites = built(name)
+    model = cut(full_copy(original), mode, rank, host.example(), sites).double()
+    return model, convert(model, mode, rank=rank, example_input=meta(host.batches(torch.float64)[0]))
+
+
+def narrowed(name: str, mode: str, rank: int) -> tuple[nn.Module, nn.Module]:
+    """A host of whose heads only `rank` channels count, and the same with no others, in float64; copies."""
+    model, converted = _narrowed(name, mode, rank)
+    return full_copy(model), full_copy(converted)
 
 
 def error(model: nn.Module, converted: nn.Module, batches: list[dict[str, Any]]) -> float:
@@ -71,8 +91,7 @@ def meta(batch: dict[str, Any]) -> Example:
 )
 def test_channels_that_are_zero_are_not_missed(name: str, mode: str, rank: int) -> None:
     host = CASES[name]
-    model = cut(host.build(), mode, rank, host.example()).double()
-    converted = convert(model, mode, rank=rank, example_input=meta(host.batches(torch.float64)[0]))
+    model, converted = narrowed(name, mode, rank)
     assert {site.rank for site in surgery_of(converted).sites} == {rank}
     assert all(site.residual is not None and site.residual < 1e-5 for site in surgery_of(converted).sites)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
@@ -99,9 +118,8 @@ def test_attention_of_ones_own(kind: type[nn.Module]) -> None:
 def test_the_other_kernel_and_a_mask_are_followed(name: str) -> None:
     """Calls of a kind that the conversion did not see keep the scale too."""
     host = CASES[name]
-    model = cut(host.build(), "qv", 8, host.example()).double()
+    model, converted = narrowed(name, "qv", 8)
     batch = host.batches(torch.float64)[0]
-    converted = convert(model, "qv", rank=8, example_input=batch)
     for one in (model, converted):
         for module in one.modules():
             if hasattr(module, "fused_attn"):
@@ -118,8 +136,7 @@ def test_the_other_kernel_and_a_mask_are_followed(name: str) -> None:
 @pytest.mark.parametrize("name", ["hf-vit", "hf-clip"])
 def test_transformers_eager_attention(name: str) -> None:
     host = CASES[name]
-    model = cut(host.build(), "qv", 8, host.example()).double()
-    converted = convert(model, "qv", rank=8, example_input=host.batches(torch.float64)[0])
+    model, converted = narrowed(name, "qv", 8)
     for one in (model, converted):
         one.set_attn_implementation("eager")  # type: ignore[operator]
     batch = host.batches(torch.float64)[1] | {"output_attentions": True}
@@ -159,7 +176,7 @@ def test_products_of_that_rank_are_kept(name: str, mode: str, init: str) -> None
             write(module, locate(module, role, {}), base @ mix / 3, moment)
     batch = {key: value.double() for key, value in host.batches()[0].items()}
     shape = next(iter(batch.values())).shape
-    images = [torch.randn(4, *shape[1:], generator=generator, dtype=torch.float64) for _ in range(6)]
+    images = [torch.randn(8, *shape[1:], generator=generator, dtype=torch.float64) for _ in range(3)]
     calibration = images if init == "calibrated" else None
     converted = convert(model, mode, init=init, rank=rank, calibration=calibration, example_input=batch).eval()
     with torch.no_grad():

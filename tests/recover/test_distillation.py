@@ -3,12 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from shared_hosts import converted_host
 from timm.task import TokenDistillationTask
 from tiny_hosts import case
 from torch import nn
 from training import armour
 
-from armour_surgery import convert
+from armour_surgery.copies import full_copy
 from armour_surgery.measure.token_error import token_error
 from armour_surgery.recover.distillation import (
     Objective,
@@ -61,8 +62,8 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn(name: str) -> No
     one = case(name)
     model = one.build()
     (images,) = one.batches()[0].values()
-    converted = Runner(convert(model, example_input=one.example())).eval()
-    sites = tuple(site.fqn for site in converted.model.surgery.sites)  # type: ignore[union-attr]
+    student = Runner(full_copy(converted_host(name))).eval()
+    sites = tuple(site.fqn for site in student.model.surgery.sites)  # type: ignore[union-attr]
     loss = LossPart(labels=0, features=1.0, attention=1.0, blocks=1.0)
     runner = Runner(model).eval()
     terms = Objective(runner, Teacher(one.build()), loss, sites)(images, torch.zeros(len(images)))
@@ -70,7 +71,7 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn(name: str) -> No
     assert terms["loss"].item() == 0.0
     alone = LossPart(labels=0, blocks=1.0, local=True)
     assert Objective(Runner(model).eval(), Teacher(one.build()), alone, sites)(images, images)["loss"].item() == 0.0
-    assert Objective(converted, Teacher(model), loss, sites)(images, torch.zeros(len(images)))["loss"].item() > 0.01
+    assert Objective(student, Teacher(model), loss, sites)(images, torch.zeros(len(images)))["loss"].item() > 0.01
 
 
 def test_blocks_that_learn_alone_send_no_gradient_to_each_other() -> None:

@@ -15,11 +15,13 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from shared_hosts import converted_host
 from tiny_hosts import case
 from torch import nn
 from training import ALONE, CLASSES, armour, losses, pictures, task, to_tensor
 
 from armour_surgery import convert
+from armour_surgery.copies import full_copy
 from armour_surgery.errors import DataError, DivergedError, InterruptedRunError, ResumeError, TrainingError, UsageError
 from armour_surgery.recover import checkpoint
 from armour_surgery.recover.recipe import OptimizerPart
@@ -134,7 +136,7 @@ def test_bfloat16_and_compiling_follow_the_same_curve(tmp_path: Path, monkeypatc
 def test_models_of_other_kinds_train_with_a_teacher(tmp_path: Path, name: str) -> None:
     one = case(name)
     (sample,) = one.batches()[0].values()
-    student = convert(one.build(), example_input=one.example())
+    student = full_copy(converted_host(name))
     two = hasattr(student, "set_distilled_training") or "deit" in name
     given = task(
         tmp_path,

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from oracle import randomize
 from own_attentions import Pieces, Plain, UsesPacked
+from shared_hosts import built
 from tiny_hosts import CASES
 from torch import nn
 
 from armour_surgery import convert
-from armour_surgery.discover import find_sites
 from armour_surgery.errors import NothingToConvertError, UsageError
 from armour_surgery.surgery.perform import surgery_of
 
@@ -28,10 +28,10 @@ from armour_surgery.surgery.perform import surgery_of
 )
 def test_sites_without_a_free_basis_are_left_alone(name: str, words: str) -> None:
     host = CASES[name]
-    model = host.build()
+    model, sites = built(name)
     with pytest.raises(NothingToConvertError, match=words):
         convert(model, rank=5, example_input=host.example())
-    fqns = [one.site.fqn for one in find_sites(model, host.example()) if host.auto in one.site.modes]
+    fqns = [found.site.fqn for found in sites if host.auto in found.site.modes]
     rest = convert(model, rank={fqns[0]: 5}, example_input=host.example())
     refused = {site.fqn: site.reason for site in surgery_of(rest).refused}
     assert words in refused[fqns[0]]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared_hosts import built
 from tiny_hosts import case
 from torch import nn
 
@@ -87,15 +88,24 @@ def test_a_budget_that_leaves_nothing_says_what_the_cheapest_costs() -> None:
         search(points, 0.001, lambda sites: (nn.Identity(), 0.2))
 
 
+@pytest.fixture(scope="module")
+def alone_and_whole() -> tuple[list[Sensitivity], nn.Module]:
+    """What each site of a ViT costs alone, and all of it converted."""
+    model, images, example = built("vit")[0], _images(nn.Identity(), "vit"), case("vit").batches()[0]
+    alone = sensitivities(model, calibration=images, example_input=example)
+    return alone, convert(model, init="calibrated", calibration=images, example_input=example)
+
+
 @pytest.mark.parametrize("inplace", [False, True])
-def test_what_fits_the_budget_is_converted_and_the_rest_left_alone(inplace: bool, tmp_path) -> None:
+def test_what_fits_the_budget_is_converted_and_the_rest_left_alone(
+    inplace: bool, alone_and_whole: tuple[list[Sensitivity], nn.Module], tmp_path
+) -> None:
     model, images = case("vit").build(), _images(nn.Identity(), "vit")
     example = case("vit").batches()[0]
-    alone = sensitivities(model, calibration=images, example_input=example)
+    alone, whole = alone_and_whole
     assert [one.fqn for one in alone] == ["blocks.0.attn", "blocks.1.attn"]
     assert all(0 < one.residual < 1 and one.loss > 0 and one.params_saved > 0 for one in alone)
     cheap = min(alone, key=lambda one: one.loss)
-    whole = convert(model, init="calibrated", calibration=images, example_input=example)
     everything = 1 - surgery_of(whole).fidelity.cosine
     budget = (cheap.loss + everything) / 2
     class_before = type(model)
