@@ -106,14 +106,14 @@ def host(name: str = "vit") -> nn.Module:
     return model.eval()
 
 
-def outputs(model: nn.Module) -> list[torch.Tensor]:
-    """All tensors that the model answers for the same two images."""
+def outputs(model: nn.Module, images: int = 2) -> list[torch.Tensor]:
+    """All tensors that the model answers for the same images."""
     generator = torch.Generator().manual_seed(1)
     inputs = {
         name: torch.rand(like.shape, generator=generator).to(like.dtype)
         if like.is_floating_point()
         else torch.ones(like.shape, dtype=like.dtype)
-        for name, like in example_input(model, 2).items()
+        for name, like in example_input(model, images).items()
     }
 
     def tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -329,7 +329,9 @@ def _weights_path(folder: Path, document: _Document) -> Path:
 def _read_weights(path: Path, digest: str) -> dict[str, torch.Tensor]:
     try:
         with safe_open(path, framework="pt") as stream:
-            tensors = {name: stream.get_tensor(name) for name in list(stream.keys())}
+            # Cloned: in the file, which is mapped, tensors begin where their neighbors end, and for memory that is not
+            # aligned torch takes other kernels, whose sums round differently.
+            tensors = {name: stream.get_tensor(name).clone() for name in list(stream.keys())}
     except (SafetensorError, OSError) as error:
         raise CorruptFileError(f"{path} is truncated or damaged ({error}); copy it again") from error
     if digest_of(path) != digest:
