@@ -12,7 +12,7 @@ from torch import nn
 from armour_surgery.errors import CheckpointError
 from armour_surgery.hosts.hub import quiet
 
-__all__ = ["load_strictly", "mismatch", "mismatch_message", "read_weights"]
+__all__ = ["lies_inside", "load_strictly", "mismatch", "mismatch_message", "read_weights"]
 
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 # In this order: an averaged copy is what a recipe reports its accuracy for.
@@ -115,6 +115,31 @@ def mismatch_message(
     elif num_classes_given and wrong:
         advice += " and that --num-classes is the file's own"
     return f"checkpoint {path} does not fit {architecture}: {'; '.join(parts)}; {advice}"
+
+
+def lies_inside(model: nn.Module, key: str, body: str) -> bool:
+    """Whether a left-over tensor is of a part that the model runs, so that the model would compute something else.
+
+    Such are a bias that the config says there is none of, a layer too many, an adapter. A head of its own beside the
+    `body` (the name of the model without heads) is not, and neither is what needs no weights or plays no part at
+    inference.
+    """
+    owner, _, leaf = key.rpartition(".")
+    while owner:
+        for name in (owner, f"{body}.{owner}"):
+            module = _module_at(model, name)
+            if module is not None and name != body:
+                # Tables that older versions stored, and the token of masked patches in pre-training.
+                return leaf not in module._buffers and leaf != "mask_token"
+        owner = owner.rpartition(".")[0]
+    return False
+
+
+def _module_at(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
 
 
 def _some(items: Collection[str]) -> str:
