@@ -47,6 +47,12 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers_in_any_order() -> None:
+    """Random inputs do not depend on which tests ran before in this process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _what_is_imported_stays() -> Iterator[None]:
     """The collector need not look through the million objects of all libraries again and again."""

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from armour_surgery.copies import meta_copy
 from armour_surgery.errors import ArmourError, ExampleInputError
+from armour_surgery.shapes import RememberedShapes
 from armour_surgery.traced import Call
 
 __all__ = ["Recording", "could_not_run", "is_builtin", "record"]
@@ -123,7 +124,7 @@ def record(model: nn.Module, example: dict[str, Any]) -> Recording:
                     return
 
         try:
-            with torch.no_grad(), _Watch(seen):
+            with torch.no_grad(), _Watch(seen), RememberedShapes():
                 copy(**{name: value.to("meta") for name, value in example.items()})
         except ArmourError:
             raise

@@ -30,6 +30,7 @@ from armour_surgery.discover.record import is_builtin
 from armour_surgery.discover.signature import bind
 from armour_surgery.errors import TraceError
 from armour_surgery.hosts.attention_interface import is_interface, traced_interfaces
+from armour_surgery.shapes import RememberedShapes
 from armour_surgery.traced import Call, FunctionReference, Trace
 
 __all__ = ["SELF", "guard", "trace", "value_of"]
@@ -327,7 +328,7 @@ def trace(module: nn.Module, call: Call, opaque: Callable[[str, nn.Module], bool
     for name, child in list(root.named_modules()):
         _spy(child, name, tracer, scope["forward"] if child is root else None)
     try:
-        with torch.no_grad(), traced_interfaces(), _followed_functions():
+        with torch.no_grad(), RememberedShapes(), traced_interfaces(), _followed_functions():
             graph = tracer.trace(root)
     except TraceError:
         raise

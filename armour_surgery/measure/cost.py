@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from armour_surgery.copies import meta_copy
 from armour_surgery.errors import ExampleInputError
+from armour_surgery.shapes import RememberedShapes
 
 __all__ = ["CostReport", "count_folded_params", "count_macs", "count_params"]
 
@@ -86,7 +87,7 @@ def _per_image(flops: int, batch_size: int) -> int:
 def _run(model: nn.Module, example: Mapping[str, Tensor]) -> dict[str, int]:
     counter = FlopCounterMode(display=False)
     # The fused CPU kernel has no FLOP formula before torch 2.15; the plain products always have one.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), RememberedShapes(), counter:
         model(**example)
     return {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
 

@@ -11,6 +11,7 @@ from armour_surgery.errors import NothingToConvertError, PostconditionError, Tra
 from armour_surgery.initialize.freedom import probe, works_narrow
 from armour_surgery.records import RefusedSite
 from armour_surgery.rewrite import Edit, Rewritten, apply_edits, edited_names, removed_name
+from armour_surgery.shapes import RememberedShapes
 from armour_surgery.traced import Call, FoundSite, OutputProjection
 
 __all__ = ["nothing_fits", "refuse_bound_channels", "refuse_changed", "refuse_open_end", "refuse_shared", "try_out"]
@@ -112,7 +113,7 @@ def try_out(skeleton: nn.Module, call: Call, rewritten: Rewritten, cls: type[nn.
     """
     original, converted = meta_copy(skeleton), meta_copy(skeleton)
     _become(converted, rewritten, cls)
-    with torch.no_grad():
+    with torch.no_grad(), RememberedShapes():
         wanted = _shapes(original(*call.args, **call.kwargs))
         got = _shapes(converted(*call.args, **call.kwargs))
     if wanted != got:
