@@ -69,8 +69,15 @@ def _shared_hosts_stay() -> Iterator[None]:
     assert changed() == []
 
 
+@pytest.fixture(scope="session")
+def _hosts_of_before_stay() -> None:
+    """Memory is measured after a collection, which would look through all hosts that tests have shared so far."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
-def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_turns(monkeypatch: pytest.MonkeyPatch, _hosts_of_before_stay: None) -> None:
     """Turns and profiles of tiny models are as good when they are short."""
     monkeypatch.setattr("armour_surgery.benchmarking.speed._TURN_S", 0.002)
     monkeypatch.setattr("armour_surgery.benchmarking.operators._SECONDS", 0.02)
