@@ -290,7 +290,7 @@ def _require_complete(
     missing, unexpected = set(info["missing_keys"]) - set(wrong), set(info["unexpected_keys"])
     if checkpoint is None:
         # A published model may come with heads that this class does not have (a pre-training head, a distillation one).
-        unexpected = {key for key in unexpected if lies_inside(model, key, model.base_model_prefix)}
+        unexpected = {key for key in unexpected if lies_inside(model, key, str(model.base_model_prefix))}
         if "num_classes" in sizes:
             # What lies outside of the body is the head, which starts anew with another number of classes.
             body = f"{model.base_model_prefix}."
