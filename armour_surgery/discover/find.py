@@ -163,10 +163,10 @@ def _follow(recording: Recording, fqn: str, known: dict[str, _Followed | TraceEr
             if key not in known:
                 known[key] = _follow_once(modules[place], call, around)
             kinds.setdefault(key, known[key])
-        (key, followed), *others = kinds.items()
+        followed, *others = kinds.values()
         if isinstance(followed, _Followed):
             site = describe_site(place, followed.traced)
-            for _, other in others:
+            for other in others:
                 if isinstance(other, TraceError):
                     return RefusedSite(
                         place, f"it is called in several ways, and one of them cannot be followed: {other}"

@@ -1,8 +1,8 @@
 """Rewrite a traced attention for a mode: graph passes first, edits to the module's tensors after."""
 
-from armour_surgery.rewrite.edits import AddGrouped, Edit, KeepRows, apply_edits, edited_names, removed_name
+from armour_surgery.rewrite.edits import AddGrouped, Edit, KeepRows, edited_names, removed_name
 from armour_surgery.rewrite.emit import ArmourAttention, Variant, make_class, render, write_forward
-from armour_surgery.rewrite.pipeline import Rewritten, rewrite
+from armour_surgery.rewrite.pipeline import Rewritten, become, rewrite
 from armour_surgery.rewrite.residual import residual
 
 __all__ = [
@@ -12,7 +12,7 @@ __all__ = [
     "KeepRows",
     "Rewritten",
     "Variant",
-    "apply_edits",
+    "become",
     "edited_names",
     "make_class",
     "removed_name",

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from torch import fx
+from torch import fx, nn
 
 from armour_surgery.modes import Mode
 from armour_surgery.rewrite.add_grouped_projection_pass import AddGroupedProjectionPass
 from armour_surgery.rewrite.contract import Part, Pass, Surgery, parts_of, run_passes
-from armour_surgery.rewrite.edits import AddGrouped, Edit
+from armour_surgery.rewrite.edits import AddGrouped, Edit, apply_edits
 from armour_surgery.rewrite.mask_diagonal_pass import MaskDiagonalPass
 from armour_surgery.rewrite.narrow_heads_pass import NarrowHeadsPass
 from armour_surgery.rewrite.narrow_projections_pass import NarrowProjectionsPass
@@ -17,7 +17,7 @@ from armour_surgery.rewrite.restore_channels_pass import RestoreChannelsPass
 from armour_surgery.rewrite.share_roles_pass import ShareRolesPass
 from armour_surgery.traced import Results, TracedSite
 
-__all__ = ["Rewritten", "rewrite"]
+__all__ = ["Rewritten", "become", "rewrite"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,13 @@ class Rewritten:
     shares: list[Share]
     key: tuple[Part, ...]
     value: tuple[Part, ...]
+
+
+def become(module: nn.Module, rewritten: Rewritten, cls: type[nn.Module]) -> None:
+    """Make a module what its graph was rewritten to, in place: its tensors are edited, and it is of that class then."""
+    apply_edits(module, rewritten.edits)
+    # nn.Module.__setattr__ keeps a book of tensors and modules, and has no business with the class.
+    object.__setattr__(module, "__class__", cls)
 
 
 def rewrite(traced: TracedSite, mode: Mode, rank: int | None = None, results: Results | None = None) -> Rewritten:

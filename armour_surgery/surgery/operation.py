@@ -15,7 +15,7 @@ from armour_surgery.errors import ArmourError, PostconditionError, Specializatio
 from armour_surgery.measure.cost import count_params
 from armour_surgery.modes import choose, choose_rank, get_mode
 from armour_surgery.records import RefusedSite
-from armour_surgery.rewrite import Edit, Rewritten, Variant, apply_edits, make_class, render, residual, rewrite
+from armour_surgery.rewrite import Edit, Rewritten, Variant, become, make_class, render, residual, rewrite
 from armour_surgery.surgery.refusals import (
     refuse_bound_channels,
     refuse_changed,
@@ -106,9 +106,7 @@ def operate(model: nn.Module, operation: Operation) -> Change:
     params_before = count_params(module)
     # With fewer channels no old row has a new one in its place.
     lost = residual(module, operation.rewritten.shares) if operation.rank is None else None
-    apply_edits(module, operation.rewritten.edits)
-    # nn.Module.__setattr__ keeps a book of tensors and modules, and has no business with the class.
-    object.__setattr__(module, "__class__", operation.cls)
+    become(module, operation.rewritten, operation.cls)
     return Change(params_before, count_params(module), lost)
 
 

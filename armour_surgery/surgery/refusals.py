@@ -10,7 +10,7 @@ from armour_surgery.copies import meta_copy
 from armour_surgery.errors import NothingToConvertError, PostconditionError, TraceError
 from armour_surgery.initialize.freedom import probe, works_narrow
 from armour_surgery.records import RefusedSite
-from armour_surgery.rewrite import Edit, Rewritten, apply_edits, edited_names, removed_name
+from armour_surgery.rewrite import Edit, Rewritten, become, edited_names, removed_name
 from armour_surgery.shapes import RememberedShapes
 from armour_surgery.traced import Call, FoundSite, OutputProjection
 
@@ -96,7 +96,7 @@ def refuse_changed(module: nn.Module, found: FoundSite, rank: int, rewritten: Re
     shared = traced.k if rewritten.value[0].letter == "k" else traced.q
 
     def narrow(copied: nn.Module) -> None:
-        _become(copied, rewritten, cls)
+        become(copied, rewritten, cls)
 
     if not works_narrow(module, found.call, (traced.q, traced.k, traced.v), shared, rank, narrow):
         raise TraceError(
@@ -112,18 +112,12 @@ def try_out(skeleton: nn.Module, call: Call, rewritten: Rewritten, cls: type[nn.
         PostconditionError: it has others.
     """
     original, converted = meta_copy(skeleton), meta_copy(skeleton)
-    _become(converted, rewritten, cls)
+    become(converted, rewritten, cls)
     with torch.no_grad(), RememberedShapes():
         wanted = _shapes(original(*call.args, **call.kwargs))
         got = _shapes(converted(*call.args, **call.kwargs))
     if wanted != got:
         raise PostconditionError(f"{cls.__name__} returns {got}, and its original {wanted}")
-
-
-def _become(module: nn.Module, rewritten: Rewritten, cls: type[nn.Module]) -> None:
-    apply_edits(module, rewritten.edits)
-    # nn.Module.__setattr__ keeps a book of tensors and modules, and has no business with the class.
-    object.__setattr__(module, "__class__", cls)
 
 
 def _shapes(result: Any) -> list[tuple[int, ...]]:
