@@ -13,6 +13,7 @@ import inspect
 import operator
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,6 +31,7 @@ from armour_surgery.discover.record import is_builtin
 from armour_surgery.discover.signature import bind
 from armour_surgery.errors import TraceError
 from armour_surgery.hosts.attention_interface import is_interface, traced_interfaces
+from armour_surgery.patching import one_at_a_time, patched
 from armour_surgery.shapes import RememberedShapes
 from armour_surgery.traced import Call, FunctionReference, Trace
 
@@ -126,6 +128,7 @@ class _ValueTracer(fx.Tracer):
         super().__init__()
         # Buffers too are read anew by generated code; fx would bake the tensor that the buffer was.
         self.proxy_buffer_attributes = True
+        self.thread = threading.get_ident()
         self.shadow = shadow
         self.shadow_modules = {id(module) for module in shadow.modules()}
         self.leaves = leaves
@@ -141,10 +144,16 @@ class _ValueTracer(fx.Tracer):
         return self.leaves(module_qualified_name, m)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        # fx patches every module's call while it traces; the shadow's modules are run, not traced.
-        if id(m) in self.shadow_modules:
+        # fx patches every module's call while it traces; the shadow's modules are run, not traced. Other threads get
+        # here in the moment between fx's patch and the one that keeps them out.
+        if id(m) in self.shadow_modules or threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def path_of_module(self, mod: nn.Module) -> str:
         try:
@@ -282,16 +291,26 @@ def _followed_functions() -> Iterator[None]:
     wrapped = _symbolic_trace._wrapped_fns_to_patch
 
     def has_torch_function(arguments: Iterable[Any]) -> bool:
-        caller = sys._getframe(1).f_code.co_name
+        caller = sys._getframe(2).f_code.co_name  # past what keeps a patch to its thread
         return caller != "multi_head_attention_forward" and bool(original(arguments))
 
-    functional.has_torch_function = has_torch_function
-    _symbolic_trace._wrapped_fns_to_patch = {}
-    try:
+    with patched(functional, "has_torch_function", has_torch_function):
+        _symbolic_trace._wrapped_fns_to_patch = {}
+        try:
+            yield
+        finally:
+            _symbolic_trace._wrapped_fns_to_patch = wrapped
+
+
+@contextmanager
+def _for_this_thread() -> Iterator[None]:
+    """While open, modules that other threads run have nothing to do with fx, which patches them for all."""
+    calls, reads = nn.Module.__call__, nn.Module.__getattr__
+    with (
+        patched(nn.Module, "__call__", calls, for_others=_symbolic_trace._orig_module_call),
+        patched(nn.Module, "__getattr__", reads, for_others=_symbolic_trace._orig_module_getattr),
+    ):
         yield
-    finally:
-        functional.has_torch_function = original
-        _symbolic_trace._wrapped_fns_to_patch = wrapped
 
 
 def trace(module: nn.Module, call: Call, opaque: Callable[[str, nn.Module], bool]) -> Trace:
@@ -313,7 +332,8 @@ def trace(module: nn.Module, call: Call, opaque: Callable[[str, nn.Module], bool
 
     def run(self: nn.Module, *leaves: Any) -> Any:
         args, kwargs = rebuild(leaves)
-        return host_forward(self, *args, **kwargs)
+        with _for_this_thread():
+            return host_forward(self, *args, **kwargs)
 
     # fx reads a forward's argument names off its code object, so the traced one is spelled out. The module itself is an
     # argument too: calls of its methods, and reads of its numbers, are nodes that need it as their input.
@@ -328,7 +348,7 @@ def trace(module: nn.Module, call: Call, opaque: Callable[[str, nn.Module], bool
     for name, child in list(root.named_modules()):
         _spy(child, name, tracer, scope["forward"] if child is root else None)
     try:
-        with torch.no_grad(), RememberedShapes(), traced_interfaces(), _followed_functions():
+        with one_at_a_time(), torch.no_grad(), RememberedShapes(), traced_interfaces(), _followed_functions():
             graph = tracer.trace(root)
     except TraceError:
         raise

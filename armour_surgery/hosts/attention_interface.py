@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from armour_surgery.patching import patched
+
 __all__ = ["attention_interface", "is_interface", "traced_interfaces"]
 
 
@@ -46,14 +48,11 @@ def traced_interfaces() -> Iterator[None]:
         def stand_in(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             proxy = next((argument for argument in args if isinstance(argument, fx.Proxy)), None)
             if proxy is None:
-                # Nobody traces this call: another thread's, or one on real tensors in between.
+                # Nobody traces this call: it is one on real tensors in between.
                 return original(self, name, default)(module, *args, **kwargs)
             return proxy.tracer.create_proxy("call_function", attention_interface, (default, module, *args), kwargs)
 
         return stand_in
 
-    interfaces.get_interface = get_interface
-    try:
+    with patched(interfaces, "get_interface", get_interface):
         yield
-    finally:
-        interfaces.get_interface = original

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from armour_surgery.errors import SchemaError
+from armour_surgery.patching import patched
 
 __all__ = ["changed_attributes", "first_difference", "meta_parameters", "restore_attributes", "to_meta"]
 
@@ -23,8 +24,8 @@ __all__ = ["changed_attributes", "first_difference", "meta_parameters", "restore
 def meta_parameters() -> Iterator[None]:
     """Inside, every Parameter that a module registers moves to the meta device at once; buffers stay real.
 
-    Ties survive: one Parameter registered twice becomes one meta Parameter. Patches `nn.Module.register_parameter` for
-    the duration, so it is not for use while other threads build modules.
+    Ties survive: one Parameter registered twice becomes one meta Parameter. Modules that other threads build meanwhile
+    are whole.
     """
     register = nn.Module.register_parameter
     # Holding the originals keeps their ids unique for as long as the table is in use.
@@ -41,11 +42,8 @@ def meta_parameters() -> Iterator[None]:
             moved[id(param)] = (param, twin)
         module._parameters[name] = moved[id(param)][1]
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
-    try:
+    with patched(nn.Module, "register_parameter", register_on_meta):
         yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def to_meta(model: nn.Module) -> nn.Module:

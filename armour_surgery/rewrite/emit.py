@@ -7,6 +7,7 @@ is traced when it first happens. `print(module.code)` shows it.
 
 import linecache
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from armour_surgery.errors import SpecializationError
+from armour_surgery.patching import one_at_a_time
 from armour_surgery.traced import Call, FunctionReference, Signature
 
 __all__ = ["ArmourAttention", "Variant", "make_class", "render", "write_forward"]
@@ -65,7 +67,15 @@ class ArmourAttention:
             for owner in type(self).__mro__
             if issubclass(owner, ArmourAttention) and "armour_variants" in vars(owner)
         )
-        variant = cls.armour_trace(self, Call(args, kwargs))
+        found_none = sys._getframe(1).f_code
+        with one_at_a_time():
+            # Another thread may have added the branch meanwhile: then the forward that found none is an older one.
+            if found_none is cls.forward.__code__:  # type: ignore[attr-defined]
+                cls._add_branch(cls.armour_trace(self, Call(args, kwargs)))
+        return cls.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+    @classmethod
+    def _add_branch(cls, variant: Variant) -> None:
         for known in cls.armour_variants:
             # The branch is there already and did not run, so adding it once more would end in a recursion.
             if (variant.conditions, variant.body) == (known.conditions, known.body):
@@ -75,7 +85,6 @@ class ArmourAttention:
                 )
         cls.armour_variants = [*cls.armour_variants, variant]
         _install(cls)
-        return cls.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
 
 
 def _is_large(node: fx.Node) -> bool:

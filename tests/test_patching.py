@@ -1,0 +1,60 @@
+"""What is patched for a moment is patched for one thread, and comes back."""
+
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+
+from armour_surgery.patching import one_at_a_time, patched
+
+
+def in_a_thread(action: Callable[[], object]) -> list[object]:
+    """What an action in another thread returned; empty if it is still at it after a moment."""
+    results: list[object] = []
+    thread = threading.Thread(target=lambda: results.append(action()), daemon=True)
+    thread.start()
+    thread.join(0.2)
+    return results
+
+
+@pytest.mark.parametrize("for_others", [None, lambda: "for others"])
+def test_a_patch_is_for_one_thread(for_others: Callable[[], str] | None) -> None:
+    def before() -> str:
+        return "before"
+
+    owner = SimpleNamespace(function=before)
+    with patched(owner, "function", lambda: "patched", for_others):
+        assert owner.function() == "patched"
+        assert in_a_thread(lambda: owner.function()) == ["before" if for_others is None else "for others"]
+    assert owner.function is before
+
+
+def test_a_patch_ends_with_an_error() -> None:
+    owner = SimpleNamespace(function=len)
+    with pytest.raises(ZeroDivisionError), patched(owner, "function", lambda: 1 / 0):
+        owner.function()
+    assert owner.function is len
+
+
+def test_patches_of_one_thread_are_nested() -> None:
+    owner = SimpleNamespace(function=lambda: 1)
+    with patched(owner, "function", lambda: 2):
+        with patched(owner, "function", lambda: 3):
+            assert owner.function() == 3
+        assert owner.function() == 2
+    assert owner.function() == 1
+
+
+def test_another_thread_waits_with_its_patch() -> None:
+    owner = SimpleNamespace(function=lambda: "before")
+    entered = threading.Event()
+
+    def patch() -> None:
+        with patched(owner, "function", lambda: "other"):
+            entered.set()
+
+    with one_at_a_time():
+        assert in_a_thread(patch) == []
+        assert not entered.is_set()
+    assert entered.wait(5)
