@@ -21,6 +21,7 @@ from armour_surgery.initialize.problem import (
 )
 from armour_surgery.initialize.site import SiteResult
 from armour_surgery.initialize.weights import read_output, write_output
+from armour_surgery.shapes import RememberedShapes
 
 __all__ = ["from_weights"]
 
@@ -132,7 +133,7 @@ def _norms_before(model: nn.Module, problems: list[Problem], run: Callable[[nn.M
             called.append((name, _channels(child)))
 
         module.register_forward_pre_hook(note)
-    with torch.no_grad():
+    with torch.no_grad(), RememberedShapes():
         run(skeleton)
     return norms
 
