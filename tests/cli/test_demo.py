@@ -21,7 +21,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str,
     compare, kept = speed.compare, list[bool]()
     with pytest.MonkeyPatch.context() as patch:
         # Everything as it is, but for the patience of the timing; and this process goes on after it.
-        patch.setattr(speed, "compare", lambda *models, **_: compare(*models, rounds=4, budget_s=4))
+        patch.setattr(speed, "compare", lambda *models, **_: compare(*models, rounds=4, budget_s=1))
         patch.setattr(speed, "keep_memory", lambda: kept.append(True))
         result = CliRunner().invoke(app, ["demo", "--json", "--out", str(out)])
     assert result.exit_code == 0, result.stderr
