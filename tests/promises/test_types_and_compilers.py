@@ -76,11 +76,8 @@ def test_gradients_reach_every_parameter_that_they_reached(name: str) -> None:
     assert {key for key in reached[0] if key in left} <= reached[1]
 
 
-COMPILED = ["vit", "levit", "hf-swin"]
-
-
-@pytest.mark.parametrize("name", COMPILED)
-@pytest.mark.parametrize("training", [False, True])
+# In training as at rest generated code has one branch for it, so one host is enough for that.
+@pytest.mark.parametrize(("name", "training"), [("vit", False), ("vit", True), ("levit", False), ("hf-swin", False)])
 def test_it_compiles_as_one_graph(name: str, training: bool) -> None:
     torch._dynamo.reset()
     model, converted = pair(name)
