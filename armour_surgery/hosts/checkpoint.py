@@ -131,7 +131,7 @@ class Difference:
         said, passed = [], []
         for numbers, what, option in (
             (classes, "a head for {} classes", "num_classes"),
-            (channels, "a first layer for {} channels", "in_chans"),
+            (channels, "a first layer for {}-channel images", "in_chans"),
         ):
             for number in numbers:
                 if option not in options:

@@ -132,10 +132,10 @@ def test_other_classes_and_channels_are_named_with_the_option_that_helps(host: s
     path = tmp_path / "w.pth"
     for sizes, advice in (
         ({"num_classes": 5}, "the file has a head for 5 classes: pass --num-classes 5"),
-        ({"in_chans": 1}, "the file has a first layer for 1 channels: pass --in-chans 1"),
+        ({"in_chans": 1}, "the file has a first layer for 1-channel images: pass --in-chans 1"),
         (
             {"num_classes": 5, "in_chans": 1},
-            "the file has a head for 5 classes and a first layer for 1 channels: pass --num-classes 5 --in-chans 1",
+            "5 classes and a first layer for 1-channel images: pass --num-classes 5 --in-chans 1",
         ),
     ):
         weights = vit(**sizes).state_dict()
@@ -223,7 +223,7 @@ def test_transformers_checkpoints_have_prefixes_too(tmp_path: Path) -> None:
         "took the prefix 'net.' off the names; left loss.weight aside"
     ]
     other = transformers.ViTForImageClassification(transformers.ViTConfig(**SMALL, num_labels=3, num_channels=1))
-    advice = "3 classes and a first layer for 1 channels: pass --num-classes 3 --in-chans 1"
+    advice = "3 classes and a first layer for 1-channel images: pass --num-classes 3 --in-chans 1"
     assert refusal(host, path, other.state_dict()).endswith(advice)
     assert loads(host, path, other.state_dict(), other.state_dict(), num_classes=3, in_chans=1) == []
 
