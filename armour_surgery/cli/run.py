@@ -6,12 +6,13 @@ import os
 import traceback
 import warnings
 from collections.abc import Callable
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TextIO
 
 import typer
 from rich.console import Console
 
 from armour_surgery.errors import ArmourError
+from armour_surgery.notes import ArmourWarning
 
 __all__ = ["command", "console_for", "console_of_first_rank", "print_json"]
 
@@ -49,6 +50,8 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
                 if not debug:
                     # Libraries warn about their own affairs; what a user has to know, we say.
                     warnings.simplefilter("ignore")
+                warnings.simplefilter("always", ArmourWarning)
+                warnings.showwarning = _show
                 function(*args, **kwargs)
         except (typer.Exit, typer.Abort):
             raise
@@ -63,6 +66,21 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             raise _failed(f"{type(error).__name__}: {error}{hint}", 1, debug) from error
 
     return run
+
+
+def _show(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning of ours in one line. Of torchrun's processes, which run the same command, the first speaks."""
+    if not issubclass(category, ArmourWarning):
+        typer.echo(warnings.formatwarning(message, category, filename, lineno, line), err=True)
+    elif os.environ.get("RANK", "0") == "0":
+        typer.echo(f"note: {' '.join(str(message).split())}", err=True)
 
 
 def _failed(message: str, code: int, debug: bool) -> typer.Exit:

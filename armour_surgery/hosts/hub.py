@@ -10,7 +10,7 @@ from pathlib import Path
 
 from armour_surgery.errors import HubUnreachableError
 
-__all__ = ["cached_revision", "hub_or_cache", "offline", "quiet", "require_url", "unreachable"]
+__all__ = ["cached_folder", "hub_or_cache", "offline", "quiet", "require_url", "unreachable"]
 
 # One attempt with this limit decides. The libraries would retry for about 25 s per candidate file name, and timm asks
 # for three names.
@@ -84,15 +84,18 @@ def require_url(url: str, name: str) -> None:
         raise unreachable(name, "weights") from error
 
 
-def cached_revision(repo: str, revision: str | None, filenames: tuple[str, ...]) -> str | None:
-    """The commit that the cached copy of the first of these files came from, or None when none is cached."""
+def cached_folder(repo: str, revision: str | None, filenames: tuple[str, ...]) -> Path | None:
+    """The folder of the cached copy of the first of these files, or None when none is cached.
+
+    It is called as the commit that they came from.
+    """
     from huggingface_hub import try_to_load_from_cache
 
     for filename in filenames:
         path = try_to_load_from_cache(repo, filename, revision=revision)
         if isinstance(path, str):
             # <cache>/models--ORG--NAME/snapshots/<commit>/<filename>
-            return Path(path).parts[-1 - len(Path(filename).parts)]
+            return Path(path).parent
     return None
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from timm.models import get_pretrained_cfg, is_model, is_model_pretrained, split_model_name_tag
 from torch import nn
 
-from armour_surgery.errors import ModelError, SchemaError, UnknownModelError, UsageError
-from armour_surgery.hosts.checkpoint import load_strictly, mismatch, read_weights
-from armour_surgery.hosts.hub import cached_revision, hub_or_cache, quiet, require_url, unreachable
+from armour_surgery.errors import CheckpointError, ModelError, SchemaError, UnknownModelError, UsageError
+from armour_surgery.hosts.checkpoint import Builder, load_checkpoint, odd_kinds
+from armour_surgery.hosts.hub import cached_folder, hub_or_cache, quiet, require_url, unreachable
+from armour_surgery.hosts.weights_file import Kind, Tables, kinds_in_folder, read_weights
 from armour_surgery.records import Source
 
 __all__ = ["build", "example", "known_names", "load", "owns", "source_of"]
@@ -71,25 +73,33 @@ def load(
     """
     weights = read_weights(checkpoint) if checkpoint is not None else None
     pretrained = pretrained and weights is None
+    # Of a folder before timm reads it, which has no bounds; of the hub's files once they are here.
+    kinds: dict[str, Kind] = {}
     if name.startswith("hf-hub:"):
         repo = name.removeprefix("hf-hub:")
         model = _create_from_hub(name, repo, pretrained, sizes)
     elif name.startswith("local-dir:"):
         repo = ""
         _require_folder(name.removeprefix("local-dir:"))
+        if pretrained:
+            kinds = kinds_in_folder(Path(name.removeprefix("local-dir:")))
         model = _create(name, pretrained, sizes)
     else:
         repo = _require_known(name, pretrained)
         model = _create_registered(name, repo, pretrained, sizes)
     if weights is not None:
-        _load_weights(model, weights, checkpoint or "", name, "num_classes" in sizes)
+        _load_weights(model, weights, checkpoint or "", name)
     model.eval().float()
     source = source_of(model, sizes)
     revision = None
     if pretrained and repo:
         # A name without a revision means the branch main, which moves: the commit in the cache says what was loaded.
         repo_id, _, asked = repo.partition("@")
-        revision = cached_revision(repo_id, asked or None, WEIGHT_FILES)
+        if snapshot := cached_folder(repo_id, asked or None, WEIGHT_FILES):
+            revision = snapshot.name
+            kinds = kinds_in_folder(snapshot)
+    if problem := odd_kinds(kinds, model.state_dict()):
+        raise CheckpointError(f"the weights of {name}: the file {problem}")
     return model, Source(
         source.library,
         source.architecture,
@@ -243,18 +253,27 @@ def _create(name: str, pretrained: bool, sizes: Mapping[str, int]) -> nn.Module:
     return model
 
 
-def _load_weights(
-    model: nn.Module, weights: dict[str, torch.Tensor], path: str | Path, name: str, num_classes_given: bool
-) -> None:
+def _load_weights(model: nn.Module, tables: Tables, path: str | Path, name: str) -> None:
     """Load the weights as they are, or in the first other form of them that fits."""
-    expected = model.state_dict()
-    for adapted in (weights, _filtered(model, weights), _from_facebook_levit(model, weights)):
-        if adapted is not None and not mismatch(
-            expected, adapted, path=path, architecture=name, num_classes_given=num_classes_given
-        ):
-            weights = adapted
-            break
-    load_strictly(model, weights, path=path, architecture=name, num_classes_given=num_classes_given)
+    named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    classifiers = (named,) if isinstance(named, str) else named
+    head = [key for key in model.state_dict() if key.rpartition(".")[0] in classifiers]
+    load_checkpoint(
+        model,
+        tables,
+        path=path,
+        builder=Builder(name, ("num_classes", "in_chans"), head, _headless(name)),
+        forms=(dict, partial(_filtered, model), partial(_from_facebook_levit, model)),
+    )
+
+
+def _headless(name: str) -> str:
+    """How to come to this model without its classifier, which some of its published weights do without."""
+    architecture = split_model_name_tag(name)[0]
+    for tagged in timm.list_pretrained(f"{architecture}.*"):
+        if get_pretrained_cfg(tagged).num_classes == 0:
+            return f"name {tagged} as MODEL, which has none"
+    return f"in Python, timm.create_model({name!r}, num_classes=0) makes the model without one, which convert takes"
 
 
 def _filtered(model: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:

@@ -11,9 +11,10 @@ from torch import nn
 from torchvision.models import get_model, get_model_builder, get_model_weights, list_models
 
 from armour_surgery.errors import ModelError, SchemaError, UnknownModelError, UsageError
-from armour_surgery.hosts.checkpoint import load_strictly, read_weights
+from armour_surgery.hosts.checkpoint import Builder, load_checkpoint
 from armour_surgery.hosts.hub import offline, quiet, require_url, unreachable
 from armour_surgery.hosts.skeleton import first_difference, meta_parameters
+from armour_surgery.hosts.weights_file import read_weights
 from armour_surgery.records import Source
 
 __all__ = ["build", "example", "known_names", "load", "owns", "source_of"]
@@ -58,13 +59,7 @@ def load(
                 ) from error
         raise ModelError(f"torchvision could not make {name} with {arguments}: {error}") from error
     if file_weights is not None:
-        load_strictly(
-            model,
-            file_weights,
-            path=checkpoint or "",
-            architecture=typed,
-            num_classes_given="num_classes" in sizes,
-        )
+        load_checkpoint(model, file_weights, path=checkpoint or "", builder=Builder(typed, ("num_classes",)))
     elif pretrained:
         _load_published(model, name, sizes)
     return model.eval().float(), Source("torchvision", name, arguments, {}, typed)
@@ -153,7 +148,7 @@ def _load_published(model: nn.Module, name: str, sizes: Mapping[str, int]) -> No
             if key in state and key.rpartition(".")[0] == head:
                 state[key] = value
     try:
-        load_strictly(model, state, path=weights.url, architecture=typed, num_classes_given=False)
+        load_checkpoint(model, {"": state}, path=weights.url, builder=Builder(typed))
     except ModelError as error:
         if "img_size" in sizes:
             raise UsageError(

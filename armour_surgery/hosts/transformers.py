@@ -23,8 +23,10 @@ from armour_surgery.errors import (
     UnknownModelError,
     UsageError,
 )
-from armour_surgery.hosts.checkpoint import lies_inside, mismatch_message, read_weights
+from armour_surgery.hosts.checkpoint import Selection, announce
 from armour_surgery.hosts.hub import hub_or_cache, offline, quiet, unreachable
+from armour_surgery.hosts.transformers_weights import WEIGHT_FILES, load_checkpoint, load_published
+from armour_surgery.hosts.weights_file import read_weights
 from armour_surgery.records import Source
 
 __all__ = ["build", "example", "known_names", "load", "mark_config", "owns", "source_of"]
@@ -32,13 +34,6 @@ __all__ = ["build", "example", "known_names", "load", "mark_config", "owns", "so
 # Keys of a config that fetch, run foreign code, or say where this copy came from.
 FETCHING = frozenset(("auto_map", "trust_remote_code", "pretrained", "use_pretrained_backbone", "quantization_config"))
 VOLATILE = ("_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype")
-# Weights too large for one file are split, and an index says where each tensor lies.
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 # Other names can mean kernels that are downloaded.
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flex_attention")
 
@@ -60,8 +55,8 @@ def load(
 
     `sizes` holds those of img_size, num_classes and in_chans that were asked for.
     """
-    weights = read_weights(checkpoint) if checkpoint is not None else None
-    pretrained = pretrained and weights is None
+    tables = read_weights(checkpoint) if checkpoint is not None else None
+    pretrained = pretrained and tables is None
     typed = f"hf:{name}"
     if Path(name).is_dir():
         _require_files(name, pretrained)
@@ -74,13 +69,22 @@ def load(
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UnknownModelError(f"{typed}: the folder does not exist; check the path")
     local = Path(name).is_dir() or name in CONFIG_MAPPING
+    fitting: list[Selection] = []
     with _silent(bars=not local), _reach(name, local=local) as answers:
         try:
-            model = _load(name, pretrained, weights, checkpoint, sizes)
+            config, cls = _described(name, sizes)
+            if tables is not None:
+                model, fitting = load_checkpoint(cls, config, tables, str(checkpoint))
+            elif pretrained:
+                model = load_published(cls, config, name, sizes)
+            else:
+                model = cls(config)
         except (ModelError, UsageError):
             raise
         except Exception as error:
             raise _failed(name, pretrained, answers, error) from error
+    if fitting:
+        announce(fitting, fitting, checkpoint)
     source = source_of(model, {})
     return model.eval().float(), Source(
         "transformers",
@@ -216,33 +220,15 @@ def _require_files(folder: str, pretrained: bool) -> None:
         )
 
 
-def _load(
-    name: str,
-    pretrained: bool,
-    weights: dict[str, torch.Tensor] | None,
-    checkpoint: str | Path | None,
-    sizes: Mapping[str, int],
-) -> nn.Module:
+def _described(name: str, sizes: Mapping[str, int]) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+    """The config of a folder, a hub id or a model type, with the sizes that were asked for, and the class for it."""
     if not Path(name).is_dir() and name in CONFIG_MAPPING:
-        config = CONFIG_MAPPING[name]()
+        config: PreTrainedConfig = CONFIG_MAPPING[name]()
     else:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     cls = _class_for(config, name, "num_classes" in sizes)
     _apply(config, name, sizes)
-    if not pretrained and weights is None:
-        model: nn.Module = cls(config)
-        return model
-    # from_pretrained and not load_state_dict: files keep the key names of older versions, and it translates them.
-    model, info = cls.from_pretrained(
-        None if weights is not None else name,
-        config=config,
-        state_dict=weights,
-        dtype=torch.float32,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
-    _require_complete(model, name, info, checkpoint, sizes)
-    return model
+    return config, cls
 
 
 def _class_for(config: PreTrainedConfig, name: str, classify: bool) -> type[PreTrainedModel]:
@@ -276,42 +262,6 @@ def _apply(config: PreTrainedConfig, name: str, sizes: Mapping[str, int]) -> Non
         setattr(vision, key, sizes[option])
     if "num_classes" in sizes and config.num_labels != sizes["num_classes"]:
         config.num_labels = sizes["num_classes"]
-
-
-def _require_complete(
-    model: nn.Module,
-    name: str,
-    info: Mapping[str, Any],
-    checkpoint: str | Path | None,
-    sizes: Mapping[str, int],
-) -> None:
-    """Refuse weights that would leave a part of the model random, except a head that was asked for."""
-    wrong = {key: (tuple(in_file), tuple(wanted)) for key, in_file, wanted in info["mismatched_keys"]}
-    missing, unexpected = set(info["missing_keys"]) - set(wrong), set(info["unexpected_keys"])
-    if checkpoint is None:
-        # A published model may come with heads that this class does not have (a pre-training head, a distillation one).
-        unexpected = {key for key in unexpected if lies_inside(model, key, str(model.base_model_prefix))}
-        if "num_classes" in sizes:
-            # What lies outside of the body is the head, which starts anew with another number of classes.
-            body = f"{model.base_model_prefix}."
-            missing = {key for key in missing if key.startswith(body)}
-            wrong = {key: shapes for key, shapes in wrong.items() if key.startswith(body)}
-        changed = [option for option in ("img_size", "in_chans") if option in sizes]
-        if wrong and changed:
-            raise UsageError(
-                f"the pretrained weights of hf:{name} do not fit {changed[0]}={sizes[changed[0]]} ({sorted(wrong)[0]} "
-                f"has another shape); leave --{changed[0].replace('_', '-')} out, or pass --no-pretrained"
-            )
-    message = mismatch_message(
-        missing,
-        unexpected,
-        wrong,
-        path=checkpoint if checkpoint is not None else f"of hf:{name}",
-        architecture=type(model).__name__,
-        num_classes_given="num_classes" in sizes,
-    )
-    if message:
-        raise CheckpointError(message)
 
 
 def _failed(name: str, pretrained: bool, answers: bool, error: Exception) -> ModelError:

@@ -1,11 +1,12 @@
 """Image files below a folder: which there are, and how one is read."""
 
 import os
+import stat
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
-__all__ = ["SUFFIXES", "images_below", "open_image", "pictures_by_folder"]
+__all__ = ["SUFFIXES", "images_below", "open_image", "pictures_by_folder", "require_file"]
 
 SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm")
@@ -48,7 +49,22 @@ def images_below(root: Path) -> list[Path]:
     return paths
 
 
+def require_file(path: Path) -> None:
+    """Return if the path is a regular file, or a link to one.
+
+    Raises:
+        ValueError: it is not; to open a pipe or a device can take forever.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{path} is a pipe, a socket or a device, and no file")
+
+
 def open_image(path: Path) -> Image.Image:
-    """A picture in memory, turned as its camera says that it was held."""
+    """A picture in memory, turned as its camera says that it was held.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is no regular file.
+    """
+    require_file(path)
     with Image.open(path) as image:
         return ImageOps.exif_transpose(image)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from armour_surgery.errors import DataError
-from armour_surgery.images.files import SUFFIXES, images_below, open_image
+from armour_surgery.images.files import SUFFIXES, images_below, open_image, require_file
 from armour_surgery.images.timm_datasets import is_timm_dataset
 
 __all__ = ["Pictures", "Stream", "check_labels", "has_split", "held_out", "open_pictures", "open_stream", "subset"]
@@ -244,6 +244,7 @@ def _idx(folder: Path, split: str) -> Pictures:
 def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
     """A gzipped IDX file of bytes: two zeros, 8 for uint8, the number of dimensions, the sizes, the data."""
     try:
+        require_file(path)
         content = gzip.decompress(path.read_bytes())
         sizes = struct.unpack(f">{dimensions}I", content[4 : 4 + 4 * dimensions])
         if content[:4] != bytes((0, 0, 8, dimensions)):
@@ -254,13 +255,14 @@ def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
 
 
 def _of_timm(source: str, named_split: str) -> Pictures:
-    from armour_surgery.images.timm_datasets import open_timm_dataset
+    from armour_surgery.images.timm_datasets import open_timm_dataset, require_item
 
     name, _, root = source.partition(":")
     dataset = open_timm_dataset(name, root or None, named_split, training=False, batch_size=1, seed=0)
 
     def read(index: int) -> tuple[Image.Image, int]:
         # An ImageDataset of timm replaces what it cannot read by the next image; ours is told.
+        require_item(dataset, index)
         reader = getattr(dataset, "reader", None)
         if reader is None:
             picture, label = dataset[index]

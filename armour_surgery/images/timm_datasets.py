@@ -5,6 +5,7 @@ import importlib.util
 import io
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,16 @@ from PIL import Image
 
 from armour_surgery.errors import ArmourError, CalibrationError, DataError
 from armour_surgery.hosts.hub import quiet
+from armour_surgery.images.files import require_file
 
-__all__ = ["imagenet_real_labels", "is_timm_dataset", "open_timm_dataset", "open_timm_stream", "timm_pictures"]
+__all__ = [
+    "imagenet_real_labels",
+    "is_timm_dataset",
+    "open_timm_dataset",
+    "open_timm_stream",
+    "require_item",
+    "timm_pictures",
+]
 
 # A prefix of timm's dataset names, and the package that it needs.
 DATASETS = {"hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow_datasets", "wds": "webdataset", "torch": ""}
@@ -76,7 +85,20 @@ def _one_pass(dataset: Any, rng: np.random.Generator) -> Iterator[tuple[int, int
         yield int(index), len(dataset), partial(_item, dataset, int(index))
 
 
+def require_item(dataset: Any, index: int) -> None:
+    """Return if the image of a dataset is no file of its own, or a regular one.
+
+    Raises:
+        ValueError: it is a pipe or a device, at which the dataset would wait forever.
+    """
+    # Both timm's and torchvision's readers of folders list paths and labels so.
+    samples = getattr(getattr(dataset, "reader", dataset), "samples", None)
+    if isinstance(samples, list) and isinstance(samples[index][0], str):
+        require_file(Path(samples[index][0]))
+
+
 def _item(dataset: Any, index: int) -> Image.Image:
+    require_item(dataset, index)
     with quiet():
         image: Image.Image = dataset[index][0]
     return image

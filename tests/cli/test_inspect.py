@@ -1,9 +1,11 @@
 """`inspect` shows sites to a person and to a script."""
 
+import json
 import os
 from pathlib import Path
 
-from command_line import document, good
+from command_line import document, good, run
+from safetensors.torch import load_file, save_file
 
 from armour_surgery.modes import MODES
 
@@ -37,3 +39,11 @@ def test_inspect_of_other_libraries(models: Path, here: Path) -> None:
     levit = good("inspect", str(models / "levit")).stdout
     assert "downsampling" in levit
     assert "the paper leaves these blocks alone too" in " ".join(levit.split())
+
+
+def test_what_was_chosen_of_a_checkpoint_is_one_line_beside_the_result(tiny: str, models: Path, here: Path) -> None:
+    weights = load_file(models / "weights.safetensors")
+    save_file({f"net.{key}": value for key, value in weights.items()}, here / "net.safetensors")
+    result = run("inspect", tiny, "--checkpoint", "net.safetensors", "--json")
+    assert result.stderr == "note: checkpoint net.safetensors: took the prefix 'net.' off the names\n"
+    assert json.loads(result.stdout)["model"] == tiny

@@ -1,6 +1,7 @@
 """Images for training: where they come from, what is wrong with some, and what is held out of them."""
 
 import gzip
+import os
 import struct
 from pathlib import Path
 
@@ -135,6 +136,23 @@ def idx(folder: Path, prefix: str, count: int) -> None:
     (folder / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(
         gzip.compress(bytes((0, 0, 8, 1)) + struct.pack(">I", count) + labels)
     )
+
+
+def test_pipes_among_images_are_unreadable_and_nobody_waits_for_them(tmp_path: Path) -> None:
+    by_class(tmp_path / "train", {"ant": 2, "bee": 1})
+    os.mkfifo(tmp_path / "train" / "ant" / "9.png")
+    for source in (str(tmp_path), f"torch/image_folder:{tmp_path}"):
+        pictures = opened(source)
+        assert len(pictures) == 4
+        with pytest.raises(ValueError, match=r"9\.png is a pipe"):
+            pictures.read(2)
+        batches = calibration_batches(source, PREP, images=6)
+        assert len(torch.cat(list(batches))) == 6
+        assert batches.skipped == 1
+    idx(tmp_path, "train", 3)
+    (tmp_path / "train-labels-idx1-ubyte.gz").unlink()
+    os.mkfifo(tmp_path / "train-labels-idx1-ubyte.gz")
+    assert "ubyte.gz is a pipe" in refusal(tmp_path)
 
 
 def test_fashion_mnist_files(tmp_path: Path) -> None:
