@@ -20,9 +20,9 @@ __all__ = ["LARGEST", "SCHEMA_VERSION", "TOOL", "Document", "read_document"]
 
 SCHEMA_VERSION = 1
 TOOL = "armour-surgery"
-# Twenty thousand label names, or the frontier of a budget, take a tenth of this: bytes, and values at all depths.
-LARGEST = 16 * 2**20
-MOST_VALUES = 1_000_000
+# Bytes, and values at all depths. The frontier of a budget over a hundred attentions takes half of this.
+LARGEST = 64 * 2**20
+MOST_VALUES = 4_000_000
 # Listing every mistake takes ten times as long as finding them.
 MOST_TOLD = 1_000
 # An example is images, videos or words.

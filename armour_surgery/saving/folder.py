@@ -7,6 +7,7 @@ the weights strictly. A folder comes from anywhere: nothing in it is believed be
 import importlib.metadata
 import json
 import os
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -35,6 +36,7 @@ from armour_surgery.saving.model_card import model_card
 from armour_surgery.saving.replay import replay
 from armour_surgery.saving.staging import (
     CARD,
+    PATIENCE,
     PLAN,
     STAGE,
     WEIGHTS,
@@ -53,8 +55,6 @@ __all__ = ["TRAINING", "check_output", "is_saved_folder", "load", "read_plan", "
 TRAINING = "training.json"
 # Each takes a moment to read, however small it is.
 MOST_TENSORS = 50_000
-# How often a folder is read again that somebody writes to meanwhile.
-ATTEMPTS = 20
 
 
 def is_saved_folder(path: str | Path) -> bool:
@@ -129,7 +129,13 @@ def save(model: nn.Module, path: str | Path, *, model_args: Mapping[str, Any] | 
                 "plan": surgery.to_dict(),
             }
             (folder / CARD).write_text(model_card(surgery, target.name), encoding="utf-8")
-            (folder / PLAN).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+            if len(text) > LARGEST:
+                raise FolderError(
+                    f"the plan has {len(text) // 2**20} MiB, and {LARGEST // 2**20} are read at most; convert again "
+                    "with the mode that was chosen instead of a budget, or with fewer label names"
+                )
+            (folder / PLAN).write_text(text, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise FolderError(f"could not write {target}: {error}; what was there before is untouched") from error
     return target
@@ -190,11 +196,14 @@ def _rebuildable(model: nn.Module, surgery: SurgeryPlan, model_args: dict[str, A
             raise FolderError(
                 f"{error}; a saved folder could not build it again. Save its state_dict instead"
             ) from error
+    # What is saved has to be within what `load` allows.
+    parameters = list(model.parameters())
+    limits = Limits(sum(parameter.numel() for parameter in parameters), len(parameters))
     # Of several problems the first is told, since the first candidate is the likeliest.
     problem = ""
     for candidate in candidates:
         try:
-            built = replay(hosts.build(replace(candidate, attributes={})), surgery)
+            built = replay(hosts.build(replace(candidate, attributes={}), limits), surgery)
         except ArmourError as error:
             problem = problem or str(error)
             continue
@@ -260,7 +269,8 @@ def _versions() -> dict[str, str]:
 
 def _read_whole(folder: Path) -> tuple[Document, Path, dict[str, torch.Tensor]]:
     """A plan, where its weights lie, and these; all of one version, also while somebody writes a new one."""
-    for _ in range(ATTEMPTS):
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until:
         before = state_of(folder)
         try:
             document = read_document(folder)
@@ -272,7 +282,8 @@ def _read_whole(folder: Path) -> tuple[Document, Path, dict[str, torch.Tensor]]:
         else:
             if state_of(folder) == before:
                 return document, weights, tensors
-    raise FolderError(f"{folder} changes all the time; load it again when nobody writes to it")
+        time.sleep(0.01)
+    raise FolderError(f"{folder} was written again and again for {PATIENCE:.0f} s; load it when nobody writes to it")
 
 
 def _weights_path(folder: Path, document: Document) -> Path:

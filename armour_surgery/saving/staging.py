@@ -15,6 +15,7 @@ from armour_surgery.errors import FolderError
 
 __all__ = [
     "CARD",
+    "PATIENCE",
     "PLAN",
     "STAGE",
     "WEIGHTS",
@@ -31,7 +32,7 @@ PLAN, WEIGHTS, CARD = "surgery.json", "model.safetensors", "README.md"
 STAGE = ".armour-new"
 # safetensors writes beside its file under such a name first, and a process that is killed leaves it there.
 UNFINISHED = ".tmp"
-# How long a writer waits for another, in seconds.
+# How long a writer waits for another, and a reader for a moment in which nobody writes, in seconds.
 PATIENCE = 60.0
 
 

@@ -12,10 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from saved_models import PLAN, WEIGHTS, edit, put
 from small_models import refused
+from torch import nn
 
-from armour_surgery import load
+from armour_surgery import load, save
 from armour_surgery.errors import CorruptFileError, FolderError, KeyMismatchError, SchemaError
-from armour_surgery.saving.document import LARGEST, MOST_VALUES
+from armour_surgery.saving import document as plans
+from armour_surgery.saving import folder
+from armour_surgery.saving.document import LARGEST
 from armour_surgery.saving.folder import MOST_TENSORS
 from armour_surgery.saving.staging import digest_of
 
@@ -38,7 +41,7 @@ def _many_wrong_sites(document: Any) -> None:
 
 
 def _many_values(document: Any) -> None:
-    document["plan"]["source"]["arguments"]["more"] = [0] * (MOST_VALUES + 1)
+    document["plan"]["source"]["arguments"]["more"] = [0] * 50_000
 
 
 def _many_dimensions(document: Any) -> None:
@@ -52,21 +55,33 @@ def _many_sites(document: Any) -> None:
 
 LONG: dict[str, tuple[Callable[[Any], None], str]] = {
     "wrong-sites": (_many_wrong_sites, "wrong values"),
-    "values": (_many_values, f"more than {MOST_VALUES} values"),
+    "values": (_many_values, "more than 40000 values"),
     "dimensions": (_many_dimensions, "not possible"),
     "sites": (_many_sites, "blocks.0"),
 }
 
 
 @pytest.mark.parametrize("kind", LONG)
-def test_a_plan_with_too_much_in_it_is_refused_in_a_moment(kind: str, broken: Path) -> None:
+def test_a_plan_with_too_much_in_it_is_refused_in_a_moment(
+    kind: str, broken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     change, word = LONG[kind]
+    if kind == "values":
+        monkeypatch.setattr(plans, "MOST_VALUES", 40_000)
     edit(broken, change)
     before = time.process_time()
     message = refused(SchemaError, lambda: load(broken))
     assert time.process_time() - before < 10
     assert str(broken / PLAN) in message
     assert word in message
+
+
+def test_a_plan_that_would_not_be_read_is_not_written(
+    vit: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder, "LARGEST", 1000)
+    assert "budget" in refused(FolderError, lambda: save(vit, tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
 
 
 SOURCE = ("plan", "source", "arguments")

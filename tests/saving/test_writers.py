@@ -62,7 +62,7 @@ def test_writers_wait_for_each_other_and_readers_meet_one_version(
     seen: list[bool] = []
 
     def write(model: nn.Module) -> None:
-        for _ in range(15):
+        for _ in range(8):
             save(model, broken)
 
     def read() -> None:
