@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 # uv does not read pip's settings, so the index and the certificates that pip was told to use are handed on.
 pip_setting = $$($(BIN)/python -m pip config list | sed -n "s/^[^=]*\.$(1)='\(.*\)'$$/\1/p" | head -n 1)
 
-.PHONY: help demo test check bench venv clean
+.PHONY: help demo test fuzz check bench venv clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
@@ -19,6 +19,9 @@ demo: $(STAMP) ## Install into .venv and run the whole story offline
 
 test: $(STAMP) ## Run the tests
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+fuzz: $(STAMP) ## Damage saved folders in thousands of ways, other ones each time
+	ARMOUR_TEST_EXAMPLES=$${ARMOUR_TEST_EXAMPLES:-2000} $(BIN)/python -m pytest -n auto tests/saving/test_fuzz.py
 
 check: $(STAMP) ## Check formatting, lint and types
 	$(BIN)/ruff format --check .

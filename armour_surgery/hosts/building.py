@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from armour_surgery.errors import ArmourError, FolderError, ModelError, SchemaError, UsageError
 from armour_surgery.hosts.hub import offline, quiet
 from armour_surgery.hosts.libraries import LIBRARIES, adapter, library_of
+from armour_surgery.hosts.limits import Limits
 from armour_surgery.hosts.skeleton import (
     changed_attributes,
     first_difference,
@@ -87,14 +89,15 @@ def mark_converted(model: nn.Module) -> None:
         mark_config(model)
 
 
-def build(source: Source) -> nn.Module:
+def build(source: Source, limits: Limits | None = None) -> nn.Module:
     """The host that `source` describes: Parameters on the meta device, buffers real and right, in eval mode.
 
     `source` may come from a file that nobody checked. Only registered names of the three libraries are built, and
-    nothing is downloaded.
+    nothing is downloaded. With `limits` the sizes in it are not believed either.
 
     Raises:
-        SchemaError: the source names a library, an architecture, an argument or an attribute that it must not.
+        SchemaError: the source names a library, an architecture, an argument or an attribute that it must not, or a
+            host that is beyond the limits.
     """
     if source.library not in LIBRARIES:
         raise SchemaError(f"library {source.library!r} is unknown; known: {', '.join(LIBRARIES)}")
@@ -103,10 +106,12 @@ def build(source: Source) -> nn.Module:
     for what, value in (("arguments", source.arguments), ("attributes", source.attributes)):
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
             raise SchemaError(f"{what} of {source.architecture} must be an object with names, not {value!r}")
+        if limits is not None:
+            limits.check_arguments(source.architecture, value)
     library = adapter(source.library)
     try:
         # The builders draw initial weights; the caller's random numbers must not depend on that.
-        with torch.random.fork_rng(devices=[]), offline(), quiet():
+        with torch.random.fork_rng(devices=[]), offline(), quiet(), limits.builds() if limits else nullcontext():
             try:
                 with meta_parameters():
                     model = library.build(source.architecture, source.arguments)

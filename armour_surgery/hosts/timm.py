@@ -15,6 +15,7 @@ from torch import nn
 from armour_surgery.errors import CheckpointError, ModelError, SchemaError, UnknownModelError, UsageError
 from armour_surgery.hosts.checkpoint import Builder, load_checkpoint, odd_kinds
 from armour_surgery.hosts.hub import cached_folder, hub_or_cache, quiet, require_url, unreachable
+from armour_surgery.hosts.untrusted import refuse_reaching
 from armour_surgery.hosts.weights_file import Kind, Tables, kinds_in_folder, read_weights
 from armour_surgery.records import Source
 
@@ -155,6 +156,7 @@ def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
         raise SchemaError(
             f"pretrained_cfg_overlay of {architecture} may name {', '.join(DATA_CONFIG)} alone, not {overlay!r}"
         )
+    refuse_reaching(architecture, arguments)
     # timm compares sizes and means with tuples, and JSON has made lists of them.
     overlay = {key: tuple(value) if isinstance(value, list) else value for key, value in overlay.items()}
     model: nn.Module = timm.create_model(architecture, pretrained=False, pretrained_cfg_overlay=overlay, **arguments)

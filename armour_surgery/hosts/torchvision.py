@@ -14,6 +14,7 @@ from armour_surgery.errors import ModelError, SchemaError, UnknownModelError, Us
 from armour_surgery.hosts.checkpoint import Builder, load_checkpoint
 from armour_surgery.hosts.hub import offline, quiet, require_url, unreachable
 from armour_surgery.hosts.skeleton import first_difference, meta_parameters
+from armour_surgery.hosts.untrusted import refuse_reaching
 from armour_surgery.hosts.weights_file import read_weights
 from armour_surgery.records import Source
 
@@ -99,6 +100,7 @@ def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
     refused = sorted(FORBIDDEN & set(arguments))
     if refused:
         raise SchemaError(f"arguments of {architecture} name {refused[0]!r}, which must not come from a folder")
+    refuse_reaching(architecture, arguments)
     return _make(architecture, arguments)
 
 

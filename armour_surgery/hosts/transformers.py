@@ -26,16 +26,17 @@ from armour_surgery.errors import (
 from armour_surgery.hosts.checkpoint import Selection, announce
 from armour_surgery.hosts.hub import hub_or_cache, offline, quiet, unreachable
 from armour_surgery.hosts.transformers_weights import WEIGHT_FILES, load_checkpoint, load_published
+from armour_surgery.hosts.untrusted import entries, refuse_reaching
 from armour_surgery.hosts.weights_file import read_weights
 from armour_surgery.records import Source
 
 __all__ = ["build", "example", "known_names", "load", "mark_config", "owns", "source_of"]
 
-# Keys of a config that fetch, run foreign code, or say where this copy came from.
-FETCHING = frozenset(("auto_map", "trust_remote_code", "pretrained", "use_pretrained_backbone", "quantization_config"))
+# Keys of a config that say where this copy came from.
 VOLATILE = ("_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype")
 # Other names can mean kernels that are downloaded.
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flex_attention")
+ATTENTION_KEYS = ("attn_implementation", "_attn_implementation")
 
 
 def owns(model: nn.Module) -> bool:
@@ -132,35 +133,20 @@ def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
             f"architecture {architecture!r} is not a model class of transformers {transformers.__version__}; "
             "is it older than the folder?"
         )
-    for key, value in _walk(arguments):
-        if key in FETCHING and value:
-            raise SchemaError(f"the config of {architecture} sets {key!r}, which must not come from a folder")
+    refuse_reaching(architecture, arguments)
+    for key, value in entries(arguments):
+        # Configs inside of the config have attentions of their own.
+        if key in ATTENTION_KEYS and value is not None and value not in ATTENTION:
+            raise SchemaError(
+                f"the config of {architecture} asks for the attention {value!r}; known: {', '.join(ATTENTION)}"
+            )
     arguments = dict(arguments)
-    _refuse_timm_files(architecture, arguments)
     attention = arguments.pop("attn_implementation", None) or arguments.pop("_attn_implementation", None)
-    if attention is not None and attention not in ATTENTION:
-        raise SchemaError(
-            f"the config of {architecture} asks for the attention {attention!r}; known: {', '.join(ATTENTION)}"
-        )
     config = config_class.from_dict(arguments)
     if attention is not None:
         config._attn_implementation = attention
     model: nn.Module = cls(config)
     return model
-
-
-def _refuse_timm_files(architecture: str, arguments: Mapping[str, Any]) -> None:
-    """A wrapped timm model may be built from its name; not from files, folders or the hub."""
-    if "timm" not in architecture.lower():
-        return
-    name = str(arguments.get("architecture", ""))
-    given = arguments.get("model_args") or {}
-    # timm's builders read files under several names, and all of them say one of these words.
-    reading = [key for key in given if "pretrained" in key or "checkpoint" in key or "cfg" in key]
-    if ":" in name or "/" in name or reading:
-        raise SchemaError(
-            f"the config of {architecture} names {reading[0] if reading else name!r}, which a saved folder must not"
-        )
 
 
 def example(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -300,16 +286,6 @@ def _comparable(entries: Any) -> Any:
     if isinstance(entries, (list, tuple)):
         return [_comparable(value) for value in entries]
     return json.loads(json.dumps(entries))
-
-
-def _walk(value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield key, inner
-            yield from _walk(inner)
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from _walk(inner)
 
 
 # One class for each config class, so that configs of two converted models still have the same type.

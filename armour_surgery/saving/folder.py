@@ -6,16 +6,15 @@ the weights strictly. A folder comes from anywhere: nothing in it is believed be
 
 import importlib.metadata
 import json
-import math
 import os
+import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -29,36 +28,33 @@ from armour_surgery.errors import (
     NotOursError,
     SchemaError,
 )
+from armour_surgery.hosts.limits import Limits
 from armour_surgery.hosts.skeleton import changed_attributes, first_difference
 from armour_surgery.records import Source, SurgeryPlan
+from armour_surgery.saving.document import LARGEST, SCHEMA_VERSION, TOOL, Document, read_document
 from armour_surgery.saving.model_card import model_card
 from armour_surgery.saving.replay import replay
-from armour_surgery.saving.staging import CARD, PLAN, STAGE, WEIGHTS, digest_of, names_weights, written_aside
+from armour_surgery.saving.staging import (
+    CARD,
+    PATIENCE,
+    PLAN,
+    STAGE,
+    WEIGHTS,
+    check_stage,
+    digest_of,
+    state_of,
+    stays_inside,
+    written_aside,
+)
 from armour_surgery.surgery.perform import surgery_of
 from armour_surgery.surgery.targets import refuse_deployed
 
-__all__ = ["SCHEMA_VERSION", "TRAINING", "check_output", "is_saved_folder", "load", "read_plan", "save"]
+__all__ = ["TRAINING", "check_output", "is_saved_folder", "load", "read_plan", "save"]
 
-SCHEMA_VERSION = 1
-TOOL = "armour-surgery"
 # A training run's record; it makes a folder ours before there is a model in it.
 TRAINING = "training.json"
-
-
-@dataclass(frozen=True)
-class _Document:
-    """`surgery.json`: every key is there, and of its type, or the file is refused."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
-
-    schema_version: int
-    tool: str
-    versions: dict[str, str]
-    weights: str
-    sha256: str
-    tied: dict[str, str]
-    buffer_dtypes: dict[str, str]
-    plan: SurgeryPlan
+# Each takes a moment to read, however small it is.
+MOST_TENSORS = 50_000
 
 
 def is_saved_folder(path: str | Path) -> bool:
@@ -70,7 +66,8 @@ def _is_ours(path: Path) -> bool:
     """Whether a folder's `surgery.json`, or the record of a run, says that this tool wrote it."""
     for name in (PLAN, TRAINING):
         try:
-            document = json.loads((path / name).read_text(encoding="utf-8"))
+            with (path / name).open("rb") as stream:
+                document = json.loads(stream.read(LARGEST + 1))
         except (OSError, ValueError, RecursionError):
             continue
         if isinstance(document, dict) and document.get("tool") == TOOL:
@@ -132,7 +129,13 @@ def save(model: nn.Module, path: str | Path, *, model_args: Mapping[str, Any] | 
                 "plan": surgery.to_dict(),
             }
             (folder / CARD).write_text(model_card(surgery, target.name), encoding="utf-8")
-            (folder / PLAN).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+            if len(text) > LARGEST:
+                raise FolderError(
+                    f"the plan has {len(text) // 2**20} MiB, and {LARGEST // 2**20} are read at most; convert again "
+                    "with the mode that was chosen instead of a budget, or with fewer label names"
+                )
+            (folder / PLAN).write_text(text, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise FolderError(f"could not write {target}: {error}; what was there before is untouched") from error
     return target
@@ -144,17 +147,18 @@ def load(path: str | Path) -> nn.Module:
     Raises:
         SchemaError: no such folder, or `surgery.json` is unreadable, of another schema, or names what it must not.
         CorruptFileError: the weights are truncated or were changed after saving.
-        KeyMismatchError: tensors are missing, left over or of the wrong shape.
+        KeyMismatchError: tensors are missing, left over, of the wrong shape or of another kind of numbers.
+        FolderError: there is a link among the unfinished files in it, or somebody writes to it all the time.
     """
     folder = Path(path)
-    document = _read(folder)
+    document, weights, tensors = _read_whole(folder)
     surgery = document.plan
     if surgery.source is None:
         raise SchemaError(f"{folder / PLAN} does not say how to build the model: its source is missing")
-    weights = _weights_path(folder, document)
-    tensors = _read_weights(weights, document.sha256)
+    limits = Limits(sum(tensor.numel() for tensor in tensors.values()), len(tensors) + len(document.tied))
     try:
-        model = replay(hosts.build(surgery.source), surgery)
+        with limits.in_time():
+            model = replay(hosts.build(surgery.source, limits), surgery)
     except Exception as error:
         # Whatever a plan that was edited makes a host or torch run into, it is the plan that is wrong.
         kind = "" if isinstance(error, ArmourError) else f"{type(error).__name__}: "
@@ -173,7 +177,7 @@ def read_plan(path: str | Path) -> SurgeryPlan:
     Raises:
         SchemaError: see `load`.
     """
-    return _read(Path(path)).plan
+    return read_document(Path(path)).plan
 
 
 def _rebuildable(model: nn.Module, surgery: SurgeryPlan, model_args: dict[str, Any]) -> Source:
@@ -192,11 +196,14 @@ def _rebuildable(model: nn.Module, surgery: SurgeryPlan, model_args: dict[str, A
             raise FolderError(
                 f"{error}; a saved folder could not build it again. Save its state_dict instead"
             ) from error
+    # What is saved has to be within what `load` allows.
+    parameters = list(model.parameters())
+    limits = Limits(sum(parameter.numel() for parameter in parameters), len(parameters))
     # Of several problems the first is told, since the first candidate is the likeliest.
     problem = ""
     for candidate in candidates:
         try:
-            built = replay(hosts.build(replace(candidate, attributes={})), surgery)
+            built = replay(hosts.build(replace(candidate, attributes={}), limits), surgery)
         except ArmourError as error:
             problem = problem or str(error)
             continue
@@ -244,7 +251,8 @@ def _cast_buffers(model: nn.Module, dtypes: Mapping[str, str], folder: Path) -> 
         owner, _, attribute = name.rpartition(".")
         buffer, dtype = dict(model.named_buffers()).get(name), getattr(torch, type_name, None)
         # `type_name` comes from a file, and torch has attributes of many kinds.
-        if buffer is None or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        if buffer is None or not buffer.is_floating_point() or not floating:
             raise SchemaError(f"{folder / PLAN} names a buffer {name!r} of type {type_name!r}, which there is not")
         setattr(model.get_submodule(owner), attribute, buffer.to(dtype))
 
@@ -259,82 +267,57 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _read(folder: Path) -> _Document:
-    path = folder / PLAN
-    if not path.is_file():
-        raise SchemaError(f"{folder} is not a folder saved by armour-surgery: there is no {PLAN} in it")
-    try:
-        text = path.read_text(encoding="utf-8")
-        # Whose file it is and of which schema comes first: only then do its other keys mean anything.
-        head = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise SchemaError(f"{path} is not readable JSON ({error}); save the model again") from error
-    if not isinstance(head, dict) or head.get("tool") != TOOL:
-        raise SchemaError(f"{path} was not written by armour-surgery")
-    version = head.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise SchemaError(
-            f"{path} has schema version {version!r}, and this armour-surgery reads {SCHEMA_VERSION}; "
-            "use the version that wrote it"
-        )
-    try:
-        document = TypeAdapter(_Document).validate_json(text)
-        _check_plan(document.plan)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        more = f", and {error.error_count() - 1} more" if error.error_count() > 1 else ""
-        raise SchemaError(
-            f"{path}: {where} is {first['input']!r}: {first['msg']}{more}; save the model again"
-        ) from error
-    except ValueError as error:
-        raise SchemaError(f"the plan in {path} is not one: {error}") from error
-    return document
+def _read_whole(folder: Path) -> tuple[Document, Path, dict[str, torch.Tensor]]:
+    """A plan, where its weights lie, and these; all of one version, also while somebody writes a new one."""
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until:
+        before = state_of(folder)
+        try:
+            document = read_document(folder)
+            weights = _weights_path(folder, document)
+            tensors = _read_weights(weights, document.sha256)
+        except CorruptFileError:
+            if state_of(folder) == before:
+                raise
+        else:
+            if state_of(folder) == before:
+                return document, weights, tensors
+        time.sleep(0.01)
+    raise FolderError(f"{folder} was written again and again for {PATIENCE:.0f} s; load it when nobody writes to it")
 
 
-def _check_plan(surgery: SurgeryPlan) -> None:
-    """What types cannot say about the parts that are used before the surgery is done again.
-
-    Raises:
-        ValueError: an example that cannot be, or a site that is named twice.
-    """
-    for name, shape, dtype in surgery.example:
-        # The example is run, on the meta device, and torch itself stops at sizes beyond what fits an integer.
-        if min(shape, default=1) <= 0 or math.prod(shape) > 2**31:
-            raise ValueError(f"an example {name!r} of shape {shape} is not possible")
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"example type {dtype!r} is unknown")
-    names = [site.fqn for site in surgery.sites]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"site {name!r} is named twice")
-
-
-def _weights_path(folder: Path, document: _Document) -> Path:
+def _weights_path(folder: Path, document: Document) -> Path:
     path = folder / WEIGHTS
-    # The second question is for a model.safetensors that is a link to somewhere else.
-    if document.weights != WEIGHTS or not path.resolve().is_relative_to(folder.resolve()):
+    if document.weights != WEIGHTS or not stays_inside(folder, path):
         raise SchemaError(
             f"{folder / PLAN} takes its weights from {document.weights!r}, and only {WEIGHTS} in its own folder is "
             "read, nothing outside"
         )
+    check_stage(folder)
     staged = folder / STAGE / WEIGHTS
-    if staged.is_file() and names_weights(folder, staged):
-        return staged  # saving was cut short after the new surgery.json had been put in place
+    with suppress(OSError):  # a writer moves it away, or takes it back
+        if staged.is_file() and digest_of(staged) == document.sha256:
+            return staged  # saving was cut short after the new surgery.json had been put in place
     if not path.is_file():
         raise CorruptFileError(f"{path} is missing; copy the whole folder again")
     return path
 
 
 def _read_weights(path: Path, digest: str) -> dict[str, torch.Tensor]:
+    tensors = {}
     try:
         with safe_open(path, framework="pt") as stream:
-            # Cloned: in the file, which is mapped, tensors begin where their neighbors end, and for memory that is not
-            # aligned torch takes other kernels, whose sums round differently.
-            tensors = {name: stream.get_tensor(name).clone() for name in list(stream.keys())}
-    except (SafetensorError, OSError) as error:
+            names = list(stream.keys())
+            if len(names) > MOST_TENSORS:
+                raise CorruptFileError(f"{path} holds {len(names)} tensors, and no model has more than {MOST_TENSORS}")
+            for name in names:
+                # Cloned: in the file, which is mapped, tensors begin where their neighbors end, and for memory that is
+                # not aligned torch takes other kernels, whose sums round differently.
+                tensors[name] = stream.get_tensor(name).clone()
+        found = digest_of(path)
+    except (SafetensorError, OSError, RuntimeError) as error:  # torch opens the file too, with errors of its own
         raise CorruptFileError(f"{path} is truncated or damaged ({error}); copy it again") from error
-    if digest_of(path) != digest:
+    if found != digest:
         raise CorruptFileError(f"{path} is not the file that was saved (its sha256 differs); copy it again")
     return tensors
 
@@ -342,14 +325,17 @@ def _read_weights(path: Path, digest: str) -> dict[str, torch.Tensor]:
 def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], tied: dict[str, str], path: Path) -> None:
     """Put the tensors in, all of them and nothing else, and tie again what was tied."""
     wanted = model.state_dict()
-    wrong = []
-    for name, tensor in tensors.items():
-        if name in wanted and tensor.shape != wanted[name].shape:
-            wrong.append(f"{name} {tuple(tensor.shape)} instead of {tuple(wanted[name].shape)}")
-    for name, other in tied.items():
-        if name in wanted and other in tensors and tensors[other].shape != wanted[name].shape:
-            shape = tuple(tensors[other].shape)
-            wrong.append(f"{name}, tied to {other}: {shape} instead of {tuple(wanted[name].shape)}")
+    wrong, numbers = [], []
+    for name, other in {**{name: name for name in tensors}, **tied}.items():
+        if name not in wanted or other not in tensors:
+            continue
+        tensor, place = tensors[other], wanted[name]
+        said = name if name == other else f"{name}, tied to {other}:"
+        if tensor.shape != place.shape:
+            wrong.append(f"{said} {tuple(tensor.shape)} instead of {tuple(place.shape)}")
+        # A model may have been saved in another precision than it is built in, and never in another kind of number.
+        elif tensor.dtype != place.dtype and not (tensor.is_floating_point() and place.is_floating_point()):
+            numbers.append(f"{said} {tensor.dtype} instead of {place.dtype}")
     problems: list[str] = []
     for verb, names in (
         ("lacks", [name for name in wanted if name not in tensors and name not in tied]),
@@ -357,6 +343,7 @@ def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], tied: dict[str, st
         ("has left over", [name for name in (*tensors, *tied) if name not in wanted]),
         ("ties to absent", [name for name in tied.values() if name not in tensors]),
         ("has the wrong shape for", wrong),
+        ("has the wrong kind of numbers for", numbers),
     ):
         if names:
             problems.append(f"{verb} {', '.join(names[:3])}{' and more' * (len(names) > 3)}")
