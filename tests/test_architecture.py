@@ -25,7 +25,7 @@ FLOORS = (
     ("surgery", "demo"),
     ("images", "initialize", "rewrite", "discover"),
     ("hosts", "measure", "report", "modes", "traced"),
-    ("errors", "records", "copies", "shapes"),
+    ("errors", "records", "copies", "shapes", "altered"),
 )
 LEVELS = {room: level for level, floor in enumerate(FLOORS) for room in floor}
 
