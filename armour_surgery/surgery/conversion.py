@@ -58,7 +58,7 @@ def _without_hooked(model: nn.Module, found: FoundSite) -> AttentionSite:
     """A site with hooks inside, without the modes in which one of them would be on what gets narrower."""
     refused = dict(found.site.refused)
     for mode in found.site.modes:
-        for left in prepare(model, [found], mode, refit=False).refused:
+        for left in prepare(model, [found], mode).refused:
             refused[mode] = left.reason
     return replace(found.site, modes=tuple(mode for mode in found.site.modes if mode not in refused), refused=refused)
 

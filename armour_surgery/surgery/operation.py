@@ -74,7 +74,7 @@ def prepare(
     requested: str | Mapping[str, str],
     ranks: int | Mapping[str, int] | None = None,
     *,
-    refit: bool,
+    refit: bool = False,
     hooks: bool = True,
 ) -> Prepared:
     """Rewrite every site on a weightless copy of its module; sites that are alike share one class.
