@@ -205,12 +205,6 @@ def test_a_hook_is_in_the_way_where_its_module_changes() -> None:
     assert list(kept(model)) == ["2.attn"]
 
 
-def test_forwards_beside_the_attention_stay_where_they_were() -> None:
-    model = stack((bound, "fc"))
-    assert not surgery_of(convert(model, "qv", inplace=True, example_input=EXAMPLE)).refused
-    assert "forward" in vars(model[1].fc)
-
-
 def test_what_cannot_be_copied_is_told_as_what_it_is() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:

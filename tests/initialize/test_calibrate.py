@@ -1,5 +1,7 @@
 """Calibration leaves the original and all types as they are, and asks for images enough."""
 
+import types
+
 import pytest
 import torch
 from small_models import vit
@@ -63,14 +65,15 @@ def test_one_token_of_one_image_is_enough_to_judge_by() -> None:
     assert calibrated(model, 60, 1).sites[0].residual == pytest.approx(many, rel=1.0)
 
 
-def test_a_branch_that_gives_one_constant_has_lost_nothing() -> None:
-    model = vit(depth=1)
-    with torch.no_grad():
-        model.blocks[0].attn.proj.weight.zero_()
-        model.blocks[0].attn.proj.bias.fill_(3.0)
-    residual = calibrated(model, 4, 4).sites[0].residual
-    assert residual is not None
-    assert residual < 0.05
+def test_a_forward_that_was_put_on_a_block_is_there_afterwards() -> None:
+    model = vit(depth=2)
+    block = model.blocks[0]
+    block.forward = types.MethodType(type(block).forward, block)
+    images = torch.randn(32, 3, 32, 32)
+    converted = convert(model, "qv", init="calibrated", calibration=images.split(4))
+    assert not surgery_of(converted).refused
+    assert converted.blocks[0].forward.__self__ is converted.blocks[0]
+    assert "forward" in vars(converted.blocks[0])
 
 
 def test_without_an_output_projection_logits_and_values_tell_the_residual() -> None:
