@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
@@ -27,7 +28,8 @@ __all__ = [
     "why_stuck",
 ]
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OUTPUT_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = (*_OUTPUT_HOOKS, "_forward_pre_hooks")
 _SHARDED = ("FSDPModule", "FullyShardedDataParallel")
 # Ways back that a reason spells out; more of the same kind are counted.
 _SPELLED_OUT = 3
@@ -69,10 +71,16 @@ def why_computed(model: nn.Module, names: Iterable[str]) -> str | None:
     return f"{computed[0]}; make it a plain parameter: `{'; '.join(ways[:_SPELLED_OUT])}`{more}"
 
 
-def why_hooked(model: nn.Module, names: Iterable[str]) -> str | None:
-    """Why the modules `names` may not change their width, with the way out; or None."""
+def why_hooked(model: nn.Module, names: Iterable[str], *, inputs: bool) -> str | None:
+    """Why the modules `names` may not give fewer channels, with the way out; or None.
+
+    With `inputs` they will take fewer too, or be gone, so that hooks which see no more than inputs count as well; a
+    norm does so in any case.
+    """
     for name in names:
-        if has_hooks(model.get_submodule(name)):
+        module = model.get_submodule(name)
+        kinds = _HOOKS if inputs or isinstance(module, _BatchNorm) else _OUTPUT_HOOKS
+        if any(getattr(module, kind) for kind in kinds):
             return (
                 f"{name} has a hook, and the conversion changes its width or takes it away; remove the hook (its "
                 "handle's remove()), convert, and register it on the converted model again"

@@ -200,6 +200,8 @@ def test_a_hook_is_in_the_way_where_its_module_changes() -> None:
     assert [len(site.modes) for site in inspect(model, example_input=EXAMPLE)] == [4, 4, 0]
     layer = model[2].attn.qkv
     layer._forward_hooks.clear()
+    # It sees the same tokens as before.
+    layer.register_forward_pre_hook(lambda *_: None)
     assert not kept(model)
     layer.register_full_backward_hook(lambda *_: None)
     assert list(kept(model)) == ["2.attn"]

@@ -11,7 +11,7 @@ from armour_surgery.copies import meta_copy
 from armour_surgery.errors import NothingToConvertError, PostconditionError, TraceError
 from armour_surgery.initialize.freedom import probe, works_narrow
 from armour_surgery.records import RefusedSite
-from armour_surgery.rewrite import Edit, Rewritten, become, edited_names, removed_name
+from armour_surgery.rewrite import Edit, KeepRows, Rewritten, become, edited_names, removed_name
 from armour_surgery.shapes import RememberedShapes
 from armour_surgery.traced import Call, FoundSite, OutputProjection
 
@@ -83,19 +83,20 @@ def refuse_hooked(model: nn.Module, fqn: str, edits: list[Edit]) -> None:
     """
     site = model.get_submodule(fqn)
     inside = dict(site.named_modules())
-    changed: list[str] = []
     for edit in edits:
+        changed: list[str] = []
         removed = removed_name(edit)
         if removed and removed in inside:
             changed += names_below(site, removed)
-            continue
-        for name in edited_names(edit):
-            # A container around a projection (LeViT's Linear and BatchNorm) hands out what the projection makes.
-            while name := name.rpartition(".")[0]:
-                changed.append(name)
-    reason = why_hooked(model, [f"{fqn}.{name}" if fqn else name for name in changed])
-    if reason is not None:
-        raise TraceError(reason)
+        else:
+            for name in edited_names(edit):
+                # A container around a projection (LeViT's Linear and BatchNorm) hands out what the projection makes.
+                while name := name.rpartition(".")[0]:
+                    changed.append(name)
+        names = [f"{fqn}.{name}" if fqn else name for name in changed]
+        reason = why_hooked(model, names, inputs=not isinstance(edit, KeepRows))
+        if reason is not None:
+            raise TraceError(reason)
 
 
 def refuse_open_end(found: FoundSite) -> OutputProjection:
