@@ -24,8 +24,8 @@ def test_a_row_of_weight_n_counts_like_n_rows(inputs: int, outputs: int, rows: i
 
 def test_where_all_targets_are_alike_rounding_is_no_error() -> None:
     torch.manual_seed(0)
-    nearly = torch.tensor([[0.0], [0.0], [3.0 + 1e-7]], dtype=torch.float64)
-    regression = Regression(nearly, biases=True)
+    regression = Regression(torch.tensor([[0.0], [0.0], [3.0]], dtype=torch.float64), biases=True)
     for held_out in (False, True):
-        regression.add(torch.randn(7, 2, dtype=torch.float64), torch.full((7, 1), 3.0, dtype=torch.float64), held_out)
+        targets = 3.0 + 1e-7 * torch.randn(7, 1, dtype=torch.float64)
+        regression.add(torch.randn(7, 2, dtype=torch.float64), targets, held_out)
     assert regression.solve()[1] < 1e-3
