@@ -17,6 +17,7 @@ ArmourError                    exit code 1
 │   ├── AlreadyConvertedError  the model went through surgery before
 │   ├── AlreadyDeployedError   the model went through `deploy` before, which comes last
 │   ├── NothingToDeployError   no pass of `deploy` found anything to do
+│   ├── NotFiniteError         a weight of a site to be converted is NaN, infinite or enormous
 │   ├── CalibrationError       the images to calibrate with are missing, unreadable or of another kind
 │   └── PostconditionError     a pass did not keep its promise (a bug: please report it)
 ├── TrainingError              training or evaluating cannot start, go on, or end well
@@ -56,6 +57,7 @@ __all__ = [
     "KeyMismatchError",
     "ModelError",
     "NoAttentionError",
+    "NotFiniteError",
     "NotOursError",
     "NothingToConvertError",
     "NothingToDeployError",
@@ -146,6 +148,10 @@ class AlreadyDeployedError(ConversionError):
 
 class NothingToDeployError(ConversionError):
     """No pass of `deploy` found anything to do."""
+
+
+class NotFiniteError(ConversionError):
+    """A weight that a conversion has to read is NaN or infinite, or so large that products with it are."""
 
 
 class CalibrationError(ConversionError):

@@ -25,7 +25,7 @@ FLOORS = (
     ("surgery", "demo"),
     ("images", "initialize", "rewrite", "discover"),
     ("hosts", "measure", "report", "modes", "traced"),
-    ("errors", "notes", "records", "copies", "shapes", "patching"),
+    ("errors", "notes", "records", "copies", "shapes", "patching", "altered"),
 )
 LEVELS = {room: level for level, floor in enumerate(FLOORS) for room in floor}
 

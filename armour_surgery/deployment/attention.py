@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
 
+from armour_surgery.altered import has_hooks, names_below
 from armour_surgery.deployment.emit import make_deployed_class
 from armour_surgery.deployment.findings import Findings
 from armour_surgery.discover import find_sites
@@ -74,13 +75,22 @@ def deploy_attention(
     passes = list(passes)
     groups: dict[str, list[FoundSite]] = {}
     for site in sites:
-        if isinstance(site, FoundSite):
+        reason = _hooked_below(model, site.fqn) if isinstance(site, FoundSite) else site.reason
+        if isinstance(site, FoundSite) and reason is None:
             groups.setdefault(site.fingerprint, []).append(site)
-        else:
-            for _, findings in passes:
-                findings.left(site.fqn, site.reason)
+            continue
+        for _, findings in passes:
+            findings.left(site.fqn, str(reason))
     for alike in groups.values():
         _deploy_alike(model, alike, passes, compiled, forced)
+
+
+def _hooked_below(model: nn.Module, fqn: str) -> str | None:
+    """Why an attention stays as it is: what somebody's hooks see in it may be gone afterwards, or be another."""
+    for name in names_below(model, fqn)[1:]:
+        if has_hooks(model.get_submodule(name)):
+            return f"{name} has a hook"
+    return None
 
 
 def _deploy_alike(

@@ -14,6 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from armour_surgery.altered import has_hooks
 from armour_surgery.copies import meta_copy
 from armour_surgery.discover import could_not_run
 from armour_surgery.shapes import RememberedShapes
@@ -71,7 +72,8 @@ class FunctionCall:
 class Dataflow:
     """What one run of `model` (a copy without weights, in eval mode) showed.
 
-    `inputs` and `outputs` are what every module took and gave, call by call. `results` are the model's own outputs.
+    `inputs` and `outputs` are what every module took and gave, call by call. `results` are the model's own outputs,
+    and what somebody's hooks see on the modules `hooked`: nothing may be folded into or out of it.
     """
 
     model: nn.Module
@@ -85,6 +87,7 @@ class Dataflow:
     names: dict[int, list[str]] = field(default_factory=dict)
     written: set[int] = field(default_factory=set)
     kept: list[Any] = field(default_factory=list)
+    hooked: set[str] = field(default_factory=set)
 
     def maker(self, tensor: Any) -> FunctionCall | None:
         """The call that made a tensor; None for inputs and parameters."""
@@ -97,6 +100,10 @@ class Dataflow:
     def is_result(self, tensor: Tensor) -> bool:
         """Whether the model returns it."""
         return any(tensor is result for result in self.results)
+
+    def is_hooked(self, fqn: str) -> bool:
+        """Whether somebody's hook is on a module, or on one inside it."""
+        return any(f"{hooked}.".startswith(f"{fqn}.") for hooked in self.hooked)
 
     def is_written(self, tensor: Tensor) -> bool:
         """Whether something in the run wrote into its memory."""
@@ -203,8 +210,10 @@ def follow_model(model: nn.Module, example: dict[str, Tensor]) -> Dataflow:
     Raises:
         ExampleInputError: the model did not accept the example.
     """
-    copied = meta_copy(model)
-    copied.eval()
+    try:
+        copied = meta_copy(model).eval()
+    except Exception as error:
+        raise could_not_run(model, example, error) from error
     flow = Dataflow(copied)
     # With every name of a tied parameter: what has several must not be changed in one place.
     for name, tensor in itertools.chain(
@@ -231,4 +240,8 @@ def follow_model(model: nn.Module, example: dict[str, Tensor]) -> Dataflow:
     except Exception as error:
         raise could_not_run(model, example, error) from error
     flow.results = tensors_in(result)
+    # Asked of the model itself: the copy has no hooks.
+    flow.hooked = {fqn for fqn, module in model.named_modules() if fqn and has_hooks(module)}
+    for fqn in flow.hooked:
+        flow.results += tensors_in((flow.inputs.get(fqn, []), flow.outputs.get(fqn, [])))
     return flow

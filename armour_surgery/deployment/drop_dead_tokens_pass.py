@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from armour_surgery.altered import has_hooks
 from armour_surgery.deployment.dataflow import Dataflow, follow_model
 from armour_surgery.deployment.emit import make_deployed_class
 from armour_surgery.deployment.findings import Findings
@@ -28,7 +29,7 @@ def drop_dead_tokens(model: nn.Module, example: dict[str, Tensor], findings: Fin
 
     Keys and values are still those of all tokens, so the tokens that are left come out the same. Only the model's own
     `forward` changes, by a subclass: `forward_features` and whatever else returns tokens gives all of them. Hooks on
-    the last block no longer fire.
+    the last block would no longer fire, so with them it stays as it is.
     """
     recording = record(model, example)
     if not recording.innermost:
@@ -41,6 +42,13 @@ def drop_dead_tokens(model: nn.Module, example: dict[str, Tensor], findings: Fin
         leads_to_it = f"{last}.".startswith(f"{name}.")
         return not leads_to_it and name not in inside
 
+    # These are written out, so that neither a hook on them nor a forward of their own would run.
+    around = [name for name in recording.around if not is_opaque(name, model)]
+    for name in ("", *around):
+        module = model.get_submodule(name)
+        if (name and has_hooks(module)) or "forward" in vars(module):
+            findings.left(last, f"{name or 'the model'} has a hook, or a forward that was put on it")
+            return
     try:
         traced = trace(model, recording.calls[""][0], is_opaque)
         acting = unread_nodes(traced.graph)
@@ -108,6 +116,8 @@ def _keeps_tokens(node: fx.Node, tokens: int, flow: Dataflow, modules: dict[str,
         return False
     if node.op == "call_module":
         name = str(node.target)
+        if flow.is_hooked(name):
+            return False  # a hook may look at all tokens
         if is_call_of(node, modules, nn.Identity, nn.Dropout):
             return True
         return value.ndim == 3 and value.shape[1] == tokens and _treats_tokens_alone(flow, name)

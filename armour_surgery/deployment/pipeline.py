@@ -81,15 +81,16 @@ def deploy(
         AlreadyDeployedError: the model is deployed already.
         NothingToDeployError: no pass found anything to do; the message says what they left alone and why.
         ExampleInputError: the model's input is not known, or it did not run on it.
+        DiscoveryError: it cannot be followed, because something was done to its modules; the message says how to go on.
         PostconditionError: the outputs differ by more than rounding. This is a bug of ours.
     """
     names = _chosen(passes)
     refuse_deployed(model)
     with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode do not count their changes
         example = example_of(model, example_input)
+        follow_model(model, example)  # tells a user in their words when the example does not fit
         result = model if inplace else full_copy(model)
         result.eval()
-        follow_model(result, example)  # tells a user in their words when the example does not fit
         noise = _noise(result, example)
         expected = _run(result, noise)
         findings = {name: Findings(name) for name in names}

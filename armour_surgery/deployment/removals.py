@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from armour_surgery.copies import meta_copy
 from armour_surgery.deployment.dataflow import follow_model
-from armour_surgery.errors import ExampleInputError
+from armour_surgery.errors import DiscoveryError
 from armour_surgery.rewrite.edits import owner_of
 
 __all__ = ["Removal", "do_removals", "survivors"]
@@ -38,6 +38,6 @@ def survivors(model: nn.Module, example: dict[str, Tensor], removals: list[Remov
     do_removals(tried, bare)
     try:
         follow_model(tried, example)
-    except ExampleInputError:
+    except DiscoveryError:
         return bare
     return []

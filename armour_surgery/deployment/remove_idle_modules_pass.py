@@ -22,6 +22,8 @@ def remove_idle_modules(model: nn.Module, example: dict[str, Tensor], findings: 
         taken, given = flow.inputs.get(fqn, []), flow.outputs.get(fqn, [])
         if not fqn or len(taken) != 1 or len(given) != 1 or isinstance(module, nn.Identity):
             continue
+        if flow.is_hooked(fqn):
+            continue  # a hook would go with the module that it is on
         inside = [call for call in flow.calls if f"{call.module}.".startswith(f"{fqn}.")]
         # A module with parameters that it did not use this time may use them at another.
         has_parameters = next(module.parameters(), None) is not None

@@ -12,6 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
+from armour_surgery.altered import names_below, why_computed, why_stuck
 from armour_surgery.discover.output import output_of
 from armour_surgery.discover.provenance import understand
 from armour_surgery.discover.record import Recording, record
@@ -190,6 +191,25 @@ def _fitting_both(site: AttentionSite, other: AttentionSite) -> AttentionSite:
     return replace(site, modes=tuple(mode for mode in site.modes if mode not in refused), refused=refused)
 
 
+def _unaltered(model: nn.Module, site: SeenSite) -> SeenSite:
+    """The site, refused if something was done to its modules from outside; the copy that ran may not have shown it."""
+    reason = why_stuck(model, site.fqn)
+    if reason is None and isinstance(site, RefusedSite):
+        reason = why_computed(model, names_below(model, site.fqn))
+    elif reason is None and isinstance(site, FoundSite):
+        reason = why_computed(model, _projections(site))
+    return site if reason is None else RefusedSite(site.fqn, reason)
+
+
+def _projections(found: FoundSite) -> list[str]:
+    """The modules that hold the weights of q, k and v."""
+    names: dict[str, None] = {}
+    for role in (found.traced.q, found.traced.k, found.traced.v):
+        for tensor in role.producer.rows:
+            names[".".join(filter(None, (found.fqn, tensor.rpartition(".")[0])))] = None
+    return list(names)
+
+
 def find_sites(model: nn.Module, example: dict[str, Any]) -> list[SeenSite]:
     """All attention of a model, in the order it runs. The model itself is not run and not changed.
 
@@ -210,7 +230,7 @@ def find_sites(model: nn.Module, example: dict[str, Any]) -> list[SeenSite]:
         sites: dict[str, SeenSite] = {}
         known: dict[str, _Followed | TraceError] = {}
         for fqn in recording.innermost:
-            site = _follow(recording, fqn, known)
+            site = _unaltered(model, _follow(recording, fqn, known))
             # Two modules inside one attention may lead to the same module around them.
             sites.setdefault(site.fqn, site)
     return list(sites.values())

@@ -46,7 +46,8 @@ def _layer(node: fx.Node, module: nn.Module) -> Producer | None:
     # The exact classes: a subclass may do more than its name says (quantize, add a LoRA branch), and is looked into.
     linear = type(module) is nn.Linear
     convolution = type(module) in _CONVOLUTIONS and module.groups == 1
-    if not linear and not convolution:
+    # A weight that is computed before every call (weight norm, pruning) is no parameter.
+    if (not linear and not convolution) or "weight" not in module._parameters:
         return None
     path = str(node.target)
     weight = module.get_parameter("weight")

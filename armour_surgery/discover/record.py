@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from armour_surgery.altered import names_below, run_weightless, why_altered
 from armour_surgery.copies import meta_copy
-from armour_surgery.errors import ArmourError, ExampleInputError
+from armour_surgery.errors import ArmourError, DiscoveryError, ExampleInputError
 from armour_surgery.shapes import RememberedShapes
 from armour_surgery.traced import Call
 
@@ -41,8 +43,14 @@ class Recording:
     around: set[str] = field(default_factory=set)
 
 
-def could_not_run(model: nn.Module, example: dict[str, Any], error: Exception) -> ExampleInputError:
-    """What to raise where a model did not accept an example."""
+def could_not_run(model: nn.Module, example: dict[str, Any], error: Exception) -> DiscoveryError:
+    """What to raise where a model did not accept an example, or cannot run without its weights."""
+    # What was done to its modules from outside explains more than the example does.
+    reason = why_altered(model, names_below(model, ""))
+    if reason is not None:
+        return DiscoveryError(
+            f"{type(model).__name__} could not be examined on a copy without weights ({type(error).__name__}): {reason}"
+        )
     shapes = {name: tuple(value.shape) for name, value in example.items()}
     return ExampleInputError(
         f"{type(model).__name__} could not run on inputs of shape {shapes}: {type(error).__name__}: {error}. "
@@ -107,13 +115,21 @@ def record(model: nn.Module, example: dict[str, Any]) -> Recording:
 
     Raises:
         ExampleInputError: the model did not accept the example.
+        DiscoveryError: it cannot run without its weights; something was done to its modules.
     """
-    copy = meta_copy(model)
-    copy.eval()  # timm's LeViT attention returns nothing here
-    recording = Recording(copy)
-    modules = dict(copy.named_modules())
+    try:
+        return run_weightless(partial(meta_copy, model), lambda copied: _record(copied, example))
+    except ArmourError:
+        raise
+    except Exception as error:
+        raise could_not_run(model, example, error) from error
 
-    with _stack_of(copy, recording) as stack:
+
+def _record(copied: nn.Module, example: dict[str, Any]) -> Recording:
+    copied.eval()  # timm's LeViT attention returns nothing here
+    recording = Recording(copied)
+    modules = dict(copied.named_modules())
+    with _stack_of(copied, recording) as stack:
 
         def seen() -> None:
             recording.around.update(stack)
@@ -123,11 +139,6 @@ def record(model: nn.Module, example: dict[str, Any]) -> Recording:
                         recording.innermost.append(fqn)
                     return
 
-        try:
-            with torch.no_grad(), _Watch(seen), RememberedShapes():
-                copy(**{name: value.to("meta") for name, value in example.items()})
-        except ArmourError:
-            raise
-        except Exception as error:
-            raise could_not_run(model, example, error) from error
+        with torch.no_grad(), _Watch(seen), RememberedShapes():
+            copied(**{name: value.to("meta") for name, value in example.items()})
     return recording

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from armour_surgery.altered import run_weightless
 from armour_surgery.copies import meta_copy
 from armour_surgery.initialize.closed_form import Head, Metric, loss, make_metric
 from armour_surgery.initialize.problem import (
@@ -114,12 +116,16 @@ def _implied_moment(model: nn.Module, norm: str | None, width: int) -> _Implied:
 
 def _norms_before(model: nn.Module, problems: list[Problem], run: Callable[[nn.Module], Any]) -> dict[str, str]:
     """For each site the last module that was called before it and has one weight per channel of its tokens."""
-    skeleton = meta_copy(model)
-    skeleton.eval()  # timm's LeViT attention returns nothing here
     widths: dict[str, int] = {}
     for problem in problems:
         weight = model.get_submodule(problem.fqn).get_parameter(problem.q.producer.weight)
         widths[problem.fqn] = weight.shape[1]
+    return run_weightless(partial(meta_copy, model), lambda skeleton: _norms_called(skeleton, widths, run))
+
+
+def _norms_called(skeleton: nn.Module, widths: dict[str, int], run: Callable[[nn.Module], Any]) -> dict[str, str]:
+    """`_norms_before` on a copy without weights; `widths` are those of the sites' tokens."""
+    skeleton.eval()  # timm's LeViT attention returns nothing here
     called: list[tuple[str, int]] = []  # so far, with their channels
     norms: dict[str, str] = {}
     for name, module in skeleton.named_modules():

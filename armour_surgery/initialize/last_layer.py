@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from armour_surgery.altered import is_plain
 from armour_surgery.initialize.taps import Taps
 
 __all__ = ["LastLayer"]
@@ -20,7 +21,12 @@ class LastLayer:
 
     @staticmethod
     def fits(layer: nn.Module) -> bool:
-        """Whether a layer is one product over channels: no kernel over neighbors, and no groups."""
+        """Whether a layer is one product over channels (no kernel over neighbors, no groups) of weights that it has.
+
+        Weights that are computed at every call (pruned, under weight norm) or are no plain parameters stay as they are.
+        """
+        if not is_plain(layer, "weight") or (getattr(layer, "bias", None) is not None and not is_plain(layer, "bias")):
+            return False
         weight = layer.get_parameter("weight")
         return weight[0].numel() == weight.shape[1]
 

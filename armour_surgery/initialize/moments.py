@@ -11,6 +11,8 @@ __all__ = ["Moments", "Regression", "with_one"]
 
 # Ridge strengths that are tried, in units of the inputs' mean energy.
 _RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+# What rounding leaves of the energy of numbers in single precision, and some orders more.
+_ROUNDING = 1e-10
 
 
 def with_one(inputs: Tensor) -> Tensor:
@@ -122,12 +124,16 @@ class Regression:
         sums.energy += _energy(targets)
 
     def _error(self, change: Tensor) -> float:
-        """`|X W - T|^2 / |T - mean T|^2` on held-out data, for `W = W_present + change`."""
-        sums = self._held_out
+        """`|X W - T|^2 / |T - m|^2` on held-out data, for `W = W_present + change`; m is the mean of what is fitted to.
+
+        The mean of held-out targets would explain them all too well: of one image, they may hardly differ from it.
+        """
+        sums, mean = self._held_out, self._fitted.targets / self._fitted.count
         # |M - X change|^2 - |M|^2, without the rows themselves.
         fit = float((change * (sums.moment @ change - 2 * sums.cross)).sum())
-        spread = sums.energy - float(sums.targets.square().sum()) / sums.count
-        return max(fit + sums.missing, 0.0) / max(spread, 1e-300)
+        spread = sums.energy - float(mean @ (2 * sums.targets - sums.count * mean))
+        # Where all targets are alike, what is left of their size is rounding, and so is the error.
+        return max(fit + sums.missing, 0.0) / max(spread, _ROUNDING * sums.energy, 1e-300)
 
     def _ridge(self, strength: float) -> tuple[float, Tensor]:
         """The change that is best for the fitted data, held back by so much, and its error on held-out data."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from armour_surgery.errors import CalibrationError
 from armour_surgery.initialize.batches import Batches
-from armour_surgery.initialize.closed_form import Head, rank_losses
+from armour_surgery.initialize.closed_form import Head, loss, rank_losses
 from armour_surgery.initialize.last_layer import LastLayer
 from armour_surgery.initialize.moments import Moments, Regression
 from armour_surgery.initialize.problem import (
@@ -75,22 +75,33 @@ class Site:
         metrics = queries.metric(biases), keys.metric(biases)
         old = read_head(self.old, self.problem)
         fitted = old if biases else without_biases(old)
-        heads = candidates(self.problem, fitted, *metrics)
+        solutions = heads = candidates(self.problem, fitted, *metrics)
         if not biases:
-            heads = {name: with_biases(self.problem, head, old) for name, head in heads.items()}
+            heads = {name: with_biases(self.problem, head, old) for name, head in solutions.items()}
         out = self.problem.narrow_out
-        name, residual = self._best(heads, out, moments)
+        name = self._best(heads, out, moments)
         self.steps.append(name)
         write_head(self.new, self.problem, heads[name], moments)
         if out is not None:
-            residual = self._fit_output(heads[name], out)
+            error = self._fit_output(heads[name], out)
+        else:
+            # Nothing in the site shows what an error comes to, so that of logits and values stands for it.
+            error = loss(solutions[name], fitted, *metrics) / 2
         for index, _, _ in self.data:
             self.store.drop(("result", index))
             self.store.drop(("start", index))
         if last is None or not self._fit_last(last, keep=not alone):
             self._advance(alone)
         ranks = tuple(rank_losses(fitted, *metrics).tolist()) if alone and self.problem.joint else ()
-        return SiteResult(self.problem.fqn, residual**0.5, tuple(self.steps), ranks)
+        self._refuse_not_finite(torch.tensor(error), "gives")
+        return SiteResult(self.problem.fqn, error**0.5, tuple(self.steps), ranks)
+
+    def _refuse_not_finite(self, numbers: Tensor, does: str) -> None:
+        if not bool(numbers.isfinite().all()):
+            raise CalibrationError(
+                f"{self.problem.fqn} {does} NaN, infinite or enormous numbers on these calibration images, so nothing "
+                "can be fitted to them; look at the images and at the weights before it, or use init 'joint-svd'"
+            )
 
     def _find_branches(self) -> tuple[Tensor | None, Branch | None]:
         """How the original's first batch enters its stream: the gain of the site's output, and the block's last layer.
@@ -164,6 +175,8 @@ class Site:
                 f"calibration saw {queries.count} tokens at {self.problem.fqn}, too few for its {width} channels; give "
                 "more images"
             )
+        for moments in watched.values():
+            self._refuse_not_finite(moments.moment, "gets")
         return queries, keys if apart else queries
 
     def _until_stop(self, taps: dict[Tensor, Tap], index: int, image: Tensor) -> None:
@@ -178,18 +191,15 @@ class Site:
             f"exclude={self.problem.fqn!r}, or use init 'joint-svd'"
         )
 
-    def _best(
-        self, heads: dict[str, Head], out: OutputProjection | None, moments: tuple[Tensor, Tensor]
-    ) -> tuple[str, float]:
+    def _best(self, heads: dict[str, Head], out: OutputProjection | None, moments: tuple[Tensor, Tensor]) -> str:
         """Compare candidates where it counts: the error of the fitted output on held-out images."""
         if len(heads) == 1 or out is None:
-            return list(heads)[-1], float("nan")
+            return list(heads)[-1]
         errors: dict[str, float] = {}
         for name, head in heads.items():
             write_head(self.new, self.problem, head, moments)
             errors[name] = self._regression(head, out, self.data.trial()).solve()[1]
-        best = min(errors, key=errors.__getitem__)
-        return best, errors[best]
+        return min(errors, key=errors.__getitem__)
 
     def _regression(self, head: Head, out: OutputProjection, batches: Iterable[tuple[int, Tensor, bool]]) -> Regression:
         """The converted heads' results against the original's output and a share of what its stream is off."""
@@ -273,6 +283,8 @@ class Site:
         for index, image, held in self.data:
             with layer.watched() as seen:
                 following = self.after.run(self.number, image, self.store["converted", index])
+            if not seen:  # a forward that somebody put on it runs another model's weight
+                return False
             inputs, output = (tokens(tensor, layer.weight) for tensor in seen[0])
             width = output.shape[-1]
             goal = match_width(first_tensor(self.store["original", index]), width)

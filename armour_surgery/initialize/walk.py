@@ -291,11 +291,14 @@ def with_first_tensor(arguments: Any, tensor: Tensor) -> Any:
 def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Let a module run something else for a while."""
     # Among the instance's own attributes it hides the class's method, and hooks are called as ever.
+    own = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
     try:
         yield
     finally:
-        module.__dict__.pop("forward", None)
+        del module.__dict__["forward"]
+        if own is not None:  # somebody replaced it on the instance before
+            module.__dict__["forward"] = own
 
 
 class _Shape:

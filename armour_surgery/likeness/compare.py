@@ -194,7 +194,8 @@ def _shared(model: nn.Module, sites: list[FoundSite], pair: str, example: dict[s
             sharing[site.fqn] = _Sharing(fitting[0], refused=reason)
         else:
             modes[site.fqn] = fitting[0]
-    prepared = prepare(model, [site for site in sites if site.fqn in modes], modes)
+    # A copy is converted, on which nobody's hooks matter.
+    prepared = prepare(model, [site for site in sites if site.fqn in modes], modes, refit=True, hooks=False)
     for left in prepared.refused:
         sharing[left.fqn] = _Sharing(refused=left.reason)
     if prepared.operations:

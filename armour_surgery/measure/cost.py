@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from armour_surgery.altered import run_weightless
 from armour_surgery.copies import meta_copy
 from armour_surgery.errors import ExampleInputError
 from armour_surgery.shapes import RememberedShapes
@@ -67,8 +69,8 @@ def count_macs(model: nn.Module, example: Mapping[str, Tensor]) -> CostReport:
         raise ExampleInputError("no example input: pass a dictionary from argument names to tensors")
     batch_size = next(iter(example.values())).shape[0]
     try:
-        copy = meta_copy(model).eval()
-        flops = _run(copy, {name: value.to("meta") for name, value in example.items()})
+        inputs = {name: value.to("meta") for name, value in example.items()}
+        flops = run_weightless(partial(meta_copy, model), lambda copied: _run(copied.eval(), inputs))
     except Exception:
         flops = _run_on_zeros(model, example)
     # A name arrives as the class of the model, a dot, and the fqn.

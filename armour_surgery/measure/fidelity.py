@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from armour_surgery.errors import CalibrationError
 from armour_surgery.records import Fidelity
 
 __all__ = ["compare_outputs"]
@@ -17,7 +18,11 @@ Features = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor | None]]
 def compare_outputs(
     original: nn.Module, converted: nn.Module, batches: Iterable[Tensor], features: Features, source: str
 ) -> Fidelity:
-    """Run both models, which must be in eval mode, on the same images and compare; see `Fidelity`."""
+    """Run both models, which must be in eval mode, on the same images and compare; see `Fidelity`.
+
+    Raises:
+        CalibrationError: one of them gives features that are not finite.
+    """
     images = tokens = same = 0
     cosine = signal = noise = 0.0
     heads = False
@@ -25,6 +30,12 @@ def compare_outputs(
         for batch in batches:
             (wanted, first), (got, second) = features(original, batch), features(converted, batch)
             wanted, got = wanted.double(), got.double()
+            for tokens_of, name in ((wanted, "original"), (got, "converted")):
+                if not bool(tokens_of.isfinite().all()):
+                    raise CalibrationError(
+                        f"the {name} {type(original).__name__} gives NaN or infinite features on held-out images, so "
+                        "nothing can be said of it; look at the images and at its weights, or use init 'joint-svd'"
+                    )
             cosine += float(torch.cosine_similarity(wanted, got, dim=-1).sum())
             tokens += wanted[..., 0].numel()
             signal += float(wanted.square().sum())

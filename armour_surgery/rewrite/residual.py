@@ -28,7 +28,8 @@ class Share:
 
 def residual(module: nn.Module, shares: list[Share]) -> float | None:
     """`||W_old - W_new||_F / ||W_old||_F` over all shared roles of a site, before its surgery; None without weights."""
-    lost = total = 0.0
+    lost: list[float] = []
+    total: list[float] = []
     for share in shares:
         old, new = module.get_parameter(share.old).detach(), module.get_parameter(share.new).detach()
         if old.is_meta:
@@ -40,6 +41,13 @@ def residual(module: nn.Module, shares: list[Share]) -> float | None:
             group = group_of_output(len(share.new_rows), share.groups, share.shuffle)
             slices = torch.nn.functional.one_hot(group, share.groups).double().to(second.device)
             second = (second.reshape(len(group), share.groups, -1) * slices[..., None]).reshape(second.shape)
-        lost += float((first - second).square().sum())
-        total += float(first.square().sum())
-    return math.sqrt(lost / total) if total else 0.0
+        lost.append(_norm(first - second))
+        total.append(_norm(first))
+    size = math.hypot(*total)
+    return math.hypot(*lost) / size if size else 0.0
+
+
+def _norm(matrix: torch.Tensor) -> float:
+    """The Frobenius norm, also where squares of the entries overflow, or come to nothing."""
+    largest = float(matrix.abs().max())
+    return largest * float((matrix / largest).norm()) if largest else 0.0

@@ -5,18 +5,21 @@ none of the others.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from armour_surgery import hosts
+from armour_surgery.altered import has_hooks, names_below
 from armour_surgery.copies import has_weights, meta_copy
 from armour_surgery.discover import find_sites
 from armour_surgery.errors import ArmourError, NothingToConvertError
 from armour_surgery.modes import AUTO, MODES
 from armour_surgery.records import AttentionSite, Progress, Sensitivity, Source, SurgeryPlan
-from armour_surgery.surgery.operation import prepare
+from armour_surgery.surgery.finite import refuse_not_finite
+from armour_surgery.surgery.operation import Prepared, prepare
 from armour_surgery.surgery.order import CALIBRATION_IMAGES, SYNTHETIC, Images, Order, Rank, check_options
 from armour_surgery.surgery.perform import perform, surgery_of
 from armour_surgery.surgery.refusals import nothing_fits
@@ -36,17 +39,28 @@ def inspect(model: nn.Module, *, example_input: Example | None = None) -> list[A
 
     Raises:
         ExampleInputError: nobody knows what to feed the model; pass `example_input`.
+        DiscoveryError: it cannot run without its weights, because something was done to its modules.
         NoAttentionError: nothing in it is attention.
     """
     refuse_converted(model)
-    return [_described(site) for site in find_sites(model, example_of(model, example_input))]
+    return [_described(model, site) for site in find_sites(model, example_of(model, example_input))]
 
 
-def _described(site: SeenSite) -> AttentionSite:
+def _described(model: nn.Module, site: SeenSite) -> AttentionSite:
     """A site as users see it; one that could not be followed has no sizes, and one reason for every mode."""
     if isinstance(site, FoundSite):
-        return site.site
+        hooked = any(has_hooks(model.get_submodule(name)) for name in names_below(model, site.fqn)[1:])
+        return _without_hooked(model, site) if hooked else site.site
     return AttentionSite(site.fqn, "unknown", 0, 0, 0, None, None, None, refused=dict.fromkeys(MODES, site.reason))
+
+
+def _without_hooked(model: nn.Module, found: FoundSite) -> AttentionSite:
+    """A site with hooks inside, without the modes in which one of them would be on what gets narrower."""
+    refused = dict(found.site.refused)
+    for mode in found.site.modes:
+        for left in prepare(model, [found], mode).refused:
+            refused[mode] = left.reason
+    return replace(found.site, modes=tuple(mode for mode in found.site.modes if mode not in refused), refused=refused)
 
 
 def plan(
@@ -64,19 +78,17 @@ def plan(
 
     Residuals are None in it: there are no weights to compare.
     """
+    check_options(mode, init, None, rank)
     refuse_converted(model)
-    converted = convert(
-        meta_copy(model, buffers=rank is None),  # whether a rank can be chosen is tried out with numbers
-        mode,
+    order = Order(
+        mode=mode,
         init=init,
         rank=rank,
-        include=include,
-        exclude=exclude,
-        inplace=True,
-        example_input=example_of(model, example_input),
-        source=source,
+        example=example_of(model, example_input),
+        source=source or _describe(model),
     )
-    return surgery_of(converted)
+    prepared = _prepare(model, order, include, exclude)
+    return surgery_of(perform(meta_copy(model), prepared, order, inplace=True))
 
 
 def convert(
@@ -135,7 +147,9 @@ def convert(
         CalibrationError: the images are missing, of another kind than the model takes, or too few.
         AlreadyConvertedError: the model went through surgery before.
         NoAttentionError, NothingToConvertError, PatternError: nothing to do; the message says why.
+        NotFiniteError: a weight that has to be read is NaN, infinite, or so large that products with it are.
         ExampleInputError: the model's input is not known, or it did not run on it.
+        DiscoveryError: it cannot run without its weights, because something was done to its modules.
     """
     check_options(mode, init, calibration, rank, reconstruct, max_loss)
     refuse_converted(model)
@@ -150,13 +164,24 @@ def convert(
         source=source or _describe(model),
         progress=progress,
     )
-    sites = select_sites(find_sites(model, order.example), include, exclude)
-    check_names(order.fixed_rank, sites)
-    prepared = prepare(model, sites, mode, order.fixed_rank)
-    if not prepared.operations:
-        raise nothing_fits(model, mode, prepared.refused)
+    prepared = _prepare(model, order, include, exclude)
     do = convert_within if order.weighs_sites and has_weights(model) else perform
     return do(model, prepared, order, inplace=inplace)
+
+
+def _prepare(
+    model: nn.Module, order: Order, include: str | Iterable[str] | None, exclude: str | Iterable[str] | None
+) -> Prepared:
+    """What can be done to a model; its weights are looked at, and nothing is changed."""
+    sites = select_sites(find_sites(model, order.example), include, exclude)
+    check_names(order.fixed_rank, sites)
+    refit = order.init != "wq"
+    prepared = prepare(model, sites, order.mode, order.fixed_rank, refit=refit)
+    if not prepared.operations:
+        raise nothing_fits(model, order.mode, prepared.refused)
+    found = [operation.found for operation in prepared.operations]
+    refuse_not_finite(model, found, computing=refit or order.rank is not None)
+    return prepared
 
 
 def sensitivities(
@@ -186,6 +211,7 @@ def sensitivities(
         progress=progress,
     )
     sites = select_sites(find_sites(model, order.example), include, exclude)
+    refuse_not_finite(model, [site for site in sites if isinstance(site, FoundSite)], computing=True)
     with torch.inference_mode(False):
         options = measure_sites(model, sites, order, ranks=rank == "auto")
     if not options:

@@ -19,6 +19,8 @@ from armour_surgery.rewrite import Edit, Rewritten, Variant, become, make_class,
 from armour_surgery.surgery.refusals import (
     refuse_bound_channels,
     refuse_changed,
+    refuse_computed,
+    refuse_hooked,
     refuse_open_end,
     refuse_shared,
     try_out,
@@ -71,10 +73,14 @@ def prepare(
     sites: Sequence[SeenSite],
     requested: str | Mapping[str, str],
     ranks: int | Mapping[str, int] | None = None,
+    *,
+    refit: bool = False,
+    hooks: bool = True,
 ) -> Prepared:
     """Rewrite every site on a weightless copy of its module; sites that are alike share one class.
 
-    `requested` is one mode for all, or one by site name.
+    `requested` is one mode for all, or one by site name. `refit` says that new weights will be stored throughout the
+    sites, so that none may be computed from others, and `hooks` that hooks on what gets narrower stand in the way.
 
     Raises:
         UsageError: a rank is none of a site's.
@@ -91,8 +97,13 @@ def prepare(
             refused.append(RefusedSite(site.fqn, reason))
             continue
         try:
-            operation = rewrites.operation(site, mode, choose_rank(site.site, mode, ranks))
+            rank = choose_rank(site.site, mode, ranks)
+            if refit or rank is not None:
+                refuse_computed(model, site.fqn)
+            operation = rewrites.operation(site, mode, rank)
             refuse_shared(model, site.fqn, operation.rewritten.edits)
+            if hooks:
+                refuse_hooked(model, site.fqn, operation.rewritten.edits)
         except TraceError as error:
             refused.append(RefusedSite(site.fqn, str(error)))
         else:

@@ -6,15 +6,25 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
+from armour_surgery.altered import names_below, why_computed, why_hooked
 from armour_surgery.copies import meta_copy
 from armour_surgery.errors import NothingToConvertError, PostconditionError, TraceError
 from armour_surgery.initialize.freedom import probe, works_narrow
 from armour_surgery.records import RefusedSite
-from armour_surgery.rewrite import Edit, Rewritten, become, edited_names, removed_name
+from armour_surgery.rewrite import Edit, KeepRows, Rewritten, become, edited_names, removed_name
 from armour_surgery.shapes import RememberedShapes
 from armour_surgery.traced import Call, FoundSite, OutputProjection
 
-__all__ = ["nothing_fits", "refuse_bound_channels", "refuse_changed", "refuse_open_end", "refuse_shared", "try_out"]
+__all__ = [
+    "nothing_fits",
+    "refuse_bound_channels",
+    "refuse_changed",
+    "refuse_computed",
+    "refuse_hooked",
+    "refuse_open_end",
+    "refuse_shared",
+    "try_out",
+]
 
 
 def nothing_fits(model: nn.Module, mode: str, refused: list[RefusedSite]) -> NothingToConvertError:
@@ -50,6 +60,43 @@ def refuse_shared(model: nn.Module, fqn: str, edits: list[Edit]) -> None:
     for name, tensor in everywhere:
         if id(tensor) in edited and not name.startswith(tuple(inside)):
             raise TraceError(f"its {edited[id(tensor)]} is shared with {name}, outside this attention")
+
+
+def refuse_computed(model: nn.Module, fqn: str) -> None:
+    """Refuse a site of which some weights are computed at every call, where new ones have to be stored.
+
+    Raises:
+        TraceError: see above.
+    """
+    reason = why_computed(model, names_below(model, fqn))
+    if reason is not None:
+        raise TraceError(reason)
+
+
+def refuse_hooked(model: nn.Module, fqn: str, edits: list[Edit]) -> None:
+    """Refuse a site in which somebody's hook is on a module that gets another width, or goes.
+
+    Hooks on the site itself stay, and see what they saw before.
+
+    Raises:
+        TraceError: see above.
+    """
+    site = model.get_submodule(fqn)
+    inside = dict(site.named_modules())
+    for edit in edits:
+        changed: list[str] = []
+        removed = removed_name(edit)
+        if removed and removed in inside:
+            changed += names_below(site, removed)
+        else:
+            for name in edited_names(edit):
+                # A container around a projection (LeViT's Linear and BatchNorm) hands out what the projection makes.
+                while name := name.rpartition(".")[0]:
+                    changed.append(name)
+        names = [f"{fqn}.{name}" if fqn else name for name in changed]
+        reason = why_hooked(model, names, inputs=not isinstance(edit, KeepRows))
+        if reason is not None:
+            raise TraceError(reason)
 
 
 def refuse_open_end(found: FoundSite) -> OutputProjection:

@@ -79,7 +79,7 @@ class _Attempts:
                 reason = f"converting it costs more than a loss of {budget:.4g} allows"
                 left.append(RefusedSite(operation.fqn, reason))
         left.sort(key=lambda site: site.fqn)
-        operations = prepare(self._model, sites, modes, ranks).operations
+        operations = prepare(self._model, sites, modes, ranks, refit=True).operations
         self.prepared[choice] = Prepared(operations, [*self._everything.refused, *left])
         converted = perform(self._model, self.prepared[choice], self._order, inplace=False)
         return converted, surgery_of(converted).loss
@@ -157,7 +157,8 @@ def measure_sites(model: nn.Module, sites: Sequence[SeenSite], order: Order, *, 
     followed = [site for site in sites if isinstance(site, FoundSite)]
     options: list[Sensitivity] = []
     for mode in _modes(followed, order.mode):
-        operations = prepare(model, [site for site in followed if mode in site.site.modes], mode).operations
+        fitting = [site for site in followed if mode in site.site.modes]
+        operations = prepare(model, fitting, mode, refit=True).operations
         converted = full_copy(model)
         changes = [operate(converted, operation) for operation in operations]
         effects = measure_alone(model, converted, operations, order, images)

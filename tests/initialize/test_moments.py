@@ -1,4 +1,4 @@
-"""Regressions weigh rows as if they were repeated."""
+"""Regressions weigh rows as if they were repeated, and take rounding for no error."""
 
 import torch
 from hypothesis import given, settings
@@ -20,3 +20,12 @@ def test_a_row_of_weight_n_counts_like_n_rows(inputs: int, outputs: int, rows: i
         repeated.add(x.repeat_interleave(times, 0), y.repeat_interleave(times, 0), held_out)
     for found, wanted in zip(weighted.solve(), repeated.solve(), strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+def test_where_all_targets_are_alike_rounding_is_no_error() -> None:
+    torch.manual_seed(0)
+    regression = Regression(torch.tensor([[0.0], [0.0], [3.0]], dtype=torch.float64), biases=True)
+    for held_out in (False, True):
+        targets = 3.0 + 1e-7 * torch.randn(7, 1, dtype=torch.float64)
+        regression.add(torch.randn(7, 2, dtype=torch.float64), targets, held_out)
+    assert regression.solve()[1] < 1e-3
