@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from armour_surgery.copies import meta_copy
 from armour_surgery.errors import ExampleInputError
@@ -84,8 +85,21 @@ def _per_image(flops: int, batch_size: int) -> int:
     return flops // (_FLOPS_PER_MAC * batch_size)
 
 
+class _ForwardTracker(ModuleTracker):
+    """Tells in which modules a forward is, and prepares for no backward."""
+
+    # To follow a backward, torch's tracker hooks the gradients of all that goes into a module, and fails on a view that
+    # was made without gradients of a parameter that has some (`cls_token.expand(B, -1, -1)`).
+    def _fw_pre_hook(self, mod: nn.Module, input: Any) -> None:
+        super()._fw_pre_hook(mod, ())
+
+    def _fw_post_hook(self, mod: nn.Module, input: Any, output: Any) -> None:
+        super()._fw_post_hook(mod, (), ())
+
+
 def _run(model: nn.Module, example: Mapping[str, Tensor]) -> dict[str, int]:
     counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _ForwardTracker()
     # The fused CPU kernel has no FLOP formula before torch 2.15; the plain products always have one.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), RememberedShapes(), counter:
         model(**example)
