@@ -25,7 +25,7 @@ FLOORS = (
     ("surgery", "demo"),
     ("images", "initialize", "rewrite", "discover"),
     ("hosts", "measure", "report", "modes", "traced"),
-    ("errors", "records", "copies", "shapes"),
+    ("errors", "records", "calls", "copies", "shapes"),
 )
 LEVELS = {room: level for level, floor in enumerate(FLOORS) for room in floor}
 

@@ -14,6 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from armour_surgery.calls import run
 from armour_surgery.copies import meta_copy
 from armour_surgery.discover import could_not_run
 
@@ -226,7 +227,7 @@ def follow_model(model: nn.Module, example: dict[str, Tensor]) -> Dataflow:
         module.register_forward_hook(leave, always_call=True)
     try:
         with torch.no_grad(), _Notes(flow, stack):
-            result = copied(**{name: value.to("meta") for name, value in example.items()})
+            result = run(copied, {name: value.to("meta") for name, value in example.items()})
     except Exception as error:
         raise could_not_run(model, example, error) from error
     flow.results = tensors_in(result)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from armour_surgery.calls import run
 from armour_surgery.copies import meta_copy
 from armour_surgery.errors import ArmourError, ExampleInputError
 from armour_surgery.shapes import RememberedShapes
@@ -125,7 +126,7 @@ def record(model: nn.Module, example: dict[str, Any]) -> Recording:
 
         try:
             with torch.no_grad(), _Watch(seen), RememberedShapes():
-                copy(**{name: value.to("meta") for name, value in example.items()})
+                run(copy, {name: value.to("meta") for name, value in example.items()})
         except ArmourError:
             raise
         except Exception as error:

@@ -8,6 +8,7 @@ from armour_surgery.hosts.building import build, describe, mark_converted, outli
 from armour_surgery.hosts.libraries import library_of
 from armour_surgery.hosts.naming import load_model, suggest
 from armour_surgery.hosts.running import example_input, features
+from armour_surgery.hosts.wrappers import refuse_wrapped
 
 __all__ = [
     "build",
@@ -18,5 +19,6 @@ __all__ = [
     "load_model",
     "mark_converted",
     "outline",
+    "refuse_wrapped",
     "suggest",
 ]

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
+from armour_surgery.calls import run
 from armour_surgery.copies import meta_copy
 from armour_surgery.errors import ExampleInputError
 from armour_surgery.shapes import RememberedShapes
@@ -53,7 +54,7 @@ def count_folded_params(module: nn.Module) -> int:
 
 
 def count_macs(model: nn.Module, example: Mapping[str, Tensor]) -> CostReport:
-    """Count the multiply-accumulates of `model(**example)` in eval mode, for one image.
+    """Count the multiply-accumulates of a model on an example in eval mode, for one image.
 
     `example` maps argument names to tensors whose first axis is the batch (that of the first tensor is
     taken). It may be on any device, meta included. The count is made on a copy on the meta device: neither
@@ -102,7 +103,7 @@ def _run(model: nn.Module, example: Mapping[str, Tensor]) -> dict[str, int]:
     counter.mod_tracker = _ForwardTracker()
     # The fused CPU kernel has no FLOP formula before torch 2.15; the plain products always have one.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), RememberedShapes(), counter:
-        model(**example)
+        run(model, example)
     return {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
 
 

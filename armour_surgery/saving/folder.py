@@ -104,11 +104,12 @@ def save(model: nn.Module, path: str | Path, *, model_args: Mapping[str, Any] | 
             entries of transformers).
 
     Raises:
-        UsageError: the model is not converted.
+        UsageError: the model is not converted, or a wrapper is around it.
         AlreadyDeployedError: it is deployed; save it first, and deploy it after loading.
         FolderError: it cannot be rebuilt from its library (the message says what differs), or could not be written.
         NotOursError: `path` exists and is not ours.
     """
+    hosts.refuse_wrapped(model)
     refuse_deployed(model)
     surgery = surgery_of(model)
     target = Path(path)

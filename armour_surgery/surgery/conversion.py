@@ -35,6 +35,7 @@ def inspect(model: nn.Module, *, example_input: Example | None = None) -> list[A
     The model is neither run nor changed.
 
     Raises:
+        UsageError: a wrapper is around the model (DataParallel, torch.compile); pass the model itself.
         ExampleInputError: nobody knows what to feed the model; pass `example_input`.
         NoAttentionError: nothing in it is attention.
     """
@@ -65,6 +66,7 @@ def plan(
     Residuals are None in it: there are no weights to compare.
     """
     refuse_converted(model)
+    example = example_of(model, example_input)
     converted = convert(
         meta_copy(model, buffers=rank is None),  # whether a rank can be chosen is tried out with numbers
         mode,
@@ -73,7 +75,7 @@ def plan(
         include=include,
         exclude=exclude,
         inplace=True,
-        example_input=example_of(model, example_input),
+        example_input=example,
         source=source,
     )
     return surgery_of(converted)
@@ -130,8 +132,8 @@ def convert(
         progress: called with what is being done, how much of it is done, and how much there is.
 
     Raises:
-        UsageError: unknown mode or init, `calibration`, `reconstruct`, `max_loss` or rank "auto" for an init that uses
-            no images, or a rank that a site does not have.
+        UsageError: a wrapper is around the model, unknown mode or init, `calibration`, `reconstruct`, `max_loss` or
+            rank "auto" for an init that uses no images, or a rank that a site does not have.
         CalibrationError: the images are missing, of another kind than the model takes, or too few.
         AlreadyConvertedError: the model went through surgery before.
         NoAttentionError, NothingToConvertError, PatternError: nothing to do; the message says why.

@@ -1,0 +1,46 @@
+"""How a model is given its inputs: by the names that its forward has for them, or in their order where it has none."""
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+__all__ = ["first_name", "given_in_order", "run"]
+
+
+def run(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """Call a model with inputs by name."""
+    in_order = given_in_order(model, inputs)
+    by_name = {name: value for name, value in inputs.items() if name not in in_order}
+    return model(*(inputs[name] for name in in_order), **by_name)
+
+
+def given_in_order(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+    """Those of the names that `forward` takes by their order alone, as one does that is written `forward(self, *args)`.
+
+    These are the names of what it takes so, and where it takes no keywords, every name that it does not have.
+    """
+    parameters = _parameters(model)
+    kinds = {parameter.kind for parameter in parameters.values()}
+    unnamed = inspect.Parameter.VAR_POSITIONAL in kinds and inspect.Parameter.VAR_KEYWORD not in kinds
+    chosen = []
+    for name in names:
+        if name in parameters:
+            by_order = parameters[name].kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
+        else:
+            by_order = unnamed
+        if by_order:
+            chosen.append(name)
+    return tuple(chosen)
+
+
+def first_name(model: nn.Module) -> str | None:
+    """What `forward` calls its first input, be it `args`; None where it takes nothing, or only keywords of any name."""
+    for name, parameter in _parameters(model).items():
+        return None if parameter.kind is inspect.Parameter.VAR_KEYWORD else name
+    return None
+
+
+def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(model.forward).parameters
