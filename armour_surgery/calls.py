@@ -1,12 +1,14 @@
 """How a model is given its inputs: by the names that its forward has for them, or in their order where it has none."""
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
-__all__ = ["first_name", "given_in_order", "run"]
+__all__ = ["first_name", "given_in_order", "run", "without_fast_paths"]
 
 
 def run(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
@@ -40,6 +42,20 @@ def first_name(model: nn.Module) -> str | None:
     for name, parameter in _parameters(model).items():
         return None if parameter.kind is inspect.Parameter.VAR_KEYWORD else name
     return None
+
+
+@contextmanager
+def without_fast_paths() -> Iterator[None]:
+    """While open, torch's encoder layers run step by step, and not in one kernel.
+
+    That kernel, and the nested tensors that go with it, exist on no meta device, and its products are not counted.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:

@@ -14,7 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from armour_surgery.calls import run
+from armour_surgery.calls import run, without_fast_paths
 from armour_surgery.copies import meta_copy
 from armour_surgery.discover import could_not_run
 
@@ -226,7 +226,7 @@ def follow_model(model: nn.Module, example: dict[str, Tensor]) -> Dataflow:
         module.register_forward_pre_hook(enter, with_kwargs=True)
         module.register_forward_hook(leave, always_call=True)
     try:
-        with torch.no_grad(), _Notes(flow, stack):
+        with torch.no_grad(), without_fast_paths(), _Notes(flow, stack):
             result = run(copied, {name: value.to("meta") for name, value in example.items()})
     except Exception as error:
         raise could_not_run(model, example, error) from error

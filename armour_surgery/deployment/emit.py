@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from armour_surgery.errors import SpecializationError
-from armour_surgery.rewrite import Variant, write_forward
+from armour_surgery.rewrite import Variant, answers_of, taking_nested, write_forward
 
 __all__ = ["DeployedAttention", "make_deployed_class"]
 
@@ -50,6 +50,9 @@ def make_deployed_class(host: type[nn.Module], variant: Variant, *, bound: bool)
         "__module__": host.__module__,
         "__doc__": f"{host.__name__} for inference. Only forward differs; `print(module.code)` shows it.",
     }
+    if bound:
+        members |= answers_of(host)
     cls: type[Any] = type(name, (DeployedAttention, host), members)
-    cls.deployed_source, cls.forward = write_forward([branch], f"<deployed {name} {id(cls):x}>", otherwise, scope)
+    cls.deployed_source, forward = write_forward([branch], f"<deployed {name} {id(cls):x}>", otherwise, scope)
+    cls.forward = taking_nested(forward, host)
     return cls

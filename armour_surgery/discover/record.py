@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from armour_surgery.calls import run
+from armour_surgery.calls import run, without_fast_paths
 from armour_surgery.copies import meta_copy
 from armour_surgery.errors import ArmourError, ExampleInputError
 from armour_surgery.shapes import RememberedShapes
@@ -125,7 +125,7 @@ def record(model: nn.Module, example: dict[str, Any]) -> Recording:
                     return
 
         try:
-            with torch.no_grad(), _Watch(seen), RememberedShapes():
+            with torch.no_grad(), without_fast_paths(), _Watch(seen), RememberedShapes():
                 run(copy, {name: value.to("meta") for name, value in example.items()})
         except ArmourError:
             raise

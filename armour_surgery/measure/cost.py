@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
-from armour_surgery.calls import run
+from armour_surgery.calls import run, without_fast_paths
 from armour_surgery.copies import meta_copy
 from armour_surgery.errors import ExampleInputError
 from armour_surgery.shapes import RememberedShapes
@@ -102,7 +102,7 @@ def _run(model: nn.Module, example: Mapping[str, Tensor]) -> dict[str, int]:
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = _ForwardTracker()
     # The fused CPU kernel has no FLOP formula before torch 2.15; the plain products always have one.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), RememberedShapes(), counter:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), without_fast_paths(), RememberedShapes(), counter:
         run(model, example)
     return {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
 

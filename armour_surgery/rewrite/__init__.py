@@ -4,6 +4,7 @@ from armour_surgery.rewrite.edits import AddGrouped, Edit, KeepRows, edited_name
 from armour_surgery.rewrite.emit import ArmourAttention, Variant, make_class, render, write_forward
 from armour_surgery.rewrite.pipeline import Rewritten, become, rewrite
 from armour_surgery.rewrite.residual import residual
+from armour_surgery.rewrite.torch_attention import answers_of, taking_nested
 
 __all__ = [
     "AddGrouped",
@@ -12,6 +13,7 @@ __all__ = [
     "KeepRows",
     "Rewritten",
     "Variant",
+    "answers_of",
     "become",
     "edited_names",
     "make_class",
@@ -19,5 +21,6 @@ __all__ = [
     "render",
     "residual",
     "rewrite",
+    "taking_nested",
     "write_forward",
 ]

@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from armour_surgery.errors import SpecializationError
+from armour_surgery.rewrite.torch_attention import answers_of, taking_nested
 from armour_surgery.traced import Call, FunctionReference, Signature
 
 __all__ = ["ArmourAttention", "Variant", "make_class", "render", "write_forward"]
@@ -180,7 +181,7 @@ def _install(cls: type[ArmourAttention]) -> None:
     name = f"<armour {cls.__name__} {id(cls):x}.{len(cls.armour_variants)}>"
     source, forward = write_forward(cls.armour_variants, name, "self.armour_specialize({})", {})
     cls.armour_source = source
-    cls.forward = forward  # type: ignore[attr-defined]
+    cls.forward = taking_nested(forward, cls)  # type: ignore[attr-defined, arg-type]
 
 
 def write_forward(
@@ -232,6 +233,7 @@ def make_class(host: type[nn.Module], mode: str, variants: list[Variant], specia
         "armour_mode": mode,
         "armour_variants": _merge(variants),
         "armour_trace": staticmethod(specialize),
+        **answers_of(host),
     }
     cls: type[Any] = type(f"Armour{host.__name__}", (ArmourAttention, host), members)
     _install(cls)
