@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from armour_surgery.errors import SpecializationError
+from armour_surgery.rewrite.generated import Generated, generated_class
 from armour_surgery.rewrite.torch_attention import answers_of, taking_nested
 from armour_surgery.traced import Call, FunctionReference, Signature
 
@@ -41,9 +42,13 @@ class Variant:
     objects: tuple[tuple[str, Any], ...]
 
 
-class ArmourAttention:
+class ArmourAttention(Generated):
     """What every converted attention has besides its host's class: its source, and the branches seen so far."""
 
+    to_keep = (
+        "its class was made in this process. Write the model with armour_surgery.save and read it with "
+        "armour_surgery.load, in each process; for a model of your own, pass its state_dict() and convert there again"
+    )
     armour_mode: ClassVar[str]
     armour_variants: ClassVar[list[Variant]]
     armour_trace: ClassVar[Callable[[Any, Call], Variant]]
@@ -235,6 +240,6 @@ def make_class(host: type[nn.Module], mode: str, variants: list[Variant], specia
         "armour_trace": staticmethod(specialize),
         **answers_of(host),
     }
-    cls: type[Any] = type(f"Armour{host.__name__}", (ArmourAttention, host), members)
+    cls = generated_class(f"Armour{host.__name__}", ArmourAttention, host, members)
     _install(cls)
     return cls

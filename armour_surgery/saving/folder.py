@@ -206,8 +206,8 @@ def _rebuildable(model: nn.Module, surgery: SurgeryPlan, model_args: dict[str, A
             return replace(candidate, attributes=changed_attributes(built, model))
         problem = problem or difference
     raise FolderError(
-        f"{type(model).__name__} could not be rebuilt from its library: {problem}. Pass "
-        "model_args={...}: the arguments that the model was built with"
+        f"{type(model).__name__} could not be rebuilt from its library: {problem}. Pass model_args={{...}}: the "
+        "arguments that the model was built with; if it was changed after that, keep its state_dict()"
     )
 
 

@@ -4,6 +4,7 @@
 none of the others.
 """
 
+import warnings
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -201,6 +202,17 @@ def sensitivities(
 def _describe(model: nn.Module) -> Source | None:
     """How to build the model again; None where that is not known (then `save` explains what it needs)."""
     try:
-        return hosts.describe(model)
+        source, difference = hosts.compared(model)
     except ArmourError:
         return None
+    if difference is None:
+        return source
+    # Where a library makes another model, no folder could build this one: heads that were pruned, most of all. Whoever
+    # trains the converted model for days should not hear it from `save`.
+    warnings.warn(
+        f"what comes of this {type(model).__name__} cannot be saved, since {source.library} builds another one "
+        f"({source.architecture}): {difference}. If it was built with arguments that it does not show, pass them to "
+        "save as model_args; if it was changed afterwards (pruned heads), keep its state_dict()",
+        stacklevel=3,
+    )
+    return None
