@@ -142,6 +142,9 @@ def convert(
     """
     check_options(mode, init, calibration, rank, reconstruct, max_loss)
     refuse_converted(model)
+    problem: str | None = None
+    if source is None:
+        source, problem = _describe(model)
     order = Order(
         mode=mode,
         init=init,
@@ -150,7 +153,7 @@ def convert(
         images=Images(SYNTHETIC if calibration is None else calibration, calibration_images),
         steps=reconstruct,
         example=example_of(model, example_input),
-        source=source or _describe(model),
+        source=source,
         progress=progress,
     )
     sites = select_sites(find_sites(model, order.example), include, exclude)
@@ -158,6 +161,9 @@ def convert(
     prepared = prepare(model, sites, mode, order.fixed_rank)
     if not prepared.operations:
         raise nothing_fits(model, mode, prepared.refused)
+    if problem is not None:
+        # Now, and not by `save`, after days of training.
+        warnings.warn(problem, stacklevel=2)
     do = convert_within if order.weighs_sites and has_weights(model) else perform
     return do(model, prepared, order, inplace=inplace)
 
@@ -199,20 +205,19 @@ def sensitivities(
     return options
 
 
-def _describe(model: nn.Module) -> Source | None:
-    """How to build the model again; None where that is not known (then `save` explains what it needs)."""
+def _describe(model: nn.Module) -> tuple[Source | None, str | None]:
+    """How to build the model again, and why nobody can although its library is known.
+
+    Without either, `save` explains what it needs.
+    """
     try:
         source, difference = hosts.compared(model)
     except ArmourError:
-        return None
+        return None, None
     if difference is None:
-        return source
-    # Where a library makes another model, no folder could build this one: heads that were pruned, most of all. Whoever
-    # trains the converted model for days should not hear it from `save`.
-    warnings.warn(
+        return source, None
+    return None, (
         f"what comes of this {type(model).__name__} cannot be saved, since {source.library} builds another one "
         f"({source.architecture}): {difference}. If it was built with arguments that it does not show, pass them to "
-        "save as model_args; if it was changed afterwards (pruned heads), keep its state_dict()",
-        stacklevel=3,
+        "save as model_args; if it was changed afterwards (pruned heads), keep its state_dict()"
     )
-    return None

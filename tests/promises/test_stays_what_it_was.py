@@ -326,7 +326,8 @@ def test_what_a_user_put_on_the_modules_comes_along() -> None:
     attention.register_buffer("scratch", torch.ones(3), persistent=False)
     attention.register_parameter("extra", nn.Parameter(torch.ones(2)))
     attention.note = {"a": [1, 2]}
-    converted = convert(model, "qv", example_input=one.example())
+    with pytest.warns(UserWarning, match="cannot be saved, .* blocks.0.attn.extra is"):
+        converted = convert(model, "qv", example_input=one.example())
     got = converted.blocks[0].attn
     assert torch.equal(got.seen, attention.seen)
     assert torch.equal(got.scratch, attention.scratch)
