@@ -1,6 +1,7 @@
 """Copies of a model that have its structure and none of its numbers, and what numbers a model has."""
 
 import copy
+import functools
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
@@ -13,6 +14,8 @@ from torch.nn.parameter import is_lazy
 __all__ = ["alias", "copy_weights", "floating_weight", "full_copy", "has_weights", "meta_copy"]
 
 _CALL_HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name and "state_dict" not in name)
+# Where transformers' own hooks are written, with which its models collect hidden states in a forward pass.
+_COLLECTING = "transformers.utils.output_capturing"
 # What deepcopy hands over as it is: nothing behind these is copied, so nothing behind them needs replacing.
 _ATOMIC = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, str, bytes, int, float)
 
@@ -27,7 +30,8 @@ def meta_copy(module: nn.Module, *, buffers: bool = True) -> nn.Module:
 
     The original is not run and not changed, and shares no container with the copy: filling a cache of the
     copy (as LeViT does with its attention biases) leaves the original's alone. Forward and backward hooks
-    are not carried over, since a user's hook must not see a dry run.
+    are not carried over, since a user's hook must not see a dry run, but for those that the model put on itself
+    as part of how it computes: methods of what it holds, which act on the copy there, and transformers' own.
     """
     return _copy(module, lambda tensor: _stand_in(tensor, buffers), hooks=False)
 
@@ -42,7 +46,7 @@ def full_copy(module: nn.Module) -> nn.Module:
 
 
 def alias(module: nn.Module) -> nn.Module:
-    """A deep copy of everything but the tensors: it computes with the module's own weights, and has no hooks.
+    """A deep copy of everything but the tensors: it computes with the module's own weights, and has no user's hooks.
 
     Flags, methods and containers may be changed on it without the module noticing.
     """
@@ -56,6 +60,8 @@ def _copy(module: nn.Module, stand_in: Callable[[Tensor], Tensor | None], hooks:
     memo: dict[int, Any] = {}
     seen: set[int] = set()
     waiting: list[Any] = [module]
+    # The hooks that a module has, and the dictionary that its copy gets for them.
+    hooked: list[tuple[Mapping[int, Any], dict[int, Any]]] = []
     while waiting:
         item = waiting.pop()
         if id(item) in seen or isinstance(item, _ATOMIC):
@@ -75,9 +81,28 @@ def _copy(module: nn.Module, stand_in: Callable[[Tensor], Tensor | None], hooks:
             if isinstance(item, nn.Module) and not hooks:
                 # In place of each dictionary of hooks, deepcopy takes an empty one; the hooks are not walked through.
                 for name in _CALL_HOOKS:
-                    memo[id(attributes.pop(name))] = OrderedDict()
+                    given = attributes.pop(name)
+                    memo[id(given)] = OrderedDict()
+                    hooked.append((given, memo[id(given)]))
             waiting.extend(attributes.values())
-    return copy.deepcopy(module, memo)
+    copied = copy.deepcopy(module, memo)
+    kept: set[int] = set()
+    for given, _ in hooked:
+        kept.update(number for number, hook in given.items() if _is_the_models_own(hook, seen))
+    for given, empty in hooked:
+        # Besides hooks by number there are marks by the same number (`with_kwargs`). The memo knows the hooks' owners.
+        empty.update({number: copy.deepcopy(hook, memo) for number, hook in given.items() if number in kept})
+    return copied
+
+
+def _is_the_models_own(hook: Any, reached: set[int]) -> bool:
+    """Whether a model put a hook on itself; `reached` are the ids of all that it holds."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    if isinstance(hook, types.FunctionType):
+        return hook.__module__ == _COLLECTING
+    owner = hook.__self__ if isinstance(hook, types.MethodType) else hook
+    return id(owner) in reached
 
 
 def _stand_in(tensor: Tensor, buffers: bool) -> Tensor:

@@ -25,7 +25,8 @@ FLOORS = (
     ("surgery", "demo"),
     ("images", "initialize", "rewrite", "discover"),
     ("hosts", "measure", "report", "modes", "traced"),
-    ("errors", "notes", "records", "copies", "shapes", "patching", "altered"),
+    ("errors", "notes", "records", "calls", "copies", "shapes", "altered"),
+    ("patching",),
 )
 LEVELS = {room: level for level, floor in enumerate(FLOORS) for room in floor}
 

@@ -1,14 +1,18 @@
 """Copies on the meta device keep a model's structure, and share nothing with it."""
 
 import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from small_models import Tied, attention_caches, tiny_levit
+from tiny_hosts import CASES
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from armour_surgery.copies import meta_copy
+from armour_surgery.copies import alias, meta_copy
 
 
 def test_meta_copy_keeps_structure_and_no_numbers_unless_those_of_buffers() -> None:
@@ -70,3 +74,61 @@ def test_meta_copy_takes_parametrized_and_marked_parameters() -> None:
     twin = meta_copy(model)
     assert twin.bias.mark == "kept"
     assert twin(torch.zeros(1, 3, device="meta")).is_meta
+
+
+class Collecting(nn.Module):
+    """Collects what its layers return with hooks that it puts on them, and computes with what it collected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 5)
+        self.collected: dict[str, torch.Tensor] = {}
+        self.calls = Counter()
+        self.first.register_forward_hook(partial(self.collect, "first"))
+        self.second.register_forward_pre_hook(self.halve, with_kwargs=True)
+        self.second.register_forward_hook(self.calls)
+
+    def collect(self, name: str, layer: nn.Module, args: Any, output: torch.Tensor) -> None:
+        self.collected[name] = output
+
+    def halve(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return tuple(argument / 2 for argument in args), kwargs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.collected = {}
+        return self.second(self.first(x)) + self.collected["first"].sum(-1, keepdim=True)
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, *_: Any) -> None:
+        self.count += 1
+
+
+@pytest.mark.parametrize("copied", [meta_copy, alias])
+def test_hooks_that_a_model_put_on_itself_act_on_the_copy(copied: Callable[[nn.Module], nn.Module]) -> None:
+    model, users = Collecting(), Counter()
+    model.first.register_forward_hook(users)
+    model.first.register_forward_hook(partial(users.__call__, "more"), always_call=True)
+    model(torch.zeros(2, 3))
+    before = model.collected["first"]
+    assert (users.count, model.calls.count) == (2, 1)
+    twin = copied(copied(model))
+    assert twin(torch.zeros(7, 3, device=twin.first.weight.device)).shape == (7, 5)
+    assert twin.collected["first"].shape == (7, 4)
+    assert (users.count, model.calls.count, twin.calls.count) == (2, 1, 2)
+    assert model.collected["first"] is before
+
+
+def test_a_copy_of_transformers_collects_hidden_states_too() -> None:
+    model, users = CASES["hf-vit"].build(), Counter()
+    inputs = CASES["hf-vit"].batches()[0]
+    model.vit.layers[1].register_forward_hook(users)
+    wanted = model(**inputs, output_hidden_states=True).hidden_states
+    twin = meta_copy(model)
+    weightless = {name: value.to("meta") for name, value in inputs.items()}
+    got = twin(**weightless, output_hidden_states=True).hidden_states
+    assert [state.shape for state in got] == [state.shape for state in wanted]
+    assert users.count == 1

@@ -19,9 +19,11 @@ from armour_surgery.benchmarking.memory import held_bytes, peak_growth
 from armour_surgery.benchmarking.operators import Profile, profile_call
 from armour_surgery.benchmarking.results import BatchSpeed, Benchmark, ModelCost, Settings
 from armour_surgery.benchmarking.speed import compare, keep_memory, many_compiled
+from armour_surgery.calls import given_in_order
 from armour_surgery.copies import full_copy
 from armour_surgery.deployment.pipeline import deploy
 from armour_surgery.errors import BenchmarkError, NothingToDeployError, UsageError
+from armour_surgery.hosts.wrappers import refuse_wrapped
 from armour_surgery.measure.cost import count_macs, count_params
 from armour_surgery.records import Progress
 from armour_surgery.surgery.targets import Example, example_of
@@ -49,9 +51,11 @@ class _Subject:
         """The model as a function of images; a model that takes images of another size has its own."""
         inputs = {name: _random(value, batch_size, self.device) for name, value in self.example.items()}
         argument, own = next(iter(inputs.items()))
+        in_order = given_in_order(self.module, inputs)
 
         def call(images: Tensor) -> Any:
-            return self.run(**{**inputs, argument: images if images.shape == own.shape else own})
+            by_name = {**inputs, argument: images if images.shape == own.shape else own}
+            return self.run(*[by_name.pop(name) for name in in_order], **by_name)
 
         return call
 
@@ -100,7 +104,7 @@ def benchmark(
         progress: called with what is being done, and with how much of how much is done, never while a model is timed.
 
     Raises:
-        UsageError: there is no model, or a number, dtype or device is none that there is.
+        UsageError: there is no model, a wrapper is around one, or a number, dtype or device is none that there is.
         ExampleInputError: nobody knows what to feed a model.
         BenchmarkError: a model does not compile or run with this dtype, device and batch size; the message names it.
     """
@@ -143,6 +147,8 @@ def _check(
     """Refuse what is never right; the device."""
     if not models:
         raise UsageError("nothing to time: no model was given")
+    for model in models.values():
+        refuse_wrapped(model)
     for size in batch_sizes:
         if size < 1:
             raise UsageError(f"a batch size must be 1 or more, not {size}")

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from armour_surgery.calls import run
 from armour_surgery.deployment.dataflow import FunctionCall, follow_model
 from armour_surgery.deployment.findings import Findings
 from armour_surgery.rewrite.edits import tensor_named
@@ -44,7 +45,7 @@ def channels_last(model: nn.Module, example: dict[str, Tensor], findings: Findin
     for name, value in example.items():
         zeros[name] = torch.zeros_like(value, device=device, dtype=dtype if value.is_floating_point() else value.dtype)
     try:
-        model(**zeros)
+        run(model, zeros)
     except RuntimeError as error:
         for owner, weight in weights.items():
             weight.data = old[owner]

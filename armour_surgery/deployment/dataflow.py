@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from armour_surgery.altered import has_hooks
+from armour_surgery.calls import run, without_fast_paths
 from armour_surgery.copies import meta_copy
 from armour_surgery.discover import could_not_run
 from armour_surgery.shapes import RememberedShapes
@@ -235,8 +236,8 @@ def follow_model(model: nn.Module, example: dict[str, Tensor]) -> Dataflow:
         module.register_forward_pre_hook(enter, with_kwargs=True)
         module.register_forward_hook(leave, always_call=True)
     try:
-        with torch.no_grad(), _Notes(flow, stack), RememberedShapes():
-            result = copied(**{name: value.to("meta") for name, value in example.items()})
+        with torch.no_grad(), without_fast_paths(), _Notes(flow, stack), RememberedShapes():
+            result = run(copied, {name: value.to("meta") for name, value in example.items()})
     except Exception as error:
         raise could_not_run(model, example, error) from error
     flow.results = tensors_in(result)

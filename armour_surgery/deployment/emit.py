@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from armour_surgery.errors import SpecializationError
-from armour_surgery.rewrite import Variant, write_forward
+from armour_surgery.rewrite import Generated, Variant, answers_of, generated_class, taking_nested, write_forward
 
 __all__ = ["DeployedAttention", "make_deployed_class"]
 
@@ -14,9 +14,12 @@ _HOST = "_host_class"
 _REFUSE = "_refuse"
 
 
-class DeployedAttention:
+class DeployedAttention(Generated):
     """What every deployed attention has besides its host's class: the source of its forward."""
 
+    to_keep = (
+        "its class was made in this process. Keep the model that deploy() was given, and deploy it in each process"
+    )
     deployed_source: ClassVar[str]
 
     @property
@@ -50,6 +53,9 @@ def make_deployed_class(host: type[nn.Module], variant: Variant, *, bound: bool)
         "__module__": host.__module__,
         "__doc__": f"{host.__name__} for inference. Only forward differs; `print(module.code)` shows it.",
     }
-    cls: type[Any] = type(name, (DeployedAttention, host), members)
-    cls.deployed_source, cls.forward = write_forward([branch], f"<deployed {name} {id(cls):x}>", otherwise, scope)
+    if bound:
+        members |= answers_of(host)
+    cls = generated_class(name, DeployedAttention, host, members)
+    cls.deployed_source, forward = write_forward([branch], f"<deployed {name} {id(cls):x}>", otherwise, scope)
+    cls.forward = taking_nested(forward, host)
     return cls

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from armour_surgery.calls import run
 from armour_surgery.copies import floating_weight, full_copy, has_weights
 from armour_surgery.deployment.attention import AttentionPass, deploy_attention
 from armour_surgery.deployment.channels_last_pass import channels_last
@@ -77,7 +78,7 @@ def deploy(
         inplace: change the model itself, and need no memory for another one.
 
     Raises:
-        UsageError: a pass of that name does not exist.
+        UsageError: a pass of that name does not exist, or a wrapper is around the model.
         AlreadyDeployedError: the model is deployed already.
         NothingToDeployError: no pass found anything to do; the message says what they left alone and why.
         ExampleInputError: the model's input is not known, or it did not run on it.
@@ -159,7 +160,7 @@ def _run(model: nn.Module, noise: dict[str, Tensor] | None) -> list[Tensor]:
     if noise is None:
         return []
     # Clones: a host may return a buffer, and with `inplace` the passes change the very model that this came from.
-    return [tensor.detach().clone() for tensor in tensors_in(model(**noise))]
+    return [tensor.detach().clone() for tensor in tensors_in(run(model, noise))]
 
 
 def _compare(name: str, expected: list[Tensor], got: list[Tensor]) -> float | None:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from armour_surgery.altered import names_below, run_weightless, why_altered
+from armour_surgery.calls import run, without_fast_paths
 from armour_surgery.copies import meta_copy
 from armour_surgery.errors import ArmourError, DiscoveryError, ExampleInputError
 from armour_surgery.shapes import RememberedShapes
@@ -139,6 +140,6 @@ def _record(copied: nn.Module, example: dict[str, Any]) -> Recording:
                         recording.innermost.append(fqn)
                     return
 
-        with torch.no_grad(), _Watch(seen), RememberedShapes():
-            copied(**{name: value.to("meta") for name, value in example.items()})
+        with torch.no_grad(), without_fast_paths(), _Watch(seen), RememberedShapes():
+            run(copied, {name: value.to("meta") for name, value in example.items()})
     return recording

@@ -35,6 +35,9 @@ from armour_surgery.patching import one_at_a_time, patched
 from armour_surgery.shapes import RememberedShapes
 from armour_surgery.traced import Call, FunctionReference, Trace
 
+# A flag that tells torch's layers how the weights lie, which is what surgery changes; a forward needs none of it then.
+_LAYOUT_FLAG = "_qkv_same_embed_dim"
+
 __all__ = ["SELF", "guard", "trace", "value_of"]
 
 SELF = "_self"  # the placeholder that stands for the module itself; emitted code calls it `self`
@@ -265,7 +268,7 @@ def _spy(module: nn.Module, path: str, tracer: _ValueTracer, forward: Any = None
         value = host.__getattribute__(self, name)
         # Flags and factors (`training`, `scale`, dropout's `p`) may be set to something else later on; whole numbers
         # state the structure, which is what was traced.
-        if type(value) in (bool, float) and name in object.__getattribute__(self, "__dict__"):
+        if name != _LAYOUT_FLAG and type(value) in (bool, float) and name in object.__getattribute__(self, "__dict__"):
             return tracer.plain_attribute(self, name, value)
         return value
 
@@ -282,19 +285,29 @@ def _spy(module: nn.Module, path: str, tracer: _ValueTracer, forward: Any = None
 def _followed_functions() -> Iterator[None]:
     """While open, functions that fx keeps as one call are followed like a host's own code: attention may be inside.
 
-    These are `F.multi_head_attention_forward`, and whatever a host registered with `torch.fx.wrap`.
+    These are `F.multi_head_attention_forward`, and whatever a host registered with `torch.fx.wrap`. Two functions that
+    ask what something is, and put nothing into the graph, get values in place of proxies.
     """
     # `F.multi_head_attention_forward` asks first whether an argument stands in for a tensor, and hands the whole call
     # over to it if so; told that none does, it goes on to its own code. `torch.fx.wrap` has a list of its own.
     functional: Any = F
     original = functional.has_torch_function
+    dtype_of = functional._none_or_dtype
+    check: Any = torch._check_with  # behind torch._check and its like, in which hosts state what they expect
     wrapped = _symbolic_trace._wrapped_fns_to_patch
+
+    def check_value(error_type: Any, condition: Any, message: Any) -> None:
+        check(error_type, value_of(condition), message)
 
     def has_torch_function(arguments: Iterable[Any]) -> bool:
         caller = sys._getframe(2).f_code.co_name  # past what keeps a patch to its thread
         return caller != "multi_head_attention_forward" and bool(original(arguments))
 
-    with patched(functional, "has_torch_function", has_torch_function):
+    with (
+        patched(functional, "has_torch_function", has_torch_function),
+        patched(functional, "_none_or_dtype", lambda mask: dtype_of(value_of(mask))),
+        patched(torch, "_check_with", check_value),
+    ):
         _symbolic_trace._wrapped_fns_to_patch = {}
         try:
             yield

@@ -4,13 +4,15 @@ All that is known about a library is here, and nothing about attention. A librar
 asked for, and not before.
 """
 
-from armour_surgery.hosts.building import build, describe, mark_converted, outline
+from armour_surgery.hosts.building import build, compared, describe, mark_converted, outline
 from armour_surgery.hosts.libraries import library_of
 from armour_surgery.hosts.naming import load_model, suggest
 from armour_surgery.hosts.running import example_input, features
+from armour_surgery.hosts.wrappers import refuse_wrapped
 
 __all__ = [
     "build",
+    "compared",
     "describe",
     "example_input",
     "features",
@@ -18,5 +20,6 @@ __all__ = [
     "load_model",
     "mark_converted",
     "outline",
+    "refuse_wrapped",
     "suggest",
 ]

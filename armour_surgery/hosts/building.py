@@ -22,7 +22,7 @@ from armour_surgery.hosts.skeleton import (
 )
 from armour_surgery.records import Source
 
-__all__ = ["build", "describe", "mark_converted", "outline"]
+__all__ = ["build", "compared", "describe", "mark_converted", "outline"]
 
 
 def describe(model: nn.Module, arguments: Mapping[str, Any] | None = None) -> Source:
@@ -36,6 +36,22 @@ def describe(model: nn.Module, arguments: Mapping[str, Any] | None = None) -> So
     Raises:
         UsageError: `arguments` holds what JSON cannot.
         FolderError: the library is unknown, or what it builds differs; the message says where it differs first.
+    """
+    source, difference = compared(model, arguments)
+    if difference:
+        raise FolderError(
+            f"{source.library} builds another {type(model).__qualname__} from {source.architecture} "
+            f"{_short(source.arguments)}: {difference}. Pass model_args={{...}}: the arguments that the model was "
+            "built with"
+        )
+    return source
+
+
+def compared(model: nn.Module, arguments: Mapping[str, Any] | None = None) -> tuple[Source, str | None]:
+    """How its library would build this unconverted model, and where what it builds differs first; None where nowhere.
+
+    Raises:
+        UsageError, FolderError: see `describe`.
     """
     kind = type(model).__qualname__
     try:
@@ -58,11 +74,8 @@ def describe(model: nn.Module, arguments: Mapping[str, Any] | None = None) -> So
         ) from error
     difference = first_difference(built, model)
     if difference:
-        raise FolderError(
-            f"{library} builds another {kind} from {source.architecture} {_short(source.arguments)}: {difference}. "
-            "Pass model_args={...}: the arguments that the model was built with"
-        )
-    return replace(source, attributes=changed_attributes(built, model))
+        return source, difference
+    return replace(source, attributes=changed_attributes(built, model)), None
 
 
 def outline(model: nn.Module, arguments: Mapping[str, Any]) -> Source:

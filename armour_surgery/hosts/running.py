@@ -7,6 +7,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
+from armour_surgery.calls import run
 from armour_surgery.copies import floating_weight
 from armour_surgery.errors import ExampleInputError, UsageError
 from armour_surgery.hosts.libraries import adapter, library_of
@@ -73,5 +74,5 @@ def features(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> tuple[torc
         scores: Any = getattr(output, "logits", None)
         if hidden is not None or scores is not None:
             return (scores if hidden is None else hidden), scores
-    first = next(leaf for leaf in pytree.tree_leaves(model(**inputs)) if isinstance(leaf, torch.Tensor))
+    first = next(leaf for leaf in pytree.tree_leaves(run(model, inputs)) if isinstance(leaf, torch.Tensor))
     return first, first if first.ndim == 2 else None

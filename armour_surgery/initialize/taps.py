@@ -1,5 +1,6 @@
 """Watch what goes into and comes out of single weights while a model runs, whatever module or function uses them."""
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,13 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ["Stop", "Tap", "Taps", "tokens"]
 
+# torch hands a call of this one over as a whole, and what it calls in turn is then not watched any more. This is the
+# same function, told that there is nobody to hand it to.
+_attention_in_steps = types.FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**vars(F), "has_torch_function": lambda arguments: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
 _PRODUCTS = {F.linear, torch.conv1d, torch.conv2d, F.conv1d, F.conv2d}
 
 
@@ -29,6 +37,9 @@ class Taps(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:
+                return _attention_in_steps(*args, **kwargs)
         if func in _PRODUCTS:
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
             tap = self._taps.get(id(weight))

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from armour_surgery.altered import run_weightless
+from armour_surgery.calls import run, without_fast_paths
 from armour_surgery.copies import meta_copy
 from armour_surgery.errors import ExampleInputError
 from armour_surgery.shapes import RememberedShapes
@@ -54,7 +56,7 @@ def count_folded_params(module: nn.Module) -> int:
 
 
 def count_macs(model: nn.Module, example: Mapping[str, Tensor]) -> CostReport:
-    """Count the multiply-accumulates of `model(**example)` in eval mode, for one image.
+    """Count the multiply-accumulates of a model on an example in eval mode, for one image.
 
     `example` maps argument names to tensors whose first axis is the batch (that of the first tensor is
     taken). It may be on any device, meta included. The count is made on a copy on the meta device: neither
@@ -86,11 +88,24 @@ def _per_image(flops: int, batch_size: int) -> int:
     return flops // (_FLOPS_PER_MAC * batch_size)
 
 
+class _ForwardTracker(ModuleTracker):
+    """Tells in which modules a forward is, and prepares for no backward."""
+
+    # To follow a backward, torch's tracker hooks the gradients of all that goes into a module, and fails on a view that
+    # was made without gradients of a parameter that has some (`cls_token.expand(B, -1, -1)`).
+    def _fw_pre_hook(self, mod: nn.Module, input: Any) -> None:
+        super()._fw_pre_hook(mod, ())
+
+    def _fw_post_hook(self, mod: nn.Module, input: Any, output: Any) -> None:
+        super()._fw_post_hook(mod, (), ())
+
+
 def _run(model: nn.Module, example: Mapping[str, Tensor]) -> dict[str, int]:
     counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _ForwardTracker()
     # The fused CPU kernel has no FLOP formula before torch 2.15; the plain products always have one.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), RememberedShapes(), counter:
-        model(**example)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), without_fast_paths(), RememberedShapes(), counter:
+        run(model, example)
     return {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
 
 

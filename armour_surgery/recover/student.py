@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from armour_surgery import hosts
+from armour_surgery.calls import run
 from armour_surgery.errors import TeacherError, UsageError
 
 __all__ = ["Outputs", "Runner", "block_of", "evaluating", "freeze_norms", "prepare", "train_only"]
@@ -48,7 +49,7 @@ class Runner(nn.Module):
         elif want_features:
             features, raw = hosts.features(self.model, inputs)
         else:
-            features, raw = None, self.model(**inputs)
+            features, raw = None, run(self.model, inputs)
         logits, token = _heads(raw, both) if getattr(self.model, "num_classes", None) != 0 else (None, None)
         return Outputs(logits, token, features)
 

@@ -5,6 +5,7 @@ so far (training or not, with a mask or without), each traced and rewritten for 
 is traced when it first happens. `print(module.code)` shows it.
 """
 
+import inspect
 import linecache
 import re
 import sys
@@ -17,6 +18,8 @@ from torch import fx, nn
 
 from armour_surgery.errors import SpecializationError
 from armour_surgery.patching import one_at_a_time
+from armour_surgery.rewrite.generated import Generated, generated_class
+from armour_surgery.rewrite.torch_attention import answers_of, taking_nested
 from armour_surgery.traced import Call, FunctionReference, Signature
 
 __all__ = ["ArmourAttention", "Variant", "make_class", "render", "write_forward"]
@@ -42,9 +45,13 @@ class Variant:
     objects: tuple[tuple[str, Any], ...]
 
 
-class ArmourAttention:
+class ArmourAttention(Generated):
     """What every converted attention has besides its host's class: its source, and the branches seen so far."""
 
+    to_keep = (
+        "its class was made in this process. Write the model with armour_surgery.save and read it with "
+        "armour_surgery.load, in each process; for a model of your own, pass its state_dict() and convert there again"
+    )
     armour_mode: ClassVar[str]
     armour_variants: ClassVar[list[Variant]]
     armour_trace: ClassVar[Callable[[Any, Call], Variant]]
@@ -70,7 +77,7 @@ class ArmourAttention:
         found_none = sys._getframe(1).f_code
         with one_at_a_time():
             # Another thread may have added the branch meanwhile: then the forward that found none is an older one.
-            if found_none is cls.forward.__code__:  # type: ignore[attr-defined]
+            if found_none is inspect.unwrap(cls.forward).__code__:  # type: ignore[attr-defined]
                 cls._add_branch(cls.armour_trace(self, Call(args, kwargs)))
         return cls.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
 
@@ -189,7 +196,7 @@ def _install(cls: type[ArmourAttention]) -> None:
     name = f"<armour {cls.__name__} {id(cls):x}.{len(cls.armour_variants)}>"
     source, forward = write_forward(cls.armour_variants, name, "self.armour_specialize({})", {})
     cls.armour_source = source
-    cls.forward = forward  # type: ignore[attr-defined]
+    cls.forward = taking_nested(forward, cls)  # type: ignore[attr-defined, arg-type]
 
 
 def write_forward(
@@ -241,7 +248,8 @@ def make_class(host: type[nn.Module], mode: str, variants: list[Variant], specia
         "armour_mode": mode,
         "armour_variants": _merge(variants),
         "armour_trace": staticmethod(specialize),
+        **answers_of(host),
     }
-    cls: type[Any] = type(f"Armour{host.__name__}", (ArmourAttention, host), members)
+    cls = generated_class(f"Armour{host.__name__}", ArmourAttention, host, members)
     _install(cls)
     return cls

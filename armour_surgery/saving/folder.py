@@ -101,11 +101,12 @@ def save(model: nn.Module, path: str | Path, *, model_args: Mapping[str, Any] | 
             entries of transformers).
 
     Raises:
-        UsageError: the model is not converted.
+        UsageError: the model is not converted, or a wrapper is around it.
         AlreadyDeployedError: it is deployed; save it first, and deploy it after loading.
         FolderError: it cannot be rebuilt from its library (the message says what differs), or could not be written.
         NotOursError: `path` exists and is not ours.
     """
+    hosts.refuse_wrapped(model)
     refuse_deployed(model)
     surgery = surgery_of(model)
     target = Path(path)
@@ -212,8 +213,8 @@ def _rebuildable(model: nn.Module, surgery: SurgeryPlan, model_args: dict[str, A
             return replace(candidate, attributes=changed_attributes(built, model))
         problem = problem or difference
     raise FolderError(
-        f"{type(model).__name__} could not be rebuilt from its library: {problem}. Pass "
-        "model_args={...}: the arguments that the model was built with"
+        f"{type(model).__name__} could not be rebuilt from its library: {problem}. Pass model_args={{...}}: the "
+        "arguments that the model was built with; if it was changed after that, keep its state_dict()"
     )
 
 

@@ -6,6 +6,7 @@ from torch import nn
 from armour_surgery.copies import floating_weight
 from armour_surgery.discover import find_sites
 from armour_surgery.errors import SchemaError
+from armour_surgery.measure.cost import count_params
 from armour_surgery.modes import MODES, choose_rank
 from armour_surgery.records import RefusedSite, SurgeryPlan
 from armour_surgery.surgery.operation import SharedRewrites, operate
@@ -34,6 +35,12 @@ def replay(host: nn.Module, surgery: SurgeryPlan) -> nn.Module:
                 f"the plan converts {record.fqn!r} to {record.mode!r}, but in {type(host).__name__} {reason}"
             )
         operation = rewrites.operation(site, record.mode, choose_rank(site.site, record.mode, record.rank))
+        params = count_params(host.get_submodule(record.fqn))
+        if operation.layout != record.layout and params != record.params_before:
+            raise SchemaError(
+                f"{record.fqn} had {record.params_before:,} parameters before its conversion, and has {params:,} in a "
+                f"new {type(host).__name__} (were heads pruned?)"
+            )
         if operation.layout != record.layout:
             raise SchemaError(
                 f"the plan keeps the channels of {record.fqn!r} in an order that this version of armour-surgery does "

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from armour_surgery import hosts
+from armour_surgery.calls import run
 from armour_surgery.errors import CalibrationError
 from armour_surgery.hosts.preprocessing import preprocessing
 from armour_surgery.images.for_calibration import calibration_batches
@@ -47,7 +48,7 @@ class CalibrationData:
 
     def call(self, model: nn.Module, batch: Tensor) -> Any:
         """Run a model."""
-        return model(**{self.name: batch})
+        return run(model, {self.name: batch})
 
     def features(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor | None]:
         """A model's final features and its logits."""

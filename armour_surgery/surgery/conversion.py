@@ -4,6 +4,7 @@
 none of the others.
 """
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from armour_surgery.copies import has_weights, meta_copy
 from armour_surgery.discover import find_sites
 from armour_surgery.errors import ArmourError, NothingToConvertError
 from armour_surgery.modes import AUTO, MODES
+from armour_surgery.notes import ArmourWarning
 from armour_surgery.records import AttentionSite, Progress, Sensitivity, Source, SurgeryPlan
 from armour_surgery.surgery.finite import refuse_not_finite
 from armour_surgery.surgery.operation import Prepared, prepare
@@ -38,6 +40,7 @@ def inspect(model: nn.Module, *, example_input: Example | None = None) -> list[A
     The model is neither run nor changed.
 
     Raises:
+        UsageError: a wrapper is around the model (DataParallel, torch.compile); pass the model itself.
         ExampleInputError: nobody knows what to feed the model; pass `example_input`.
         DiscoveryError: it cannot run without its weights, because something was done to its modules.
         NoAttentionError: nothing in it is attention.
@@ -85,7 +88,7 @@ def plan(
         init=init,
         rank=rank,
         example=example_of(model, example_input),
-        source=source or _describe(model),
+        source=source or _describe(model)[0],
     )
     prepared = _prepare(model, order, include, exclude)
     return surgery_of(perform(meta_copy(model), prepared, order, inplace=True))
@@ -142,8 +145,8 @@ def convert(
         progress: called with what is being done, how much of it is done, and how much there is.
 
     Raises:
-        UsageError: unknown mode or init, `calibration`, `reconstruct`, `max_loss` or rank "auto" for an init that uses
-            no images, or a rank that a site does not have.
+        UsageError: a wrapper is around the model, unknown mode or init, `calibration`, `reconstruct`, `max_loss` or
+            rank "auto" for an init that uses no images, or a rank that a site does not have.
         CalibrationError: the images are missing, of another kind than the model takes, or too few.
         AlreadyConvertedError: the model went through surgery before.
         NoAttentionError, NothingToConvertError, PatternError: nothing to do; the message says why.
@@ -153,6 +156,9 @@ def convert(
     """
     check_options(mode, init, calibration, rank, reconstruct, max_loss)
     refuse_converted(model)
+    problem: str | None = None
+    if source is None:
+        source, problem = _describe(model)
     order = Order(
         mode=mode,
         init=init,
@@ -161,10 +167,13 @@ def convert(
         images=Images(SYNTHETIC if calibration is None else calibration, calibration_images),
         steps=reconstruct,
         example=example_of(model, example_input),
-        source=source or _describe(model),
+        source=source,
         progress=progress,
     )
     prepared = _prepare(model, order, include, exclude)
+    if problem is not None:
+        # Now, and not by `save`, after days of training.
+        warnings.warn(problem, ArmourWarning, stacklevel=2)
     do = convert_within if order.weighs_sites and has_weights(model) else perform
     return do(model, prepared, order, inplace=inplace)
 
@@ -222,9 +231,19 @@ def sensitivities(
     return options
 
 
-def _describe(model: nn.Module) -> Source | None:
-    """How to build the model again; None where that is not known (then `save` explains what it needs)."""
+def _describe(model: nn.Module) -> tuple[Source | None, str | None]:
+    """How to build the model again, and why nobody can although its library is known.
+
+    Without either, `save` explains what it needs.
+    """
     try:
-        return hosts.describe(model)
+        source, difference = hosts.compared(model)
     except ArmourError:
-        return None
+        return None, None
+    if difference is None:
+        return source, None
+    return None, (
+        f"what comes of this {type(model).__name__} cannot be saved, since {source.library} builds another one "
+        f"({source.architecture}): {difference}. If it was built with arguments that it does not show, pass them to "
+        "save as model_args; if it was changed afterwards (pruned heads), keep its state_dict()"
+    )

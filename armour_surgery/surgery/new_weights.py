@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from armour_surgery.calls import run
 from armour_surgery.copies import alias, copy_weights, full_copy
 from armour_surgery.initialize import Problem, SiteResult, calibrate, from_weights, reconstruct
 from armour_surgery.initialize.batches import Batches
@@ -49,7 +50,7 @@ def choose_weights(
         problems = problems_of(before, operations)
         if order.init != "calibrated":
             inputs = _as_precise(order.example, before)
-            return from_weights(before, after, problems, order.init, lambda model: model(**inputs)), None
+            return from_weights(before, after, problems, order.init, lambda model: run(model, inputs)), None
         data = CalibrationData(before, order.example, order.images, order.progress)
         done = data.counter("calibrating", len(problems))
         results, batches = calibrate(before, after, problems, data.batches(), data.call, done)

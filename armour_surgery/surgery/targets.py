@@ -3,12 +3,12 @@
 import fnmatch
 import math
 from collections.abc import Iterable, Mapping
-from inspect import signature
 
 import torch
 from torch import nn
 
 from armour_surgery import hosts
+from armour_surgery.calls import first_name
 from armour_surgery.errors import AlreadyConvertedError, AlreadyDeployedError, ExampleInputError, PatternError
 from armour_surgery.rewrite import ArmourAttention
 from armour_surgery.surgery.order import Rank
@@ -51,13 +51,25 @@ def refuse_deployed(model: nn.Module) -> None:
 
 
 def example_of(model: nn.Module, given: Example | None) -> dict[str, torch.Tensor]:
-    """Keyword arguments on the meta device."""
+    """Inputs by name, on the meta device.
+
+    Raises:
+        UsageError: a wrapper is around the model.
+        ExampleInputError: what was given is no example, or nothing was and the model's input is not known.
+    """
+    hosts.refuse_wrapped(model)
     if given is None:
         return hosts.example_input(model)
     if isinstance(given, tuple):
         given = _of_shape(given)
     if isinstance(given, torch.Tensor):
-        given = {list(signature(type(model).forward).parameters)[1]: given}
+        name = first_name(model)
+        if name is None:
+            raise ExampleInputError(
+                f"the forward of {type(model).__name__} has no name for its first input; pass example_input as a "
+                "dictionary from argument names to tensors"
+            )
+        given = {name: given}
     tensors = isinstance(given, dict) and all(isinstance(value, torch.Tensor) for value in given.values())
     if not tensors or all(value.ndim == 0 for value in given.values()):
         raise ExampleInputError(

@@ -76,6 +76,7 @@ def test_a_forward_that_was_put_on_a_block_is_there_afterwards() -> None:
     assert "forward" in vars(converted.blocks[0])
 
 
+@pytest.mark.filterwarnings("ignore:what comes of this:armour_surgery.notes.ArmourWarning")
 def test_without_an_output_projection_logits_and_values_tell_the_residual() -> None:
     model = vit(depth=1)
     model.blocks[0].attn.proj = nn.Identity()
@@ -84,6 +85,7 @@ def test_without_an_output_projection_logits_and_values_tell_the_residual() -> N
     assert 0 < residual < 1
 
 
+@pytest.mark.filterwarnings("ignore:what comes of this:armour_surgery.notes.ArmourWarning")
 def test_a_last_layer_whose_weight_is_computed_stays_as_it_is() -> None:
     model = vit(depth=3)
     parametrizations.weight_norm(model.blocks[0].mlp.fc2)

@@ -75,6 +75,27 @@ def test_a_model_that_needs_values_is_counted_on_the_cpu() -> None:
     assert torch.equal(model.linear.weight, weight)
 
 
+class Token(nn.Module):
+    """A learned token goes into a module by itself, as in CaiT; or what was made of it at the first call."""
+
+    def __init__(self, cached: bool) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.ones(1, 3, 4))
+        self.linear = nn.Linear(4, 6)
+        self.cache: dict[str, Tensor] = {"token": self.token * 2} if cached else {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.cache.get("token", self.token).expand(len(x), -1, -1))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_learned_tensor_may_go_into_a_module(cached: bool, trainable: bool) -> None:
+    model = Token(cached).requires_grad_(trainable)
+    assert count_macs(model, {"x": torch.zeros(2, 5)}).by_module == {"": 72, "linear": 72}
+    assert model.token.requires_grad is trainable
+
+
 def test_an_example_that_does_not_fit_is_told() -> None:
     with pytest.raises(ExampleInputError, match=r"Linear could not run on inputs of shape .*\(1, 3\)"):
         count_macs(nn.Linear(4, 4), {"input": torch.zeros(1, 3)})

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import timm
@@ -11,8 +12,8 @@ from own_attentions import SHAPE, Hidden, PerHead
 from small_models import Own, refused, surgery_of, vit
 from torch import nn
 
-from armour_surgery import ArmourError, convert, inspect, plan
-from armour_surgery.errors import NoAttentionError, NothingToConvertError
+from armour_surgery import ArmourError, convert, inspect, plan, save
+from armour_surgery.errors import FolderError, NoAttentionError, NothingToConvertError
 
 # What it does
 
@@ -166,3 +167,18 @@ def test_a_plan_tells_what_convert_does() -> None:
     assert (planned.params_before, planned.params_after) == (done.params_before, done.params_after)
     assert (planned.macs_before, planned.macs_after) == (done.macs_before, done.macs_after)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_that_a_model_with_pruned_heads_cannot_be_saved_is_said_at_once(tmp_path: Path) -> None:
+    model = vit()
+    attention = model.blocks[1].attn
+    # As structured pruning leaves it: two heads of four, so that heads times their size is not the width.
+    attention.qkv, attention.proj = nn.Linear(48, 3 * 24), nn.Linear(24, 48)
+    attention.num_heads, attention.attn_dim = 2, 24
+    with pytest.warns(UserWarning, match=r"cannot be saved, since timm .* blocks.1.attn.qkv.weight is \(72, 48\)"):
+        converted = convert(model, "qv")
+    assert len(surgery_of(converted).sites) == 3
+    assert converted(torch.zeros(2, 3, 32, 32)).shape == (2, 5)
+    message = refused(FolderError, lambda: save(converted, tmp_path / "out"))
+    assert "blocks.1.attn had 4,728 parameters before its conversion, and has 9,408" in message
+    assert "state_dict()" in message
