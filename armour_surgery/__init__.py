@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from armour_surgery.deployment import deploy as deploy
     from armour_surgery.errors import ArmourError as ArmourError
     from armour_surgery.likeness.compare import redundancy as redundancy
+    from armour_surgery.notes import ArmourWarning as ArmourWarning
     from armour_surgery.records import AttentionSite as AttentionSite
     from armour_surgery.records import SurgeryPlan as SurgeryPlan
     from armour_surgery.saving.folder import load as load
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "ArmourError": "errors",
+    "ArmourWarning": "notes",
     "AttentionSite": "records",
     "SurgeryPlan": "records",
     "benchmark": "benchmarking.benchmark",
@@ -38,6 +40,7 @@ _HOME = {
 
 __all__ = [
     "ArmourError",
+    "ArmourWarning",
     "AttentionSite",
     "SurgeryPlan",
     "benchmark",
