@@ -20,7 +20,7 @@ from armour_surgery.modes import MODES
 
 def test_the_public_names() -> None:
     functions = ["benchmark", "convert", "deploy", "inspect", "load", "plan", "redundancy", "save", "sensitivities"]
-    documented = ["ArmourError", "AttentionSite", "SurgeryPlan", *functions]
+    documented = ["ArmourError", "ArmourWarning", "AttentionSite", "SurgeryPlan", *functions]
     assert armour_surgery.__all__ == documented
     assert armour_surgery.__all__ == sorted(armour_surgery.__all__)
     assert all(getattr(armour_surgery, name).__doc__ for name in documented)
