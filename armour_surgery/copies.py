@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["alias", "copy_weights", "floating_weight", "full_copy", "has_weights", "meta_copy"]
+__all__ = ["alias", "copy_weights", "copy_with", "floating_weight", "full_copy", "has_weights", "meta_copy"]
 
 _CALL_HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name and "state_dict" not in name)
 # Where transformers' own hooks are written, with which its models collect hidden states in a forward pass.
@@ -114,6 +114,11 @@ def _stand_in(tensor: Tensor, buffers: bool) -> Tensor:
     # deepcopy refuses tensors that a computation made (an eval-time cache holds such); these are leaves.
     plain = torch.empty_like(tensor, device="meta") if buffers else tensor.detach().clone()
     return plain.requires_grad_(tensor.requires_grad)
+
+
+def copy_with(module: nn.Module, stand_in: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A deep copy in which every tensor is what `stand_in` makes of it; without hooks."""
+    return _copy(module, stand_in, hooks=False)
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:

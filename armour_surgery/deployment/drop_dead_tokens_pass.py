@@ -11,8 +11,9 @@ from armour_surgery.deployment.dataflow import Dataflow, follow_model
 from armour_surgery.deployment.emit import make_deployed_class
 from armour_surgery.deployment.findings import Findings
 from armour_surgery.discover.match import find_core, is_call_of
+from armour_surgery.discover.nodes import value_of
 from armour_surgery.discover.record import record
-from armour_surgery.discover.trace import trace, value_of
+from armour_surgery.discover.trace import trace
 from armour_surgery.errors import TraceError
 from armour_surgery.rewrite import render
 from armour_surgery.rewrite.remove_dead_nodes_pass import erase_unused, unread_nodes

@@ -5,10 +5,10 @@ Nothing here knows a class or an attribute of any model.
 
 from armour_surgery.discover.find import describe_site, find_sites, trace_call
 from armour_surgery.discover.match import result_of
+from armour_surgery.discover.nodes import SELF, guard, value_of
 from armour_surgery.discover.output import find_output
 from armour_surgery.discover.record import could_not_run
 from armour_surgery.discover.results import find_results
-from armour_surgery.discover.trace import SELF, guard, value_of
 
 __all__ = [
     "SELF",

@@ -13,10 +13,11 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from armour_surgery.altered import names_below, why_computed, why_stuck
+from armour_surgery.discover.nodes import value_of
 from armour_surgery.discover.output import output_of
 from armour_surgery.discover.provenance import understand
 from armour_surgery.discover.record import Recording, record
-from armour_surgery.discover.trace import trace, value_of
+from armour_surgery.discover.trace import trace
 from armour_surgery.errors import NoAttentionError, TraceError
 from armour_surgery.modes import judge
 from armour_surgery.records import AttentionSite, Projection, RefusedSite

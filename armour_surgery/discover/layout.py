@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from armour_surgery.discover.match import inputs_of, is_tensor
-from armour_surgery.discover.trace import value_of
+from armour_surgery.discover.nodes import value_of
 from armour_surgery.traced import Layout
 
 __all__ = ["Flow", "find_layout", "follow", "is_cast"]

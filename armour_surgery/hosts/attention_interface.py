@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from armour_surgery.patching import patched
 
-__all__ = ["attention_interface", "is_interface", "traced_interfaces"]
+__all__ = ["attention_interface", "is_interface", "names_attention_function", "noted_interfaces", "traced_interfaces"]
 
 
 def attention_interface(default: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -26,6 +26,11 @@ def attention_interface(default: Callable[..., Any], module: nn.Module, *args: A
     return function(module, *args, **kwargs)
 
 
+def names_attention_function(config: Any) -> bool:
+    """Whether a module's attribute is a config by which transformers looks its attention function up."""
+    return isinstance(getattr(config, "_attn_implementation", None), str)
+
+
 def is_interface(target: Any) -> bool:
     """Whether a graph node's target is the attention interface; its args are (default, module, q, k, v, mask, ...)."""
     return target is attention_interface
@@ -33,7 +38,40 @@ def is_interface(target: Any) -> bool:
 
 @contextmanager
 def traced_interfaces() -> Iterator[None]:
-    """While open, attention functions that transformers' modules look up are kept as calls by a tracer.
+    """While open, attention functions that transformers' modules look up are kept as calls by a tracer."""
+
+    def stand_in(function: Callable[..., Any], name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            proxy = next((argument for argument in args if isinstance(argument, fx.Proxy)), None)
+            if proxy is None:
+                # Nobody traces this call: it is one on real tensors in between.
+                return function(module, *args, **kwargs)
+            return proxy.tracer.create_proxy("call_function", attention_interface, (default, module, *args), kwargs)
+
+        return called
+
+    with _looked_up(stand_in):
+        yield
+
+
+@contextmanager
+def noted_interfaces(note: Callable[[nn.Module, str], None]) -> Iterator[None]:
+    """While open, `note` is told of each module that calls an attention function, and of that function's name."""
+
+    def stand_in(function: Callable[..., Any], name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            note(module, name)
+            return function(module, *args, **kwargs)
+
+        return called
+
+    with _looked_up(stand_in):
+        yield
+
+
+@contextmanager
+def _looked_up(stand_in: Callable[[Callable[..., Any], str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """While open, a look-up gives what `stand_in` makes of the function, the name asked for, and the default.
 
     Does nothing unless transformers is in use: importing it takes seconds and a timm model does not need it.
     """
@@ -45,14 +83,7 @@ def traced_interfaces() -> Iterator[None]:
     original = interfaces.get_interface
 
     def get_interface(self: Any, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        def stand_in(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            proxy = next((argument for argument in args if isinstance(argument, fx.Proxy)), None)
-            if proxy is None:
-                # Nobody traces this call: it is one on real tensors in between.
-                return original(self, name, default)(module, *args, **kwargs)
-            return proxy.tracer.create_proxy("call_function", attention_interface, (default, module, *args), kwargs)
-
-        return stand_in
+        return stand_in(original(self, name, default), name, default)
 
     with patched(interfaces, "get_interface", get_interface):
         yield

@@ -12,6 +12,7 @@ from torch import nn
 from armour_surgery.copies import meta_copy
 from armour_surgery.discover import describe_site, find_results, trace_call
 from armour_surgery.errors import ArmourError, PostconditionError, SpecializationError, TraceError
+from armour_surgery.hosts.attention_interface import names_attention_function
 from armour_surgery.measure.cost import count_params
 from armour_surgery.modes import choose, choose_rank, get_mode
 from armour_surgery.records import RefusedSite
@@ -215,7 +216,7 @@ class _SiteRewriter:
         """
         case = meta_copy(self.skeleton)
         for fqn, child in case.named_modules():
-            _copy_flags(converted, fqn, child)
+            _copy_settings(converted, fqn, child)
         try:
             rewritten, variant = self._rewrite_call(case, _on_meta(call))
         except TraceError as error:
@@ -241,14 +242,16 @@ class _SiteRewriter:
         return rewritten, render(rewritten.graph, traced.trace.signature)
 
 
-def _copy_flags(converted: nn.Module, fqn: str, child: nn.Module) -> None:
-    """Flags that a user may have switched since the conversion, such as `training` or `fused_attn`."""
+def _copy_settings(converted: nn.Module, fqn: str, child: nn.Module) -> None:
+    """What a user may have set since the conversion: flags and numbers such as `training`, `fused_attn`, dropout's `p`,
+    and the attention function that a transformers config names."""
     try:
         current = converted.get_submodule(fqn)
     except AttributeError:  # a projection that the conversion removed
         return
     for name, value in vars(current).items():
-        if isinstance(value, bool) and isinstance(vars(child).get(name), bool):
+        plain = type(value) in (bool, float) and type(vars(child).get(name)) is type(value)
+        if plain or names_attention_function(value):
             object.__setattr__(child, name, value)
 
 
