@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["alias", "copy_weights", "copy_with", "floating_weight", "full_copy", "has_weights", "meta_copy"]
+__all__ = [
+    "alias",
+    "copy_of_zeros",
+    "copy_weights",
+    "copy_with",
+    "floating_weight",
+    "full_copy",
+    "has_weights",
+    "meta_copy",
+]
 
 _CALL_HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name and "state_dict" not in name)
 # Where transformers' own hooks are written, with which its models collect hidden states in a forward pass.
@@ -114,6 +123,19 @@ def _stand_in(tensor: Tensor, buffers: bool) -> Tensor:
     # deepcopy refuses tensors that a computation made (an eval-time cache holds such); these are leaves.
     plain = torch.empty_like(tensor, device="meta") if buffers else tensor.detach().clone()
     return plain.requires_grad_(tensor.requires_grad)
+
+
+def copy_of_zeros(module: nn.Module) -> nn.Module:
+    """A copy on the CPU in which parameters are zero and buffers keep their values, where they have any.
+
+    For models that look at numbers: what they look at are tables more than weights.
+    """
+    copied = meta_copy(module, buffers=False)
+    values = {name: buffer for name, buffer in copied.named_buffers() if not buffer.is_meta}
+    copied.to_empty(device="cpu")
+    for name, tensor in (*copied.named_parameters(), *copied.named_buffers()):
+        tensor.detach().copy_(values.get(name, torch.zeros(())))
+    return copied
 
 
 def copy_with(module: nn.Module, stand_in: Callable[[Tensor], Tensor]) -> nn.Module:

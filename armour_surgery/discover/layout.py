@@ -21,16 +21,21 @@ __all__ = ["Flow", "find_layout", "follow", "is_cast"]
 _METHODS = {
     "view", "reshape", "permute", "transpose", "contiguous", "chunk", "split", "unbind", "flatten", "unflatten",
     "squeeze", "unsqueeze", "select", "narrow", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "clone", "view_as",
-    "reshape_as", "__getitem__", "tensor_split", "detach",
+    "reshape_as", "__getitem__", "tensor_split", "detach", "expand", "expand_as", "repeat", "repeat_interleave", "roll",
 }  # fmt: skip
+# These leave some elements along an axis and drop others, or make one of several: what is left is of the same channels.
+_REDUCTIONS = {"amax", "amin", "mean", "sum"}
 # These change a number's format but not where it is.
 _CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "double"}
 _FUNCTIONS = {
     operator.getitem, torch.reshape, torch.permute, torch.transpose, torch.chunk, torch.split, torch.unbind,
     torch.flatten, torch.squeeze, torch.unsqueeze, torch.select, torch.narrow, torch.movedim, torch.moveaxis,
-    torch.swapaxes, torch.swapdims, torch.t, torch.clone, torch.tensor_split,
+    torch.swapaxes, torch.swapdims, torch.t, torch.clone, torch.tensor_split, torch.repeat_interleave, torch.roll,
 }  # fmt: skip
+_PAIRS = {torch.view_as_complex, torch.view_as_real}
 _VIEWS = {"T", "mT", "H", "mH"}
+
+ChannelOf = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Flow(dict[fx.Node, Any]):
@@ -74,6 +79,8 @@ def _apply(node: fx.Node, flow: Flow) -> Any:
     # rearrangement.
     if node.target in ("view_as", "reshape_as"):
         return args[0].reshape(args[1].shape)
+    if node.target == "expand_as":
+        return args[0].expand(args[1].shape)
     target: Any = "reshape" if node.target == "view" else node.target
     if node.op == "call_method":
         return getattr(args[0], target)(*args[1:], **value_of(node.kwargs))
@@ -83,6 +90,8 @@ def _apply(node: fx.Node, flow: Flow) -> Any:
 def _same_shape_input(node: fx.Node, flow: Flow) -> fx.Node | None:
     """The input whose positions an operation keeps: the first with numbers and the output's own shape."""
     shape = getattr(node.meta["value"], "shape", None)
+    if shape is not None and node.meta["value"].is_complex():
+        shape = (*shape, 2)
     for source in inputs_of(node):
         if source in flow and isinstance(flow[source], torch.Tensor) and flow[source].shape == shape:
             return source
@@ -94,11 +103,13 @@ def follow(
     producer: fx.Node,
     barriers: Collection[fx.Node] = (),
     transparent: Collection[fx.Node] = (),
+    channel_of: ChannelOf | None = None,
 ) -> Flow:
     """Number the producer's output elements and follow them through the graph.
 
     `barriers` are other producers: what passes through them is no longer this one's output. `transparent` nodes count
-    as layout: they act on each channel for itself, and whoever moves the channels takes care of them.
+    as layout: they act on each channel for itself, and whoever moves the channels takes care of them. With
+    `channel_of`, which tells the channels of numbers, they are followed through the pooling of tokens too.
     """
     flow = Flow()
     shape = producer.meta["value"].shape
@@ -119,11 +130,37 @@ def follow(
             flow[node] = _apply(node, flow) if is_layout else flow[first]
             if first in flow.pure:
                 flow.pure.add(node)
+        elif first in flow and node.target in _PAIRS:
+            # A complex number has the two numbers of its parts, along an axis that the node itself does not have.
+            flow[node] = flow[first]
         elif (joined := _joined(node, flow)) is not None:
             flow[node] = joined
+        elif first in flow and channel_of and (pooled := _pooled(node, flow[first], channel_of)) is not None:
+            flow[node] = pooled
         elif (same := _same_shape_input(node, flow)) is not None:
             flow[node] = flow[same]
     return flow
+
+
+def _pooled(node: fx.Node, numbers: Any, channel_of: ChannelOf) -> torch.Tensor | None:
+    """The numbers that stand for those which a reduction over some axes makes one of; None for anything else.
+
+    They all have to be of one channel: then the first of them tells which.
+    """
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    if name not in _REDUCTIONS or not isinstance(numbers, torch.Tensor):
+        return None
+    given = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    axes = [given] if isinstance(given, int) else list(given) if isinstance(given, tuple | list) else []
+    if not axes or not all(isinstance(axis, int) for axis in axes):
+        return None
+    kept = numbers
+    for axis in axes:
+        first = kept.narrow(axis, 0, 1)
+        if bool((channel_of(kept) != channel_of(first)).any()):
+            return None
+        kept = first
+    return kept.reshape(node.meta["value"].shape)
 
 
 def _joined(node: fx.Node, flow: Flow) -> torch.Tensor | None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from armour_surgery.discover.nodes import value_of
 from armour_surgery.errors import TraceError
 from armour_surgery.hosts.attention_interface import is_interface
 from armour_surgery.traced import Core
@@ -117,11 +118,20 @@ def _nearest_first(start: fx.Node, neighbors: Callable[[fx.Node], list[fx.Node]]
 
 def _einsum_axes(node: fx.Node) -> tuple[str, str, str]:
     equation = node.args[0]
-    if not isinstance(equation, str) or "->" not in equation or equation.count(",") != 1 or "." in equation:
+    if not isinstance(equation, str) or "->" not in equation or equation.count(",") != 1:
         raise TraceError(f"its einsum {equation!r} is not a product of two tensors with named axes")
     inputs, output = equation.replace(" ", "").split("->")
     first, second = inputs.split(",")
+    ranks = [value_of(operand).ndim for operand in _operands(node)] + [node.meta["value"].ndim]
+    first, second, output = map(_named_axes, (first, second, output), ranks)
     return first, second, output
+
+
+def _named_axes(term: str, rank: int) -> str:
+    """A term of an einsum with a letter for each axis that `...` stands for: the same ones, counted from the end."""
+    left_out = rank - len(term.replace("...", ""))
+    # einsum's own letters are lower case as a rule; `...` may stand for a few batch axes.
+    return term.replace("...", "ZYXWVU"[len("ZYXWVU") - left_out :])
 
 
 def _shared_axes(term: str, other: str, absent_from: str) -> list[str]:

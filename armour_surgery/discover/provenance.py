@@ -11,6 +11,7 @@ from torch import fx, nn
 from armour_surgery.discover.layout import Flow, find_layout, follow
 from armour_surgery.discover.match import find_core, inputs_of
 from armour_surgery.discover.producers import TraceInside, find_producers
+from armour_surgery.discover.record import is_builtin
 from armour_surgery.errors import TraceError
 from armour_surgery.traced import Anchor, Core, Layout, Producer, Role, Trace, TracedSite
 
@@ -34,9 +35,7 @@ def _heads(
     numbers: torch.Tensor, axes: tuple[int, int], producer: Producer, letter: str
 ) -> tuple[list[tuple[int, ...]], torch.Tensor]:
     """Channels of each head in order of appearance, and for each leading position of the core which head it is."""
-    # An element's number, counted row by row, gives its channel by division and remainder.
-    channel = (numbers // _inner(producer)) % producer.channels
-    channel = channel.movedim(axes, (-2, -1))
+    channel = _channel_of(producer)(numbers).movedim(axes, (-2, -1))
     # A dimension of a head must be the same channel at every token; in cross-covariance attention (XCiT) it is not.
     if bool((channel != channel[..., :1, :]).any()):
         raise TraceError(f"its {_NAMES[letter]} attend over channels, not over tokens")
@@ -47,6 +46,12 @@ def _heads(
     if len(set(used)) != len(used):
         raise TraceError(f"its {_NAMES[letter]} use a channel in more than one place")
     return list(order), torch.tensor(places).reshape(channel.shape[:-2])
+
+
+def _channel_of(producer: Producer) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What tells the channels of elements, which are numbered row by row: division and remainder."""
+    inner, channels = _inner(producer), producer.channels
+    return lambda numbers: (numbers // inner) % channels
 
 
 def _inner(producer: Producer) -> int:
@@ -155,18 +160,32 @@ def understand(
         above = _ancestors(core.q) | _ancestors(core.k) | _ancestors(core.v)
         producers, opaque = find_producers(trace, modules, above, trace_inside)
         # A module that stays opaque though it was looked into has nothing more to show.
-        if not set(opaque) - inlined:
-            break
-        inlined |= set(opaque)
+        hidden = set(opaque) - inlined
+        if not hidden:
+            try:
+                return _assign(trace, core, producers)
+            except TraceError:
+                # What stands in the way may be a module without layers: a rearrangement, a Linear of the host's own.
+                hidden = _written_by_others(modules, above) - inlined
+                if not hidden:
+                    raise
+        inlined |= hidden
         trace = retrace(inlined)
-    return _assign(trace, core, producers)
+
+
+def _written_by_others(modules: dict[str, nn.Module], nodes: set[fx.Node]) -> set[str]:
+    """The modules called among some nodes that are none of torch's own."""
+    names = {str(node.target) for node in nodes if node.op == "call_module"}
+    return {name for name in names if not is_builtin(modules[name])}
 
 
 def _assign(trace: Trace, core: Core, producers: list[Producer]) -> TracedSite:
     barriers: set[fx.Node] = set()
     for producer in producers:
         barriers |= {producer.node, *producer.chain}
-    flows = {producer.node: follow(trace.graph, producer.node, barriers) for producer in producers}
+    flows: dict[fx.Node, Flow] = {}
+    for producer in producers:
+        flows[producer.node] = follow(trace.graph, producer.node, barriers, channel_of=_channel_of(producer))
     roles: dict[str, Role] = {}
     places: dict[str, torch.Tensor] = {}
     for letter in ("q", "k", "v"):

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from armour_surgery.altered import names_below, run_weightless, why_altered
 from armour_surgery.calls import run, without_fast_paths
-from armour_surgery.copies import meta_copy
+from armour_surgery.copies import alias, copy_of_zeros, floating_weight, has_weights, meta_copy
 from armour_surgery.errors import ArmourError, DiscoveryError, ExampleInputError
 from armour_surgery.shapes import RememberedShapes
 from armour_surgery.traced import Call
@@ -34,8 +36,8 @@ _CORE_FUNCTIONS = {
 class Recording:
     """What one run showed.
 
-    `model` is the copy that ran. `calls` has the calls of every module, in their order. `innermost` lists the modules
-    which themselves called a softmax or an attention function, `around` all that were running at such a moment.
+    `model` is a copy without weights. `calls` has the calls of every module, in their order. `innermost` lists the
+    modules which themselves called a softmax or an attention function, `around` all that were running at such a moment.
     """
 
     model: nn.Module
@@ -85,16 +87,37 @@ class _Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Meta:
+    """Tensors without numbers in place of those of one run: what was one tensor stays one."""
+
+    def __init__(self) -> None:
+        # By identity, and only as long as the tensor lives: its id may be given to another one then.
+        self._twins = WeakTensorKeyDictionary()
+
+    def of(self, arguments: Any) -> Any:
+        """The same arguments on meta."""
+        return pytree.tree_map_only(torch.Tensor, self._twin, arguments)
+
+    def _twin(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_meta:
+            return tensor
+        if tensor not in self._twins:
+            self._twins[tensor] = torch.empty_like(tensor, device="meta")
+        twin: torch.Tensor = self._twins[tensor]
+        return twin
+
+
 @contextmanager
 def _stack_of(model: nn.Module, recording: Recording) -> Iterator[list[str]]:
     """Keep the fully qualified names of the running modules, outermost first, while the context is open."""
     stack: list[str] = []
+    meta = _Meta()
     handles = []
     for fqn, module in model.named_modules():
         # `fqn` is bound by its default: a closure would see the name of the last module in all of them.
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fqn: str = fqn) -> None:
             stack.append(fqn)
-            recording.calls.setdefault(fqn, []).append(Call(args, dict(kwargs)))
+            recording.calls.setdefault(fqn, []).append(Call(*meta.of((args, dict(kwargs)))))
 
         def leave(*_: Any) -> None:
             stack.pop()
@@ -112,23 +135,46 @@ def _stack_of(model: nn.Module, recording: Recording) -> Iterator[list[str]]:
 def record(model: nn.Module, example: dict[str, Any]) -> Recording:
     """Run a weightless copy of `model` in eval mode on `example` (keyword arguments) and note its attention.
 
-    The model itself is not run and not changed.
+    Where that fails, since the model looks at numbers (masks, `.item()`, tables that it makes on the CPU), a copy with
+    numbers is run: with the model's own weights, or with zeros if it has none. The model itself is not run and not
+    changed.
 
     Raises:
         ExampleInputError: the model did not accept the example.
         DiscoveryError: it cannot run without its weights; something was done to its modules.
     """
+    on_meta = {name: value.to("meta") for name, value in example.items()}
     try:
-        return run_weightless(partial(meta_copy, model), lambda copied: _record(copied, example))
+        return run_weightless(partial(meta_copy, model), lambda copied: _record(copied, copied, on_meta))
     except ArmourError:
         raise
+    except Exception:
+        copied = alias(model) if has_weights(model) else copy_of_zeros(model)
+    try:
+        return _record(copied, meta_copy(model), _with_numbers(copied, example))
     except Exception as error:
         raise could_not_run(model, example, error) from error
 
 
-def _record(copied: nn.Module, example: dict[str, Any]) -> Recording:
+def _with_numbers(model: nn.Module, example: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Inputs of the example's shapes, where the model is: noise, and zeros for whole numbers and flags."""
+    weight = floating_weight(model)
+    device = torch.device("cpu") if weight is None else weight.device
+    generator = torch.Generator().manual_seed(0)
+    inputs = {}
+    for name, value in example.items():
+        made = torch.zeros(value.shape, dtype=value.dtype)
+        if value.is_floating_point():
+            made = torch.randn(value.shape, generator=generator).to(value.dtype)
+        inputs[name] = made.to(device)
+    return inputs
+
+
+def _record(copied: nn.Module, shown: nn.Module, example: dict[str, Any]) -> Recording:
+    """What a run of `copied` shows; the recording is told of `shown`, which is the same without weights."""
     copied.eval()  # timm's LeViT attention returns nothing here
-    recording = Recording(copied)
+    shown.eval()
+    recording = Recording(shown)
     modules = dict(copied.named_modules())
     with _stack_of(copied, recording) as stack:
 
@@ -141,5 +187,5 @@ def _record(copied: nn.Module, example: dict[str, Any]) -> Recording:
                     return
 
         with torch.no_grad(), without_fast_paths(), _Watch(seen), RememberedShapes():
-            run(copied, {name: value.to("meta") for name, value in example.items()})
+            run(copied, example)
     return recording

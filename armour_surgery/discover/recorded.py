@@ -67,6 +67,8 @@ class _Recorder(TorchFunctionMode):
         # Equal sizes get symbols of their own: that two axes are as long may be chance.
         self._shapes = ShapeEnv(duck_shape=False, specialize_zero_one=False)
         self.fakes = FakeTensorMode(shape_env=self._shapes, allow_non_fake_inputs=True)
+        # Every operation is seen once or twice, and remembering it costs as much as doing it.
+        self.fakes.cache_enabled = False
         self._is_leaf = is_leaf
         self._module_names: dict[int, str] = {}
         self._tensor_names: dict[int, str] = {}

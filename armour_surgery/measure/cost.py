@@ -13,7 +13,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 from armour_surgery.altered import run_weightless
 from armour_surgery.calls import run, without_fast_paths
-from armour_surgery.copies import meta_copy
+from armour_surgery.copies import copy_of_zeros, meta_copy
 from armour_surgery.errors import ExampleInputError
 from armour_surgery.shapes import RememberedShapes
 
@@ -111,12 +111,7 @@ def _run(model: nn.Module, example: Mapping[str, Tensor]) -> dict[str, int]:
 
 def _run_on_zeros(model: nn.Module, example: Mapping[str, Tensor]) -> dict[str, int]:
     try:
-        copy = meta_copy(model, buffers=False).eval()
-        values = {name: buffer for name, buffer in copy.named_buffers() if not buffer.is_meta}
-        copy.to_empty(device="cpu")
-        for name, tensor in (*copy.named_parameters(), *copy.named_buffers()):
-            # Buffers keep their values: they are the tables that such a model is likely to branch on.
-            tensor.detach().copy_(values.get(name, torch.zeros(())))
+        copy = copy_of_zeros(model).eval()
         inputs = {name: torch.zeros_like(value, device="cpu") for name, value in example.items()}
         return _run(copy, inputs)
     except Exception as error:

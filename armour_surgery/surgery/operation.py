@@ -9,7 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from armour_surgery.copies import meta_copy
+from armour_surgery.copies import floating_weight, meta_copy
 from armour_surgery.discover import describe_site, find_results, trace_call
 from armour_surgery.errors import ArmourError, PostconditionError, SpecializationError, TraceError
 from armour_surgery.hosts.attention_interface import names_attention_function
@@ -215,6 +215,9 @@ class _SiteRewriter:
             PostconditionError: it needs other weights than the module has.
         """
         case = meta_copy(self.skeleton)
+        now, then = floating_weight(converted), floating_weight(case)
+        if now is not None and then is not None and now.dtype != then.dtype:
+            case.to(now.dtype)  # what forward computes from a type has to be of the present one
         for fqn, child in case.named_modules():
             _copy_settings(converted, fqn, child)
         try:

@@ -1,0 +1,105 @@
+"""Attention as engineers write it converts exactly, or is refused with the reason."""
+
+import copy
+
+import pytest
+import torch
+from oracle import check, outputs, randomize
+from own_attentions import D, Hidden
+from small_models import refused
+from torch import nn
+from written_attentions import CONVERTED, REFUSED, N
+
+from armour_surgery import convert, inspect
+from armour_surgery.errors import NothingToConvertError, TraceError
+
+EVERY = [(kind, mode) for kind, modes in CONVERTED.items() for mode in modes]
+
+
+def hidden(kind: type[nn.Module]) -> nn.Module:
+    return randomize(Hidden(kind())).double().eval()
+
+
+def tokens(batch: int = 2, count: int = N) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(batch + 10 * count)
+    return torch.randn(batch, count, D, generator=generator, dtype=torch.float64)
+
+
+# Where its neighbors cannot be added (the residual of `Hidden`), it stands alone.
+def alone(kind: type[nn.Module]) -> nn.Module:
+    return randomize(kind()).double().eval()
+
+
+def host(kind: type[nn.Module]) -> nn.Module:
+    return alone(kind) if kind.__name__ in ("PooledQueries", "FewAsk") else hidden(kind)
+
+
+@pytest.mark.parametrize("kind", CONVERTED, ids=lambda kind: kind.__name__)
+def test_the_modes_that_fit(kind: type[nn.Module]) -> None:
+    (site,) = inspect(host(kind), example_input=tokens())
+    assert tuple(mode for mode in site.modes if mode != "qk-diag") == CONVERTED[kind]
+
+
+@pytest.mark.parametrize(("kind", "mode"), EVERY, ids=lambda value: getattr(value, "__name__", value))
+def test_surgery_changes_nothing_where_the_projections_are_equal(kind: type[nn.Module], mode: str) -> None:
+    errors = check(host(kind), mode, [{"x": tokens()}, {"x": tokens(5)}, {"x": tokens(1)}])
+    assert max(errors.values()) <= 1e-12, errors
+
+
+@pytest.mark.parametrize("count", [3, 11, 18])
+@pytest.mark.parametrize("name", ["EinopsPacked", "EinopsLayers", "LowestNumber", "ChoosesBySize"])
+def test_another_number_of_tokens_is_followed(name: str, count: int) -> None:
+    kind = next(kind for kind in CONVERTED if kind.__name__ == name)
+    model = host(kind)
+    errors = check(model, "qv", [{"x": tokens()}, {"x": tokens(2, count)}, {"x": tokens(3, count)}])
+    assert max(errors.values()) <= 1e-12, errors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_type_is_followed(dtype: torch.dtype) -> None:
+    """A number that a type gave, such as its lowest, is another one in another type."""
+    kind = next(kind for kind in CONVERTED if kind.__name__ == "LowestNumber")
+    model = host(kind).to(dtype)
+    fresh = convert(model, "qk", example_input=tokens().to(dtype))
+    cast = convert(host(kind), "qk", example_input=tokens()).to(dtype)
+    batch = {"x": tokens(3).to(dtype)}
+    assert all(torch.equal(a, b) for a, b in zip(outputs(fresh, batch), outputs(cast, batch), strict=True))
+
+
+def test_factors_that_are_set_afterwards_are_followed() -> None:
+    kind = next(kind for kind in CONVERTED if kind.__name__ == "EinopsFunctions")
+    model = host(kind)
+    converted = convert(model, "kv", example_input=tokens())
+    before = converted(tokens())
+    for changed in (model, converted):
+        changed.inner.scale = 2.0
+    again = convert(model, "kv", example_input=tokens())
+    assert torch.equal(converted(tokens()), again(tokens()))
+    assert not torch.allclose(converted(tokens()), before)
+
+
+def test_what_was_recorded_reads_like_the_host() -> None:
+    kind = next(kind for kind in CONVERTED if kind.__name__ == "LowestNumber")
+    code = convert(host(kind), "qv", example_input=tokens()).inner.code
+    assert "self.qkv(x)" in code
+    assert "x.device" in code
+    assert "torch.ones(size, size, dtype = torch.bool" in code.replace("size_1", "size")
+    compile(code, "code", "exec")
+
+
+@pytest.mark.parametrize("kind", CONVERTED, ids=lambda kind: kind.__name__)
+def test_gradients_and_copies(kind: type[nn.Module]) -> None:
+    model = host(kind)
+    converted = copy.deepcopy(convert(model, CONVERTED[kind][0], example_input=tokens())).train()
+    converted(tokens(3)).square().mean().backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in converted.parameters())
+
+
+@pytest.mark.parametrize("kind", REFUSED, ids=lambda kind: kind.__name__)
+def test_what_cannot_be_followed_is_refused_with_the_reason(kind: type[nn.Module]) -> None:
+    model = hidden(kind)
+    message = refused(
+        (NothingToConvertError, TraceError),  # type: ignore[arg-type]
+        lambda: convert(model, "qv", example_input=tokens()),
+    )
+    assert REFUSED[kind] in message
