@@ -1,7 +1,7 @@
 """Run a model one part at a time over stored activations, so that each part sees what the parts before it now give.
 
 The model is called as a whole, by its own forward; *units* are the modules that hold one site each, in the order they
-run. To start at a unit, everything called before it answers with empty tensors of the right shape, and the unit is
+run. To start at a unit, everything called before it answers with tensors of NaN of the right shape, and the unit is
 given the arguments that it had been called with; to stop, the next unit's call is caught. So the cost of a part is
 that of the part, in whatever library, and what has to be kept is one unit's arguments per batch.
 """
@@ -258,11 +258,11 @@ class Walk:
 
     @contextmanager
     def _answering(self, number: int, size: int) -> Iterator[None]:
-        """Inside, what comes before unit `number` answers with empty tensors, for a batch of `size`."""
+        """Inside, what comes before unit `number` answers with tensors of NaN, for a batch of `size`."""
         answers = self._answers[size]
 
         def answer(name: str) -> Callable[..., Any]:
-            return lambda *_, **__: pytree.tree_map(_empty, answers[name])
+            return lambda *_, **__: pytree.tree_map(_no_answer, answers[name])
 
         with ExitStack() as stack:
             for name in self._before[number]:
@@ -312,8 +312,12 @@ def _shape_only(leaf: Any) -> Any:
     return _Shape(leaf) if isinstance(leaf, Tensor) else leaf
 
 
-def _empty(leaf: Any) -> Any:
-    return torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device) if isinstance(leaf, _Shape) else leaf
+def _no_answer(leaf: Any) -> Any:
+    """A tensor that cannot be taken for the answer: memory that was just freed may still hold it."""
+    if not isinstance(leaf, _Shape):
+        return leaf
+    plain = not (leaf.dtype.is_floating_point or leaf.dtype.is_complex)
+    return torch.full(leaf.shape, 0 if plain else float("nan"), dtype=leaf.dtype, device=leaf.device)
 
 
 def _equal(first: Any, second: Any) -> bool:

@@ -83,3 +83,23 @@ def test_a_fit_of_fewer_tokens_keeps_every_learned_one_and_its_share() -> None:
     places, weights = batches.thinned(torch.Size([3, 41]), 2, 5)
     assert weights is None
     assert places.tolist() == list(range(2, 123, 5))
+
+
+@pytest.mark.parametrize(("name", "table"), [("beit-shared-bias", "rel_pos_bias"), ("hf-dinov3", "rope_embeddings")])
+def test_what_a_later_block_reads_is_computed_again(name: str, table: str) -> None:
+    """Memory that was just freed may still hold what a skipped module would have answered."""
+    original, sites = built(name)
+    model = full_copy(original)
+    ((key, batch),) = case(name).batches()[0].items()
+    units = units_of(model, [found.fqn for found in sites])
+    assert table in dict(model.named_children())
+    walk = Walk(model, units, lambda model, batch: model(**{key: batch}))
+    answers: list[torch.Tensor] = []
+    model.get_submodule(table).register_forward_hook(
+        lambda _, __, output: answers.extend([output] if isinstance(output, torch.Tensor) else output)
+    )
+    walk.start(batch)
+    for _ in range(15):
+        [answer.clone() for answer in answers for _ in range(64)]  # and freed at once
+        walk.start(batch)
+        assert table not in walk.skipped(1)
