@@ -149,8 +149,9 @@ def record(model: nn.Module, example: dict[str, Any]) -> Recording:
     except ArmourError:
         raise
     except Exception:
-        copied = alias(model) if has_weights(model) else copy_of_zeros(model)
+        copy = alias if has_weights(model) else copy_of_zeros
     try:
+        copied = copy(model)
         return _record(copied, meta_copy(model), _with_numbers(copied, example))
     except Exception as error:
         raise could_not_run(model, example, error) from error
