@@ -82,10 +82,21 @@ class _Reader:
         if value is None or isinstance(value, bool):
             # `is`, since `1 == True`: an int would pass for the flag.
             self.conditions.append(f"{expression} is {value!r}")
-        elif isinstance(value, int | float | str) or value in ((), [], {}):
-            self.conditions.append(f"{expression} == {value!r}")
+        elif _is_plain(value):
+            # Sizes come as a tuple of their own at every call, and a torch.Size equals a tuple.
+            literal = tuple(value) if isinstance(value, tuple) else value
+            self.conditions.append(f"{expression} == {literal!r}")
         else:
             self.conditions.append(f"{expression} is {self.name_object(value)}")
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a number or a text, or a nest of sequences and mappings of such: equal ones are as good."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, (*value.keys(), *value.values())))
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, int | float | str)
 
 
 def _holds_tensors(value: Any) -> bool:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import relative_error
+from oracle import check, randomize, relative_error
+from own_attentions import PerHead
 from torch import Tensor, nn
 
 from armour_surgery import convert, inspect
@@ -146,3 +147,34 @@ def test_modes_of_a_second_call_that_reads_something_made_of_two_are_refused() -
     (site,) = inspect(seeded(ThenMixed), example_input={"x": tokens()})
     assert "qv" not in site.modes
     assert site.refused["qv"].startswith("it is called in several ways")
+
+
+class TakesSizes(PerHead):
+    """Is told the size of its grid, as pyramids do."""
+
+    def forward(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        height, width = size
+        return super().forward(x.unflatten(1, (height, width)).flatten(1, 2))
+
+
+class Pyramid(nn.Module):
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.inner, self.kind = TakesSizes(), kind
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x, self.kind((2, x.shape[1] // 2)))
+
+
+@pytest.mark.parametrize("kind", [tuple, list, torch.Size])
+def test_sizes_that_are_handed_on_are_told_apart_by_what_they_are(kind: type) -> None:
+    """A host makes a tuple anew at every call."""
+    model = randomize(Pyramid(kind)).double().eval()
+    batches = [torch.randn(2, count, 20, dtype=torch.float64) for count in (6, 8)]
+    assert max(check(model, "qv", [{"x": batch} for batch in batches]).values()) <= 1e-12
+    converted = convert(model, "qv", example_input=batches[0])
+    counts = []
+    for batch in (*batches, *batches):
+        converted(batch)
+        counts.append(len(type(converted.inner).armour_variants))
+    assert counts[1:] == [counts[0] + 1] * 3
