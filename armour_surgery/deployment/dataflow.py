@@ -155,6 +155,11 @@ class Dataflow:
                     yield reader, steps
 
 
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; one made in inference mode, such as libraries cache, cannot be, and is not."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class _Notes(TorchFunctionMode):
     """Write down every call of a torch function."""
 
@@ -167,13 +172,13 @@ class _Notes(TorchFunctionMode):
         kwargs = kwargs or {}
         inputs = tensors_in((args, kwargs))
         # autograd counts how often a tensor was written to, whichever function did it, under whatever name.
-        versions = [tensor._version for tensor in inputs]
+        versions = [_version(tensor) for tensor in inputs]
         result = func(*args, **kwargs)
         outputs = tensors_in(result)
         self.flow.kept += [*inputs, *outputs]  # an id must not be given to another tensor
         written: set[int] = set()
         for tensor, version in zip(inputs, versions, strict=True):
-            if tensor._version != version:
+            if _version(tensor) != version:
                 written.add(_memory(tensor))
         self.flow.written |= written
         unchanged = len(outputs) == 1 and any(outputs[0] is tensor for tensor in inputs)

@@ -132,6 +132,21 @@ def test_inside_inference_mode(name: str) -> None:
     assert not any(parameter.is_inference() for parameter in deployed.parameters())
 
 
+def test_a_library_s_cache_may_be_of_inference_mode() -> None:
+    """transformers' BEiT caches its index table for all models, in whatever mode it was made."""
+    model, example = copy.deepcopy(double("vit", False))
+    with torch.inference_mode():
+        cached = torch.tensor(1.0, dtype=torch.float64)
+    forward = type(model).forward
+
+    class Cached(type(model)):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return forward(self, x * cached)
+
+    model.__class__ = Cached
+    assert worst("vit", model, deploy(model, example_input=example)) < 1e-12
+
+
 def test_what_was_done_is_on_the_model() -> None:
     model, example = double("dinov2", False)
     report = deploy(model, example_input=example, passes=PASSES).deployment
