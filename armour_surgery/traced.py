@@ -62,12 +62,12 @@ class Signature:
     """How a module was called: what of the call is data, and what was fixed while tracing.
 
     `conditions` are Python expressions over the arguments (and `self`) that hold exactly for this call;
-    `preamble` unpacks nested arguments; `objects` are globals that the conditions name.
+    `preamble` unpacks nested arguments, (name, expression) each; `objects` are globals that the conditions name.
     """
 
     header: str
     conditions: tuple[str, ...]
-    preamble: tuple[str, ...]
+    preamble: tuple[tuple[str, str], ...]
     objects: dict[str, Any] = field(default_factory=dict)
 
 

@@ -13,7 +13,7 @@ from einops.layers.torch import Rearrange
 from own_attentions import D, H, K
 from torch import Tensor, nn
 
-__all__ = ["CONVERTED", "REFUSED", "N"]
+__all__ = ["CONVERTED", "REFUSED", "N", "Packed", "join"]
 
 N = 6
 I = H * K  # noqa: E741 - the inner width

@@ -9,7 +9,7 @@ conditions of the trace.
 
 import operator
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from types import FunctionType
@@ -56,10 +56,7 @@ _READ_TYPE: Any = getattr(torch.Tensor.dtype, "__get__")  # noqa: B009 - the des
 
 
 class _Recorder(TorchFunctionMode):
-    """Writes what runs under it into a graph, for stand-ins of the inputs that `placeholder` makes.
-
-    `root` is a copy of the module whose tensors are stand-ins too (`stand_in`).
-    """
+    """Writes what runs under it into a graph, for stand-ins of the inputs (`placeholder`) and tensors (`stand_in`)."""
 
     def __init__(self, is_leaf: Callable[[str, nn.Module], bool]) -> None:
         super().__init__()
@@ -82,8 +79,10 @@ class _Recorder(TorchFunctionMode):
         self._guards_seen = 0
         # What was read of the module and its inputs, and what it has to be.
         self.conditions: dict[str, str] = {}
+        self.objects: dict[str, Any] = {}  # what they name
         self._self = self.graph.placeholder(SELF)
-        self._inputs: list[fx.Node] = []
+        # How conditions, which come before nested arguments are unpacked, read each input.
+        self._inputs: dict[fx.Node, str] = {}
 
     def stand_in(self, tensor: torch.Tensor) -> torch.Tensor:
         """A fake tensor on the CPU with a parameter's or buffer's own sizes."""
@@ -93,22 +92,23 @@ class _Recorder(TorchFunctionMode):
             return fake
         return nn.Parameter(fake, tensor.requires_grad)
 
-    def placeholder(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A stand-in for an input with a symbol for each of its sizes, and its node."""
+    def placeholder(self, name: str, expression: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A stand-in for an input with a symbol for each of its sizes, and its node; conditions read it so."""
         # A size of one may be there to be broadcast.
         kinds = [DimDynamic.STATIC if size == 1 else DimDynamic.DYNAMIC for size in tensor.shape]
         dynamic: Any = StatelessSymbolicContext(dynamic_sizes=kinds)
         like = torch.empty(tensor.shape, dtype=tensor.dtype)
         fake = self.fakes.from_tensor(like, source=LocalSource(name), symbolic_context=dynamic)
         node = self.graph.placeholder(name)
-        self._inputs.append(node)
+        self._inputs[node] = expression
         self._know(node, fake)
         sizes: tuple[Any, ...] = tuple(fake.shape)
         for axis, size in enumerate(sizes):
             if isinstance(size, torch.SymInt):
                 self._sources[size.node.expr] = node, axis
             else:
-                self.conditions[f"{name}.shape[{axis}]"] = f"{name}.shape[{axis}] == {size}"
+                read = f"{expression}.shape[{axis}]"
+                self.conditions[read] = f"{read} == {size}"
         return fake
 
     def know_modules(self, root: nn.Module) -> None:
@@ -143,9 +143,12 @@ class _Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if func == _READ_TYPE:
             # Types become constants: `x.to(y.dtype)`, or the lowest number of one.
-            for node in self._inputs:
-                read = f"{node.target}.dtype"
+            for node, expression in self._inputs.items():
+                read = f"{expression}.dtype"
                 self.conditions[read] = f"{read} == {self._results[node].dtype}"
+            read = f"{_cast_type.__name__}()"
+            self.conditions[read] = f"{read} is {_cast_type()}"
+            self.objects[_cast_type.__name__] = _cast_type
         return self._call(lambda: self._node_of(func, args, kwargs), func, args, kwargs)
 
     def call_module(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -238,7 +241,7 @@ class _Recorder(TorchFunctionMode):
         return self._nodes[id(tensor)]
 
     def _device(self) -> fx.Node:
-        return self.graph.call_function(getattr, (self._inputs[0], "device"))
+        return self.graph.call_function(getattr, (next(iter(self._inputs)), "device"))
 
     def _size(self, expression: sympy.Expr) -> Any:
         """A size as a number, where it always is that one, or as a node that computes it from the inputs' sizes."""
@@ -272,9 +275,8 @@ class _Recorder(TorchFunctionMode):
         if memory is None:
             memory = torch.empty(_hint(storage.nbytes()), dtype=torch.uint8, device="meta")
             self._memories[storage._cdata] = memory
-        whole = memory.view(fake.dtype) if memory.numel() % fake.itemsize == 0 else memory.new_empty(0)
         sizes, strides = [list(map(_hint, numbers)) for numbers in (fake.shape, fake.stride())]
-        return torch.as_strided(whole, sizes, strides, _hint(fake.storage_offset()))
+        return torch.as_strided(memory.view(fake.dtype), sizes, strides, _hint(fake.storage_offset()))
 
     def finish(self, result: Any) -> tuple[str, ...]:
         """Close the graph with what the forward returned; the conditions on sizes and types under which it holds."""
@@ -294,11 +296,12 @@ class _Recorder(TorchFunctionMode):
         return self._conditions()
 
     def _conditions(self) -> tuple[str, ...]:
-        names = {symbol: f"{node.target}.shape[{axis}]" for symbol, (node, axis) in self._sources.items()}
+        names = {symbol: f"{self._inputs[node]}.shape[{axis}]" for symbol, (node, axis) in self._sources.items()}
         conditions: list[str] = []
         for expression in self._decided:
-            if expression.free_symbols <= names.keys():
-                conditions.append(_Printer(names).doprint(expression))
+            if not expression.free_symbols <= names.keys():
+                raise TraceError(f"its forward decides something by {expression}, which is no size of its inputs")
+            conditions.append(_Printer(names).doprint(expression))
         return (*self.conditions.values(), *dict.fromkeys(conditions))
 
 
@@ -329,7 +332,9 @@ def trace_by_running(module: nn.Module, call: Call, opaque: Callable[[str, nn.Mo
     recorder = _Recorder(lambda name, child: is_builtin(child) or opaque(name, child))
     root = copy_with(module, recorder.stand_in)
     recorder.know_modules(root)
-    args, kwargs = rebuild(tuple(recorder.placeholder(name, value) for name, value in data.items()))
+    nested = dict(signature.preamble)
+    leaves = [recorder.placeholder(name, nested.get(name, name), value) for name, value in data.items()]
+    args, kwargs = rebuild(tuple(leaves))
     forward = type(module).forward
     for child in list(root.modules()):
         _spy(child, recorder)
@@ -338,7 +343,7 @@ def trace_by_running(module: nn.Module, call: Call, opaque: Callable[[str, nn.Mo
         stack.enter_context(followed_functions())
         stack.enter_context(noted_interfaces(recorder.interface))
         try:
-            with recorder.fakes, recorder, torch.no_grad():
+            with recorder.fakes, recorder, torch.no_grad(), _same_cast():
                 result = forward(root, *args, **kwargs)
             found = recorder.finish(result)
         except TraceError:
@@ -347,7 +352,22 @@ def trace_by_running(module: nn.Module, call: Call, opaque: Callable[[str, nn.Mo
             raise TraceError("its forward branches on the contents of a tensor") from error
         except Exception as error:
             raise TraceError(f"its forward cannot be traced: {type(error).__name__}: {error}") from error
-    return Trace(recorder.graph, replace(signature, conditions=(*signature.conditions, *found)))
+    objects = {**signature.objects, **recorder.objects}
+    return Trace(recorder.graph, replace(signature, conditions=(*signature.conditions, *found), objects=objects))
+
+
+def _cast_type() -> torch.dtype | None:
+    """What autocast computes with where it is on; None where it is off."""
+    for device in ("cuda", "cpu"):
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+    return None
+
+
+def _same_cast() -> AbstractContextManager[Any]:
+    """Autocast on the CPU, where the stand-ins are, if it is on for another device."""
+    dtype = _cast_type()
+    return nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)
 
 
 def _spy(module: nn.Module, recorder: _Recorder) -> None:

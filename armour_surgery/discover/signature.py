@@ -24,7 +24,7 @@ class _Reader:
 
     def __init__(self) -> None:
         self.data: dict[str, torch.Tensor] = {}
-        self.preamble: list[str] = []
+        self.preamble: list[tuple[str, str]] = []
         self.conditions: list[str] = []
         self.objects: dict[str, Any] = {}
 
@@ -62,7 +62,7 @@ class _Reader:
         index = len(self.data)
         name = expression if expression.isidentifier() else f"input_{index}"
         if name != expression:
-            self.preamble.append(f"{name} = {expression}")
+            self.preamble.append((name, expression))
         # What has no default is taken to be a tensor at every call; an optional argument may be None the next time.
         if not required:
             self.conditions.append(f"isinstance({expression}, {self.name_object(_TENSOR)})")

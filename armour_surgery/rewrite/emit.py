@@ -106,7 +106,7 @@ def render(graph: fx.Graph, signature: Signature) -> Variant:
     text = _freeing(graph, code.src)
     text, names = _readable(graph, text, code.globals)
     text = re.sub(rf"\b{_SELF}\b", "self", text)
-    body = [*signature.preamble]
+    body = [f"{name} = {expression}" for name, expression in signature.preamble]
     for line in text.splitlines():
         guarded = _GUARD.match(line)
         if guarded:

@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
-from oracle import check, outputs, randomize
-from own_attentions import D, Hidden
+import torch.nn.functional as F
+from einops import rearrange
+from oracle import check, merge, outputs, randomize
+from own_attentions import D, H, Hidden, K
 from small_models import refused
 from torch import nn
-from written_attentions import CONVERTED, REFUSED, N
+from written_attentions import CONVERTED, REFUSED, N, Packed, join
 
 from armour_surgery import convert, inspect
 from armour_surgery.errors import NothingToConvertError, TraceError
@@ -64,6 +66,47 @@ def test_another_type_is_followed(dtype: torch.dtype) -> None:
     cast = convert(host(kind), "qk", example_input=tokens()).to(dtype)
     batch = {"x": tokens(3).to(dtype)}
     assert all(torch.equal(a, b) for a, b in zip(outputs(fresh, batch), outputs(cast, batch), strict=True))
+
+
+class GivenTables(Packed):
+    """Gets two tables in a tuple, as transformers hands rotary positions on, and asks for their size and type."""
+
+    def forward(self, x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        first, second = tables
+        q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=H) for part in self.qkv(x).chunk(3, -1))
+        if first.shape[0] > 4:
+            q = q * first.to(x.dtype)
+        return self.out(join(F.scaled_dot_product_attention(q, k + second, v)))
+
+
+class Tables(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = GivenTables()
+        self.first, self.second = (nn.Parameter(torch.randn(N, K)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x, (self.first[: x.shape[1]], self.second[: x.shape[1]]))
+
+
+def test_what_was_decided_by_a_nested_argument_is_a_condition() -> None:
+    batches = [{"x": tokens(2, count)} for count in (6, 5, 3, 6)]
+    errors = check(randomize(Tables()).double().eval(), "qv", batches)
+    assert max(errors.values()) <= 1e-12, errors
+
+
+@pytest.mark.parametrize("name", ["LowestNumber", "EinopsFunctions"])
+def test_autocast_is_followed(name: str) -> None:
+    """Under it, what a type gave is of another type than the inputs'."""
+    kind = next(kind for kind in CONVERTED if kind.__name__ == name)
+    model = host(kind).float()
+    batch = tokens().float()
+    assert merge(model, "kv", {"x": batch.to("meta")})
+    converted = convert(model, "kv", example_input=batch)
+    for _ in range(2):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(converted(batch), model(batch))
+        assert torch.equal(converted(batch), model(batch))
 
 
 def test_factors_that_are_set_afterwards_are_followed() -> None:
