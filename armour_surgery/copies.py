@@ -8,10 +8,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = [
+    "MetaTwins",
     "alias",
     "copy_of_zeros",
     "copy_weights",
@@ -141,6 +144,26 @@ def copy_of_zeros(module: nn.Module) -> nn.Module:
 def copy_with(module: nn.Module, stand_in: Callable[[Tensor], Tensor]) -> nn.Module:
     """A deep copy in which every tensor is what `stand_in` makes of it; without hooks."""
     return _copy(module, stand_in, hooks=False)
+
+
+class MetaTwins:
+    """Tensors without numbers in place of those of a call, or of many: what was one tensor stays one."""
+
+    def __init__(self) -> None:
+        # By identity, and only as long as the tensor lives: its id may be given to another one then.
+        self._twins = WeakTensorKeyDictionary()
+
+    def of(self, arguments: Any) -> Any:
+        """The same arguments on meta."""
+        return pytree.tree_map_only(Tensor, self._twin, arguments)
+
+    def _twin(self, tensor: Tensor) -> Tensor:
+        if tensor.is_meta:
+            return tensor
+        if tensor not in self._twins:
+            self._twins[tensor] = torch.empty_like(tensor, device="meta")
+        twin: Tensor = self._twins[tensor]
+        return twin
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:

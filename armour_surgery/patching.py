@@ -21,21 +21,15 @@ def one_at_a_time() -> Iterator[None]:
 
 
 @contextmanager
-def patched(
-    owner: Any, name: str, replacement: Callable[..., Any], for_others: Callable[..., Any] | None = None
-) -> Iterator[None]:
-    """While open, `owner.name` is the replacement, for this thread alone.
-
-    Other threads get `for_others`, by default what stood there before, which comes back in the end.
-    """
+def patched(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
+    """While open, `owner.name` is the replacement, for this thread alone; others get what stood there before."""
     with _lock:
         before = getattr(owner, name)
-        others = before if for_others is None else for_others
         thread = threading.get_ident()
 
         @functools.wraps(before)
         def confined(*args: Any, **kwargs: Any) -> Any:
-            function = replacement if threading.get_ident() == thread else others
+            function = replacement if threading.get_ident() == thread else before
             return function(*args, **kwargs)
 
         setattr(owner, name, confined)

@@ -18,15 +18,14 @@ def in_a_thread(action: Callable[[], object]) -> list[object]:
     return results
 
 
-@pytest.mark.parametrize("for_others", [None, lambda: "for others"])
-def test_a_patch_is_for_one_thread(for_others: Callable[[], str] | None) -> None:
+def test_a_patch_is_for_one_thread() -> None:
     def before() -> str:
         return "before"
 
     owner = SimpleNamespace(function=before)
-    with patched(owner, "function", lambda: "patched", for_others):
+    with patched(owner, "function", lambda: "patched"):
         assert owner.function() == "patched"
-        assert in_a_thread(lambda: owner.function()) == ["before" if for_others is None else "for others"]
+        assert in_a_thread(lambda: owner.function()) == ["before"]
     assert owner.function is before
 
 

@@ -7,10 +7,8 @@ from torch import fx
 
 from armour_surgery.traced import FunctionReference
 
-__all__ = ["LAYOUT_FLAG", "SELF", "attribute_of", "guard", "value_of"]
+__all__ = ["SELF", "attribute_of", "guard", "value_of"]
 
-# A flag that tells torch's layers how the weights lie, which is what surgery changes; a forward needs none of it then.
-LAYOUT_FLAG = "_qkv_same_embed_dim"
 SELF = "_self"  # the placeholder that stands for the module itself; emitted code calls it `self`
 
 

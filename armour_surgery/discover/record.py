@@ -8,14 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.utils._pytree as pytree
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from armour_surgery.altered import names_below, run_weightless, why_altered
 from armour_surgery.calls import run, without_fast_paths
-from armour_surgery.copies import alias, copy_of_zeros, floating_weight, has_weights, meta_copy
+from armour_surgery.copies import MetaTwins, alias, copy_of_zeros, floating_weight, has_weights, meta_copy
 from armour_surgery.errors import ArmourError, DiscoveryError, ExampleInputError
 from armour_surgery.shapes import RememberedShapes
 from armour_surgery.traced import Call
@@ -87,37 +85,17 @@ class _Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Meta:
-    """Tensors without numbers in place of those of one run: what was one tensor stays one."""
-
-    def __init__(self) -> None:
-        # By identity, and only as long as the tensor lives: its id may be given to another one then.
-        self._twins = WeakTensorKeyDictionary()
-
-    def of(self, arguments: Any) -> Any:
-        """The same arguments on meta."""
-        return pytree.tree_map_only(torch.Tensor, self._twin, arguments)
-
-    def _twin(self, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.is_meta:
-            return tensor
-        if tensor not in self._twins:
-            self._twins[tensor] = torch.empty_like(tensor, device="meta")
-        twin: torch.Tensor = self._twins[tensor]
-        return twin
-
-
 @contextmanager
 def _stack_of(model: nn.Module, recording: Recording) -> Iterator[list[str]]:
     """Keep the fully qualified names of the running modules, outermost first, while the context is open."""
     stack: list[str] = []
-    meta = _Meta()
+    twins = MetaTwins()
     handles = []
     for fqn, module in model.named_modules():
         # `fqn` is bound by its default: a closure would see the name of the last module in all of them.
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fqn: str = fqn) -> None:
             stack.append(fqn)
-            recording.calls.setdefault(fqn, []).append(Call(*meta.of((args, dict(kwargs)))))
+            recording.calls.setdefault(fqn, []).append(Call(*twins.of((args, dict(kwargs)))))
 
         def leave(*_: Any) -> None:
             stack.pop()

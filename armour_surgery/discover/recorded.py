@@ -34,9 +34,10 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from armour_surgery.copies import copy_with
 from armour_surgery.discover.functions import followed_functions
-from armour_surgery.discover.nodes import LAYOUT_FLAG, SELF, attribute_of, value_of
+from armour_surgery.discover.nodes import SELF, attribute_of, value_of
 from armour_surgery.discover.record import is_builtin
 from armour_surgery.discover.signature import bind
+from armour_surgery.discover.spied import spy
 from armour_surgery.errors import TraceError
 from armour_surgery.hosts.attention_interface import noted_interfaces
 from armour_surgery.patching import one_at_a_time
@@ -122,7 +123,7 @@ class _Recorder(TorchFunctionMode):
     def attribute(self, module: nn.Module, name: str, value: bool | float) -> Any:
         """A flag or a number that forward reads off a module: what is recorded holds for its present value."""
         path = self._module_names.get(id(module))
-        if path is not None and not self._busy and name != LAYOUT_FLAG:
+        if path is not None and not self._busy:
             read = attribute_of(path, name)
             if isinstance(value, bool):
                 self.conditions[read] = read if value else f"not {read}"
@@ -337,7 +338,7 @@ def trace_by_running(module: nn.Module, call: Call, opaque: Callable[[str, nn.Mo
     args, kwargs = rebuild(tuple(leaves))
     forward = type(module).forward
     for child in list(root.modules()):
-        _spy(child, recorder)
+        spy(child, recorder.attribute, recorder.call_module)
     with ExitStack() as stack:
         stack.enter_context(one_at_a_time())
         stack.enter_context(followed_functions())
@@ -368,21 +369,3 @@ def _same_cast() -> AbstractContextManager[Any]:
     """Autocast on the CPU, where the stand-ins are, if it is on for another device."""
     dtype = _cast_type()
     return nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)
-
-
-def _spy(module: nn.Module, recorder: _Recorder) -> None:
-    """Let the recorder see the flags and factors that are read off this (copied) module, and its calls."""
-    host = type(module)
-
-    def read(self: nn.Module, name: str) -> Any:
-        value = host.__getattribute__(self, name)
-        if type(value) in (bool, float) and name in object.__getattribute__(self, "__dict__"):
-            return recorder.attribute(self, name, value)
-        return value
-
-    def called(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return recorder.call_module(self, partial(host.__call__, self), args, kwargs)
-
-    # Python looks these up on the class, never on the object: each copied module gets a class of its own.
-    members = {"__getattribute__": read, "__call__": called, "__module__": host.__module__}
-    object.__setattr__(module, "__class__", type(host.__name__, (host,), members))

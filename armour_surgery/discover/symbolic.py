@@ -24,9 +24,10 @@ from torch.fx import _symbolic_trace
 
 from armour_surgery.copies import meta_copy
 from armour_surgery.discover.functions import followed_functions
-from armour_surgery.discover.nodes import LAYOUT_FLAG, SELF, attribute_of, guard, value_of
+from armour_surgery.discover.nodes import SELF, attribute_of, guard, value_of
 from armour_surgery.discover.record import is_builtin
 from armour_surgery.discover.signature import bind
+from armour_surgery.discover.spied import spy
 from armour_surgery.errors import TraceError
 from armour_surgery.hosts.attention_interface import is_interface, traced_interfaces
 from armour_surgery.patching import one_at_a_time, patched
@@ -215,37 +216,16 @@ def _own_methods(module: nn.Module) -> Iterator[str]:
                 yield name
 
 
-def _spy(module: nn.Module, path: str, tracer: _ValueTracer, forward: Any = None) -> None:
-    """Let the tracer see the flags, numbers and methods that are read off this (copied) module."""
+def _spy(module: nn.Module, path: str, tracer: _ValueTracer, **members: Any) -> None:
+    """Let the tracer see the flags, numbers, tensors and methods that are read off this (copied) module."""
     host = type(module)
-
-    def read(self: nn.Module, name: str) -> Any:
-        value = host.__getattribute__(self, name)
-        # Flags and factors (`training`, `scale`, dropout's `p`) may be set to something else later on; whole numbers
-        # state the structure, which is what was traced.
-        if name != LAYOUT_FLAG and type(value) in (bool, float) and name in object.__getattribute__(self, "__dict__"):
-            return tracer.plain_attribute(self, name, value)
-        return value
-
     for name in set(_own_methods(module)):
         object.__setattr__(module, name, tracer.method(module, path, name, getattr(module, name)))
 
     def read_tensor(self: nn.Module, name: str) -> Any:
         return tracer.tensor_read(name, host.__getattr__(self, name))
 
-    def called(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return tracer.module_called(self, functools.partial(host.__call__, self), args, kwargs)
-
-    # Python looks these up on the class, never on the object: each copied module gets a class of its own.
-    members: dict[str, Any] = {
-        "__getattribute__": read,
-        "__getattr__": read_tensor,
-        "__call__": called,
-        "__module__": host.__module__,
-    }
-    if forward is not None:
-        members["forward"] = forward
-    object.__setattr__(module, "__class__", type(host.__name__, (host,), members))
+    spy(module, tracer.plain_attribute, tracer.module_called, __getattr__=read_tensor, **members)
 
 
 @contextmanager
@@ -296,7 +276,7 @@ def trace_symbolically(module: nn.Module, call: Call, opaque: Callable[[str, nn.
     )
     tracer.module_names = {id(child): name for name, child in root.named_modules()}
     for name, child in list(root.named_modules()):
-        _spy(child, name, tracer, scope["forward"] if child is root else None)
+        _spy(child, name, tracer, **({"forward": scope["forward"]} if child is root else {}))
     try:
         with (
             one_at_a_time(),

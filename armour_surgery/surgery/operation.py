@@ -3,13 +3,10 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-import torch.utils._pytree as pytree
 from torch import nn
 
-from armour_surgery.copies import floating_weight, meta_copy
+from armour_surgery.copies import MetaTwins, floating_weight, meta_copy
 from armour_surgery.discover import describe_site, find_results, trace_call
 from armour_surgery.errors import ArmourError, PostconditionError, SpecializationError, TraceError
 from armour_surgery.hosts.attention_interface import names_attention_function
@@ -221,7 +218,7 @@ class _SiteRewriter:
         for fqn, child in case.named_modules():
             _copy_settings(converted, fqn, child)
         try:
-            rewritten, variant = self._rewrite_call(case, _on_meta(call))
+            rewritten, variant = self._rewrite_call(case, Call(*MetaTwins().of((call.args, call.kwargs))))
         except TraceError as error:
             raise SpecializationError(
                 f"{type(converted).__name__} is called in a way that it was not converted for, and cannot follow: "
@@ -256,17 +253,3 @@ def _copy_settings(converted: nn.Module, fqn: str, child: nn.Module) -> None:
         plain = type(value) in (bool, float) and type(vars(child).get(name)) is type(value)
         if plain or names_attention_function(value):
             object.__setattr__(child, name, value)
-
-
-def _on_meta(call: Call) -> Call:
-    twins: dict[int, torch.Tensor] = {}
-
-    def move(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        # What is one tensor stays one: it is one input of the graph, and one of the conditions of the branch.
-        if id(leaf) not in twins:
-            twins[id(leaf)] = torch.empty_like(leaf, device="meta")
-        return twins[id(leaf)]
-
-    return Call(pytree.tree_map(move, call.args), pytree.tree_map(move, call.kwargs))
