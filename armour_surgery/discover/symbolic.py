@@ -232,7 +232,7 @@ def _spy(module: nn.Module, path: str, tracer: _ValueTracer, **members: Any) -> 
 def _modules_unpatched() -> Iterator[None]:
     """While open, fx leaves nn.Module alone, which it otherwise patches for everybody: `_spy` does that for a copy.
 
-    Every class of modules is told when nn.Module changes, and there are thousands: this was a fifth of a conversion.
+    Every class of modules is told when nn.Module changes, and there are thousands of them.
     """
     patch_method = _symbolic_trace._Patcher.patch_method
 
