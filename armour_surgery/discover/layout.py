@@ -32,6 +32,7 @@ _FUNCTIONS = {
     torch.flatten, torch.squeeze, torch.unsqueeze, torch.select, torch.narrow, torch.movedim, torch.moveaxis,
     torch.swapaxes, torch.swapdims, torch.t, torch.clone, torch.tensor_split, torch.repeat_interleave, torch.roll,
 }  # fmt: skip
+_JOINS: set[Any] = {torch.cat, torch.concat, torch.stack}
 _PAIRS = {torch.view_as_complex, torch.view_as_real}
 _VIEWS = {"T", "mT", "H", "mH"}
 
@@ -42,12 +43,19 @@ class Flow(dict[fx.Node, Any]):
     """Node -> the numbers of the producer's elements that it holds, in place.
 
     `pure` are the nodes that layout alone leads to. At the others something acted on the values (a norm, a rotation, a
-    scale), element by element as far as positions go.
+    scale), element by element as far as positions go. `others` are the numbers of further elements that went into the
+    same positions: `a * cos - b * sin` holds those of a, and b's are others.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.pure: set[fx.Node] = set()
+        self.others: dict[fx.Node, list[torch.Tensor]] = {}
+
+    def choices(self, node: fx.Node) -> list[torch.Tensor]:
+        """All numbers that may stand for what a node holds; none for a node without, or with several tensors."""
+        numbers = self.get(node)
+        return [numbers, *self.others.get(node, ())] if isinstance(numbers, torch.Tensor) else []
 
     def leaves_layout(self, user: fx.Node) -> bool:
         """Whether a reader takes the values and does something else to them than layout."""
@@ -87,15 +95,17 @@ def _apply(node: fx.Node, flow: Flow) -> Any:
     return target(*args, **value_of(node.kwargs))
 
 
-def _same_shape_input(node: fx.Node, flow: Flow) -> fx.Node | None:
-    """The input whose positions an operation keeps: the first with numbers and the output's own shape."""
+def _same_shape_inputs(node: fx.Node, flow: Flow) -> list[torch.Tensor]:
+    """The numbers of the inputs whose positions an operation keeps, those with the output's own shape; each once."""
     shape = getattr(node.meta["value"], "shape", None)
     if shape is not None and node.meta["value"].is_complex():
         shape = (*shape, 2)
+    found: list[torch.Tensor] = []
     for source in inputs_of(node):
-        if source in flow and isinstance(flow[source], torch.Tensor) and flow[source].shape == shape:
-            return source
-    return None
+        for numbers in flow.choices(source):
+            if numbers.shape == shape and not any(torch.equal(numbers, known) for known in found):
+                found.append(numbers)
+    return found
 
 
 def follow(
@@ -137,8 +147,8 @@ def follow(
             flow[node] = joined
         elif first in flow and channel_of and (pooled := _pooled(node, flow[first], channel_of)) is not None:
             flow[node] = pooled
-        elif (same := _same_shape_input(node, flow)) is not None:
-            flow[node] = flow[same]
+        elif choices := _same_shape_inputs(node, flow):
+            flow[node], *flow.others[node] = choices
     return flow
 
 
@@ -164,19 +174,30 @@ def _pooled(node: fx.Node, numbers: Any, channel_of: ChannelOf) -> torch.Tensor 
 
 
 def _joined(node: fx.Node, flow: Flow) -> torch.Tensor | None:
-    """The numbers that a concatenation holds; None for anything else, or where a part has no numbers."""
-    if node.op != "call_function" or node.target not in (torch.cat, torch.concat):
+    """The numbers that a concatenation holds; None for anything else, or where a part has no numbers.
+
+    A rotation in two halves, `cat(a * cos - b * sin, a * sin + b * cos)`, has both parts of one channel in each half:
+    each half gets the numbers that no other has.
+    """
+    if node.op != "call_function" or node.target not in _JOINS:
         return None
     parts = node.args[0]
     if not isinstance(parts, tuple | list):
         return None
     numbers: list[torch.Tensor] = []
     for part in parts:
-        known = flow.get(part) if isinstance(part, fx.Node) else None
-        if not isinstance(known, torch.Tensor):
+        choices = flow.choices(part) if isinstance(part, fx.Node) else []
+        if not choices:
             return None
-        numbers.append(known)
-    return torch.cat(numbers, *value_of(node.args[1:]), **value_of(node.kwargs))
+        new = (choice for choice in choices if not any(_overlap(choice, known) for known in numbers))
+        numbers.append(next(new, choices[0]))
+    join: Any = node.target
+    joined: torch.Tensor = join(numbers, *value_of(node.args[1:]), **value_of(node.kwargs))
+    return joined
+
+
+def _overlap(numbers: torch.Tensor, others: torch.Tensor) -> bool:
+    return bool(torch.isin(numbers, others).any())
 
 
 def find_layout(

@@ -299,6 +299,10 @@ class _Recorder(TorchFunctionMode):
     def _conditions(self) -> tuple[str, ...]:
         names = {symbol: f"{self._inputs[node]}.shape[{axis}]" for symbol, (node, axis) in self._sources.items()}
         conditions: list[str] = []
+        # Some of torch's functions take a size for the number that it has: then it is no symbol any more.
+        for symbol, size in self._shapes.replacements.items():
+            if symbol in names and size.is_number:
+                conditions.append(f"{names[symbol]} == {size}")
         for expression in self._decided:
             if not expression.free_symbols <= names.keys():
                 raise TraceError(f"its forward decides something by {expression}, which is no size of its inputs")
