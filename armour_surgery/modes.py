@@ -75,6 +75,11 @@ def _fits_qk(site: AttentionSite) -> str | None:
     return _same_tokens(site, "q", "k")
 
 
+def _fits_qk_diag(site: AttentionSite) -> str | None:
+    other = "its queries or keys are pooled, padded or joined with others: no logit is that of a token with itself"
+    return _fits_qk(site) or (None if site.asks_itself else other)
+
+
 def _fits_kv(site: AttentionSite) -> str | None:
     return _same_tokens(site, "k", "v") or _same_size(site, "k", "v", "")
 
@@ -108,7 +113,7 @@ MODES: dict[str, Mode] = {
     for mode in (
         Mode("qv", "softmax(Q K^T) Q", ("k",), ("q",), _fits_qv),
         Mode("qk", "softmax(Q Q^T) V", ("q",), ("v",), _fits_qk),
-        Mode("qk-diag", "softmax(Q Q^T without its diagonal) V", ("q",), ("v",), _fits_qk, mask_diagonal=True),
+        Mode("qk-diag", "softmax(Q Q^T without its diagonal) V", ("q",), ("v",), _fits_qk_diag, mask_diagonal=True),
         Mode("kv", "softmax(Q K^T) K", ("k",), ("k",), _fits_kv),
         Mode("concat-half", "softmax(Q K^T) concat(Q, V_rest)", ("k",), ("q", "v"), _fits_wide_value),
         Mode("concat-full", "softmax(Q K^T) concat(Q, K)", ("k",), ("q", "k", "v"), _fits_concat_full),

@@ -58,10 +58,11 @@ class AttentionSite:
     """One attention of a model: what `inspect` shows and what a mode is chosen by.
 
     `kind` is self-attention, downsampling, reduced keys or cross-attention. `reads` names, for each role, the tensor
-    that its projection is applied to; equal names mean the same tensor. `plain_value_projection` says that V comes
-    from one Linear or 1x1 convolution. `modes` are the names that fit, `refused` maps every other mode to the reason
-    in a user's words. `key_dim` and `value_dim` are per head. `q`, `k`, `v` are None when the site could not be
-    followed at all; then `num_heads` and the sizes are 0 and every mode carries the same reason.
+    that its projection is applied to; equal names mean the same tensor. `plain_value_projection` says that V comes from
+    one Linear or 1x1 convolution. `asks_itself` says that as many tokens ask as are asked. `modes` are the names that
+    fit, `refused` maps every other mode to the reason in a user's words. `key_dim` and `value_dim` are per head. `q`,
+    `k`, `v` are None when the site could not be followed at all; then `num_heads` and the sizes are 0 and every mode
+    carries the same reason.
     """
 
     fqn: str
@@ -74,6 +75,7 @@ class AttentionSite:
     v: Projection | None
     reads: dict[str, str] = field(default_factory=dict)
     plain_value_projection: bool = False
+    asks_itself: bool = True
     modes: tuple[str, ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
 

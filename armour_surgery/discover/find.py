@@ -21,7 +21,7 @@ from armour_surgery.discover.trace import trace
 from armour_surgery.errors import NoAttentionError, TraceError
 from armour_surgery.modes import judge
 from armour_surgery.records import AttentionSite, Projection, RefusedSite
-from armour_surgery.traced import Call, FoundSite, OutputProjection, Role, SeenSite, Trace, TracedSite
+from armour_surgery.traced import Call, Core, FoundSite, OutputProjection, Role, SeenSite, Trace, TracedSite
 
 __all__ = ["describe_site", "find_sites", "trace_call"]
 
@@ -66,6 +66,12 @@ def _kind(traced: TracedSite) -> str:
     return "cross-attention"
 
 
+def _asks_itself(core: Core) -> bool:
+    """Whether there are as many queries as keys, so that the logits have a diagonal."""
+    queries, keys = core.q.meta["value"], core.k.meta["value"]
+    return bool(queries.shape[core.q_axes[0]] == keys.shape[core.k_axes[0]])
+
+
 def _sources(traced: TracedSite, role: Role) -> list[str]:
     """The tensor that a role is projected from, and all it is computed from, nearest first."""
     first = role.producer.reads.partition(" ")[0]
@@ -93,6 +99,7 @@ def describe_site(fqn: str, traced: TracedSite) -> AttentionSite:
         v=_projection(v, fqn),
         reads={"q": q.producer.reads, "k": k.producer.reads, "v": v.producer.reads},
         plain_value_projection=v.producer.plain,
+        asks_itself=_asks_itself(traced.core),
     )
     modes, refused = judge(site)
     return replace(site, modes=modes, refused=refused)

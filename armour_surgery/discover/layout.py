@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from armour_surgery.discover.channels import Channels
 from armour_surgery.discover.match import inputs_of, is_tensor
 from armour_surgery.discover.nodes import value_of
 from armour_surgery.traced import Layout
@@ -23,8 +24,6 @@ _METHODS = {
     "squeeze", "unsqueeze", "select", "narrow", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "clone", "view_as",
     "reshape_as", "__getitem__", "tensor_split", "detach", "expand", "expand_as", "repeat", "repeat_interleave", "roll",
 }  # fmt: skip
-# These leave some elements along an axis and drop others, or make one of several: what is left is of the same channels.
-_REDUCTIONS = {"amax", "amin", "mean", "sum"}
 # These change a number's format but not where it is.
 _CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "double"}
 _FUNCTIONS = {
@@ -35,8 +34,6 @@ _FUNCTIONS = {
 _JOINS: set[Any] = {torch.cat, torch.concat, torch.stack}
 _PAIRS = {torch.view_as_complex, torch.view_as_real}
 _VIEWS = {"T", "mT", "H", "mH"}
-
-ChannelOf = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Flow(dict[fx.Node, Any]):
@@ -113,13 +110,14 @@ def follow(
     producer: fx.Node,
     barriers: Collection[fx.Node] = (),
     transparent: Collection[fx.Node] = (),
-    channel_of: ChannelOf | None = None,
+    channels: Channels | None = None,
 ) -> Flow:
     """Number the producer's output elements and follow them through the graph.
 
     `barriers` are other producers: what passes through them is no longer this one's output. `transparent` nodes count
-    as layout: they act on each channel for itself, and whoever moves the channels takes care of them. With
-    `channel_of`, which tells the channels of numbers, they are followed through the pooling of tokens too.
+    as layout: they act on each channel for itself, and whoever moves the channels takes care of them. With `channels`
+    they are followed through what makes other tokens of a channel's tokens, too: what stands there then is any number
+    of the channel, or -1 where nothing of the producer is.
     """
     flow = Flow()
     shape = producer.meta["value"].shape
@@ -143,40 +141,20 @@ def follow(
         elif first in flow and node.target in _PAIRS:
             # A complex number has the two numbers of its parts, along an axis that the node itself does not have.
             flow[node] = flow[first]
-        elif (joined := _joined(node, flow)) is not None:
+        elif (joined := _joined(node, flow, channels is not None)) is not None:
             flow[node] = joined
-        elif first in flow and channel_of and (pooled := _pooled(node, flow[first], channel_of)) is not None:
-            flow[node] = pooled
         elif choices := _same_shape_inputs(node, flow):
             flow[node], *flow.others[node] = choices
+        elif channels is not None and (made := channels.after(node, flow)) is not None:
+            flow[node] = made
     return flow
 
 
-def _pooled(node: fx.Node, numbers: Any, channel_of: ChannelOf) -> torch.Tensor | None:
-    """The numbers that stand for those which a reduction over some axes makes one of; None for anything else.
+def _joined(node: fx.Node, flow: Flow, filled: bool) -> torch.Tensor | None:
+    """The numbers that a concatenation holds; None for anything else.
 
-    They all have to be of one channel: then the first of them tells which.
-    """
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    if name not in _REDUCTIONS or not isinstance(numbers, torch.Tensor):
-        return None
-    given = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-    axes = [given] if isinstance(given, int) else list(given) if isinstance(given, tuple | list) else []
-    if not axes or not all(isinstance(axis, int) for axis in axes):
-        return None
-    kept = numbers
-    for axis in axes:
-        first = kept.narrow(axis, 0, 1)
-        if bool((channel_of(kept) != channel_of(first)).any()):
-            return None
-        kept = first
-    return kept.reshape(node.meta["value"].shape)
-
-
-def _joined(node: fx.Node, flow: Flow) -> torch.Tensor | None:
-    """The numbers that a concatenation holds; None for anything else, or where a part has no numbers.
-
-    A rotation in two halves, `cat(a * cos - b * sin, a * sin + b * cos)`, has both parts of one channel in each half:
+    A part without numbers (learned tokens before the others) has -1, if it may be `filled`; if not, there are none. A
+    rotation in two halves, `cat(a * cos - b * sin, a * sin + b * cos)`, has both parts of one channel in each half:
     each half gets the numbers that no other has.
     """
     if node.op != "call_function" or node.target not in _JOINS:
@@ -188,7 +166,9 @@ def _joined(node: fx.Node, flow: Flow) -> torch.Tensor | None:
     for part in parts:
         choices = flow.choices(part) if isinstance(part, fx.Node) else []
         if not choices:
-            return None
+            if not filled or not isinstance(part, fx.Node) or part in flow:
+                return None
+            choices = [torch.full(part.meta["value"].shape, -1)]
         new = (choice for choice in choices if not any(_overlap(choice, known) for known in numbers))
         numbers.append(next(new, choices[0]))
     join: Any = node.target

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from armour_surgery.discover.channels import Channels
 from armour_surgery.discover.layout import Flow, find_layout, follow
 from armour_surgery.discover.match import find_core, inputs_of
 from armour_surgery.discover.producers import TraceInside, find_producers
@@ -32,26 +33,24 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
 
 
 def _heads(
-    numbers: torch.Tensor, axes: tuple[int, int], producer: Producer, letter: str
+    numbers: torch.Tensor, axes: tuple[int, int], channels: Channels, letter: str
 ) -> tuple[list[tuple[int, ...]], torch.Tensor]:
     """Channels of each head in order of appearance, and for each leading position of the core which head it is."""
-    channel = _channel_of(producer)(numbers).movedim(axes, (-2, -1))
+    channel = channels.of(numbers).movedim(axes, (-2, -1))
     # A dimension of a head must be the same channel at every token; in cross-covariance attention (XCiT) it is not.
-    if bool((channel != channel[..., :1, :]).any()):
+    # Tokens that were padded, or learned, have none.
+    line = channel.amax(-2, keepdim=True)
+    if bool(((channel != line) & (channel >= 0)).any()):
         raise TraceError(f"its {_NAMES[letter]} attend over channels, not over tokens")
-    lines = channel[..., 0, :].reshape(-1, channel.shape[-1])
+    if bool((line < 0).any()):
+        raise TraceError(f"its {_NAMES[letter]} are not projected as a whole: some of a head's numbers are constants")
+    lines = line.reshape(-1, channel.shape[-1])
     order: dict[tuple[int, ...], int] = {}
     places = [order.setdefault(tuple(line), len(order)) for line in lines.tolist()]
     used = list(itertools.chain.from_iterable(order))
     if len(set(used)) != len(used):
         raise TraceError(f"its {_NAMES[letter]} use a channel in more than one place")
     return list(order), torch.tensor(places).reshape(channel.shape[:-2])
-
-
-def _channel_of(producer: Producer) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What tells the channels of elements, which are numbered row by row: division and remainder."""
-    inner, channels = _inner(producer), producer.channels
-    return lambda numbers: (numbers // inner) % channels
 
 
 def _inner(producer: Producer) -> int:
@@ -163,7 +162,7 @@ def understand(
         hidden = set(opaque) - inlined
         if not hidden:
             try:
-                return _assign(trace, core, producers)
+                return _assign(trace, core, producers, modules, above)
             except TraceError:
                 # What stands in the way may be a module without layers: a rearrangement, a Linear of the host's own.
                 hidden = _written_by_others(modules, above) - inlined
@@ -179,20 +178,24 @@ def _written_by_others(modules: dict[str, nn.Module], nodes: set[fx.Node]) -> se
     return {name for name in names if not is_builtin(modules[name])}
 
 
-def _assign(trace: Trace, core: Core, producers: list[Producer]) -> TracedSite:
+def _assign(
+    trace: Trace, core: Core, producers: list[Producer], modules: dict[str, nn.Module], above: set[fx.Node]
+) -> TracedSite:
     barriers: set[fx.Node] = set()
     for producer in producers:
         barriers |= {producer.node, *producer.chain}
     flows: dict[fx.Node, Flow] = {}
     for producer in producers:
-        flows[producer.node] = follow(trace.graph, producer.node, barriers, channel_of=_channel_of(producer))
+        channels = Channels(_inner(producer), producer.channels, modules, above)
+        flows[producer.node] = follow(trace.graph, producer.node, barriers, channels=channels)
     roles: dict[str, Role] = {}
     places: dict[str, torch.Tensor] = {}
     for letter in ("q", "k", "v"):
         target: fx.Node = getattr(core, letter)
         producer = _maker_of(target, flows, producers, _NAMES[letter])
         flow = flows[producer.node]
-        heads, places[letter] = _heads(flow[target], getattr(core, f"{letter}_axes"), producer, letter)
+        channels = Channels(_inner(producer), producer.channels, modules, above)
+        heads, places[letter] = _heads(flow[target], getattr(core, f"{letter}_axes"), channels, letter)
         holds = _holding(flow, producer, heads)
         anchors, whole = _anchors(flow, producer, heads, holds)
         value = producer.node.meta["value"]

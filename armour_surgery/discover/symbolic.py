@@ -58,14 +58,15 @@ class _ValueProxy(fx.Proxy):
 
     def __iter__(self) -> Iterator[Any]:
         # fx allows `a, b = x` alone, whose count it reads off the caller's bytecode; here every length is known.
-        return map(self.__getitem__, range(len(self)))
+        return map(self.__getitem__, range(len(self._value)))
 
     # fx refuses to assign to items; hosts fill masks and position tables in this way.
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
     def __len__(self) -> int:
-        return len(self._value)
+        # Of a tensor it is a size, which may be another one at the next call.
+        return int(self.shape[0]) if isinstance(self._value, torch.Tensor) else len(self._value)
 
     def __contains__(self, item: Any) -> bool:
         return value_of(item) in self._value
