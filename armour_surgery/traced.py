@@ -214,13 +214,38 @@ class Results:
 
 @dataclass(frozen=True)
 class TracedSite:
-    """One call of an attention module, understood."""
+    """One call of an attention module, understood.
+
+    `cores` are several where a host attends head by head: each has some of the roles' heads. `others` are attentions in
+    the same graph that have projections of their own.
+    """
 
     trace: Trace
-    core: Core
+    cores: tuple[Core, ...]
     q: Role
     k: Role
     v: Role
+    others: tuple["TracedSite", ...] = ()
+
+    @property
+    def core(self) -> Core:
+        """The core, or the first of several."""
+        return self.cores[0]
+
+    @property
+    def members(self) -> tuple["TracedSite", ...]:
+        """This attention, and the others in its graph."""
+        return (replace(self, others=()), *self.others)
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """q, k and v of all attentions in the graph."""
+        return tuple(role for member in self.members for role in (member.q, member.k, member.v))
+
+    @property
+    def is_single(self) -> bool:
+        """Whether there is one core, which all heads are in."""
+        return len(self.cores) == 1 and not self.others
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from armour_surgery.modes import get_mode
 from armour_surgery.records import RefusedSite
 from armour_surgery.rewrite.contract import parts_of
 from armour_surgery.surgery.conversion import convert
-from armour_surgery.traced import SeenSite
+from armour_surgery.traced import SeenSite, TracedSite
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -48,20 +48,24 @@ def merge(
         if isinstance(found, RefusedSite) or mode not in found.site.modes:
             continue
         merged.append(found.site.fqn)
-        module, traced = model.get_submodule(found.site.fqn), found.traced
-        sizes = {letter: getattr(traced, letter).head_dim for letter in "qkv"}
-        for letter, names in (("k", get_mode(mode).key), ("v", get_mode(mode).value)):
-            role, filled = getattr(traced, letter), 0
-            for part in parts_of(names, letter, sizes):
-                rows = [c for head in role.channels for c in head[filled : filled + part.size]]
-                filled += part.size
-                if part.letter.startswith("grouped"):
-                    _keep_own_groups(module, role, rows, part.letter.endswith("shuffled"))
-                elif part.letter != letter:
-                    source = getattr(traced, part.letter)
-                    from_rows = [c for head in source.channels for c in head[part.start : part.stop]]
-                    _copy(module, source.producer, from_rows, role.producer, rows)
+        for traced in found.traced.members:
+            _merge(model.get_submodule(found.site.fqn), traced, mode)
     return merged
+
+
+def _merge(module: nn.Module, traced: TracedSite, mode: str) -> None:
+    sizes = {letter: getattr(traced, letter).head_dim for letter in "qkv"}
+    for letter, names in (("k", get_mode(mode).key), ("v", get_mode(mode).value)):
+        role, filled = getattr(traced, letter), 0
+        for part in parts_of(names, letter, sizes):
+            rows = [c for head in role.channels for c in head[filled : filled + part.size]]
+            filled += part.size
+            if part.letter.startswith("grouped"):
+                _keep_own_groups(module, role, rows, part.letter.endswith("shuffled"))
+            elif part.letter != letter:
+                source = getattr(traced, part.letter)
+                from_rows = [c for head in source.channels for c in head[part.start : part.stop]]
+                _copy(module, source.producer, from_rows, role.producer, rows)
 
 
 def _tensors(producer, module: nn.Module, rows: list[int]) -> list[tuple[torch.Tensor, int]]:

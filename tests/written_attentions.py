@@ -256,16 +256,6 @@ class TimesWeight(nn.Module):
         return self.out(join(F.scaled_dot_product_attention(q, k, v)))
 
 
-class HeadByHead(Packed):
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, -1)
-        found = []
-        for head in range(H):
-            own = slice(head * K, (head + 1) * K)
-            found.append((q[..., own] @ k[..., own].mT * self.scale).softmax(-1) @ v[..., own])
-        return self.out(torch.cat(found, -1))
-
-
 class Looks(Packed):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.heads(x)
@@ -300,6 +290,5 @@ CONVERTED: dict[type[nn.Module], tuple[str, ...]] = {
 }
 REFUSED: dict[type[nn.Module], str] = {
     TimesWeight: "no Linear or convolution was found behind its queries",
-    HeadByHead: "its forward holds 3 attention cores, and only one per module can be rewritten",
     Looks: "its forward branches on the contents of a tensor",
 }

@@ -75,7 +75,7 @@ def deploy_attention(
     passes = list(passes)
     groups: dict[str, list[FoundSite]] = {}
     for site in sites:
-        reason = _hooked_below(model, site.fqn) if isinstance(site, FoundSite) else site.reason
+        reason = _why_left(model, site) if isinstance(site, FoundSite) else site.reason
         if isinstance(site, FoundSite) and reason is None:
             groups.setdefault(site.fingerprint, []).append(site)
             continue
@@ -85,9 +85,11 @@ def deploy_attention(
         _deploy_alike(model, alike, passes, compiled, forced)
 
 
-def _hooked_below(model: nn.Module, fqn: str) -> str | None:
-    """Why an attention stays as it is: what somebody's hooks see in it may be gone afterwards, or be another."""
-    for name in names_below(model, fqn)[1:]:
+def _why_left(model: nn.Module, site: FoundSite) -> str | None:
+    """Why an attention stays as it is: passes know one core, and what hooks see may be gone afterwards, or another."""
+    if not site.traced.is_single:
+        return "it attends in several places, one after the other"
+    for name in names_below(model, site.fqn)[1:]:
         if has_hooks(model.get_submodule(name)):
             return f"{name} has a hook"
     return None

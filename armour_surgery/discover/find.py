@@ -66,6 +66,41 @@ def _kind(traced: TracedSite) -> str:
     return "cross-attention"
 
 
+def describe_site(fqn: str, traced: TracedSite) -> AttentionSite:
+    """What was understood of one call, as users see it: sizes, projections, and the modes that fit.
+
+    Where a graph holds several attentions, these are the first one's, with the modes that fit all of them.
+    """
+    first, *others = (_describe(fqn, member) for member in traced.members)
+    for other in others:
+        first = _fitting_both(first, other, "it holds several attentions, and for one of them")
+    if traced.is_single:
+        return first
+    heads = sum(member.q.num_heads for member in traced.members)
+    alone = {mode: "it attends in several places, and this mode adds a projection to one" for mode in first.modes
+             if mode.startswith("grouped")}  # fmt: skip
+    return _without(replace(first, num_heads=heads), alone)
+
+
+def _describe(fqn: str, traced: TracedSite) -> AttentionSite:
+    q, k, v = traced.q, traced.k, traced.v
+    site = AttentionSite(
+        fqn=fqn,
+        kind=_kind(traced),
+        num_heads=q.num_heads,
+        key_dim=q.head_dim,
+        value_dim=v.head_dim,
+        q=_projection(q, fqn),
+        k=_projection(k, fqn),
+        v=_projection(v, fqn),
+        reads={"q": q.producer.reads, "k": k.producer.reads, "v": v.producer.reads},
+        plain_value_projection=v.producer.plain,
+        asks_itself=all(map(_asks_itself, traced.cores)),
+    )
+    modes, refused = judge(site)
+    return replace(site, modes=modes, refused=refused)
+
+
 def _asks_itself(core: Core) -> bool:
     """Whether there are as many queries as keys, so that the logits have a diagonal."""
     queries, keys = core.q.meta["value"], core.k.meta["value"]
@@ -83,26 +118,6 @@ def _sources(traced: TracedSite, role: Role) -> list[str]:
             if source not in waiting:
                 waiting.append(source)
     return names
-
-
-def describe_site(fqn: str, traced: TracedSite) -> AttentionSite:
-    """What was understood of one call, as users see it: sizes, projections, and the modes that fit."""
-    q, k, v = traced.q, traced.k, traced.v
-    site = AttentionSite(
-        fqn=fqn,
-        kind=_kind(traced),
-        num_heads=q.num_heads,
-        key_dim=q.head_dim,
-        value_dim=v.head_dim,
-        q=_projection(q, fqn),
-        k=_projection(k, fqn),
-        v=_projection(v, fqn),
-        reads={"q": q.producer.reads, "k": k.producer.reads, "v": v.producer.reads},
-        plain_value_projection=v.producer.plain,
-        asks_itself=_asks_itself(traced.core),
-    )
-    modes, refused = judge(site)
-    return replace(site, modes=modes, refused=refused)
 
 
 def _relative(names: set[str], fqn: str) -> frozenset[str]:
@@ -180,7 +195,8 @@ def _follow(recording: Recording, fqn: str, known: dict[str, _Followed | TraceEr
                     return RefusedSite(
                         place, f"it is called in several ways, and one of them cannot be followed: {other}"
                     )
-                site = _fitting_both(site, describe_site(place, other.traced))
+                described = describe_site(place, other.traced)
+                site = _fitting_both(site, described, "it is called in several ways, and in one of them")
             return FoundSite(site, calls[0], around, followed.traced, "\n\n".join(kinds), followed.find_output)
         # What the innermost module says is what a user can act on, whatever the modules around it say.
         reason = reason or str(followed)
@@ -191,12 +207,15 @@ def _follow(recording: Recording, fqn: str, known: dict[str, _Followed | TraceEr
             place = place.rpartition(".")[0]
 
 
-def _fitting_both(site: AttentionSite, other: AttentionSite) -> AttentionSite:
-    """A site with the modes that fit another kind of call of it too."""
-    refused = dict(site.refused)
-    for mode, reason in other.refused.items():
-        refused.setdefault(mode, f"it is called in several ways, and in one of them {reason}")
-    return replace(site, modes=tuple(mode for mode in site.modes if mode not in refused), refused=refused)
+def _fitting_both(site: AttentionSite, other: AttentionSite, why: str) -> AttentionSite:
+    """A site with the modes that fit another attention, too, that is converted with it."""
+    return _without(site, {mode: f"{why} {reason}" for mode, reason in other.refused.items()})
+
+
+def _without(site: AttentionSite, refused: dict[str, str]) -> AttentionSite:
+    """A site with some modes refused, besides those that are."""
+    together = refused | site.refused
+    return replace(site, modes=tuple(mode for mode in site.modes if mode not in together), refused=together)
 
 
 def _unaltered(model: nn.Module, site: SeenSite) -> SeenSite:
@@ -212,7 +231,7 @@ def _unaltered(model: nn.Module, site: SeenSite) -> SeenSite:
 def _projections(found: FoundSite) -> list[str]:
     """The modules that hold the weights of q, k and v."""
     names: dict[str, None] = {}
-    for role in (found.traced.q, found.traced.k, found.traced.v):
+    for role in found.traced.roles:
         for tensor in role.producer.rows:
             names[".".join(filter(None, (found.fqn, tensor.rpartition(".")[0])))] = None
     return list(names)

@@ -16,6 +16,7 @@ from armour_surgery.traced import Core
 __all__ = [
     "MATRIX_PRODUCTS",
     "find_core",
+    "find_cores",
     "inputs_of",
     "is_call_of",
     "is_tensor",
@@ -200,11 +201,11 @@ def _comes_from(node: fx.Node, softmax: fx.Node) -> bool:
     return node is softmax or softmax in _above(node)
 
 
-def find_core(graph: fx.Graph, modules: dict[str, nn.Module]) -> Core:
-    """The attention core of a graph.
+def find_cores(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[Core]:
+    """The attention cores of a graph, in its order.
 
     Raises:
-        TraceError: there is none, or more than one.
+        TraceError: there is none.
     """
     cores: list[Core] = []
     for node in graph.nodes:
@@ -216,8 +217,18 @@ def find_core(graph: fx.Graph, modules: dict[str, nn.Module]) -> Core:
                 cores.append(core)
     if not cores:
         raise TraceError("no softmax(q k^T) v was found in its forward")
+    return cores
+
+
+def find_core(graph: fx.Graph, modules: dict[str, nn.Module]) -> Core:
+    """The attention core of a graph that has one.
+
+    Raises:
+        TraceError: there is none, or more than one.
+    """
+    cores = find_cores(graph, modules)
     if len(cores) > 1:
-        raise TraceError(f"its forward holds {len(cores)} attention cores, and only one per module can be rewritten")
+        raise TraceError(f"its forward holds {len(cores)} attention cores")
     return cores[0]
 
 

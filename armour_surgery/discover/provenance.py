@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import fx, nn
 
 from armour_surgery.discover.channels import Channels
 from armour_surgery.discover.layout import Flow, find_layout, follow
-from armour_surgery.discover.match import find_core, inputs_of
+from armour_surgery.discover.match import find_cores, inputs_of
 from armour_surgery.discover.producers import TraceInside, find_producers
 from armour_surgery.discover.record import is_builtin
 from armour_surgery.errors import TraceError
@@ -47,9 +48,6 @@ def _heads(
     lines = line.reshape(-1, channel.shape[-1])
     order: dict[tuple[int, ...], int] = {}
     places = [order.setdefault(tuple(line), len(order)) for line in lines.tolist()]
-    used = list(itertools.chain.from_iterable(order))
-    if len(set(used)) != len(used):
-        raise TraceError(f"its {_NAMES[letter]} use a channel in more than one place")
     return list(order), torch.tensor(places).reshape(channel.shape[:-2])
 
 
@@ -155,14 +153,16 @@ def understand(
     """
     inlined: set[str] = set()
     while True:
-        core = find_core(trace.graph, modules)
-        above = _ancestors(core.q) | _ancestors(core.k) | _ancestors(core.v)
+        cores = find_cores(trace.graph, modules)
+        above: set[fx.Node] = set()
+        for core in cores:
+            above |= _ancestors(core.q) | _ancestors(core.k) | _ancestors(core.v)
         producers, opaque = find_producers(trace, modules, above, trace_inside)
         # A module that stays opaque though it was looked into has nothing more to show.
         hidden = set(opaque) - inlined
         if not hidden:
             try:
-                return _assign(trace, core, producers, modules, above)
+                return _assign(trace, cores, _follow_all(trace, producers, modules, above))
             except TraceError:
                 # What stands in the way may be a module without layers: a rearrangement, a Linear of the host's own.
                 hidden = _written_by_others(modules, above) - inlined
@@ -178,44 +178,166 @@ def _written_by_others(modules: dict[str, nn.Module], nodes: set[fx.Node]) -> se
     return {name for name in names if not is_builtin(modules[name])}
 
 
-def _assign(
-    trace: Trace, core: Core, producers: list[Producer], modules: dict[str, nn.Module], above: set[fx.Node]
-) -> TracedSite:
+@dataclass(frozen=True)
+class _Followed:
+    """A projection, what becomes of its elements, and what tells their channels."""
+
+    producer: Producer
+    flow: Flow
+    channels: Channels
+
+
+def _follow_all(
+    trace: Trace, producers: list[Producer], modules: dict[str, nn.Module], above: set[fx.Node]
+) -> list[_Followed]:
     barriers: set[fx.Node] = set()
     for producer in producers:
         barriers |= {producer.node, *producer.chain}
-    flows: dict[fx.Node, Flow] = {}
+    followed = []
     for producer in producers:
         channels = Channels(_inner(producer), producer.channels, modules, above)
-        flows[producer.node] = follow(trace.graph, producer.node, barriers, channels=channels)
-    roles: dict[str, Role] = {}
-    places: dict[str, torch.Tensor] = {}
-    for letter in ("q", "k", "v"):
-        target: fx.Node = getattr(core, letter)
-        producer = _maker_of(target, flows, producers, _NAMES[letter])
-        flow = flows[producer.node]
-        channels = Channels(_inner(producer), producer.channels, modules, above)
-        heads, places[letter] = _heads(flow[target], getattr(core, f"{letter}_axes"), channels, letter)
-        holds = _holding(flow, producer, heads)
-        anchors, whole = _anchors(flow, producer, heads, holds)
-        value = producer.node.meta["value"]
-        tokens = value.numel() // producer.channels // value.shape[0]
-        roles[letter] = Role(producer, tuple(heads), anchors, whole, tokens, _ends(flow, producer, heads, holds))
-    # The core takes leading axes position by position: head 3 of Q meets whatever stands there in K and V. Roles with
-    # different numbers of heads share nothing, so their order does not matter; the modes refuse them by themselves.
+        flow = follow(trace.graph, producer.node, barriers, channels=channels)
+        followed.append(_Followed(producer, flow, channels))
+    return followed
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """Q, K or V of one core: its heads' channels, and for each leading position of the core which head it is."""
+
+    maker: _Followed
+    heads: list[tuple[int, ...]]
+    places: torch.Tensor
+
+
+def _assign(trace: Trace, cores: list[Core], followed: list[_Followed]) -> TracedSite:
+    """The attentions of a graph: cores that share their projections are the heads of one.
+
+    What cannot be followed is left alone where others can, and has projections of its own.
+    """
+    groups: dict[tuple[fx.Node, ...], list[tuple[Core, dict[str, _Operand]]]] = {}
+    failed: list[tuple[Core, TraceError]] = []
+    for core in cores:
+        try:
+            operands = {letter: _operand(core, letter, followed) for letter in _NAMES}
+        except TraceError as error:
+            failed.append((core, error))
+            continue
+        key = tuple(operand.maker.producer.node for operand in operands.values())
+        groups.setdefault(key, []).append((core, operands))
+    if not groups:
+        raise failed[0][1]
+    members = []
+    for group in groups.values():
+        roles = {letter: _role(letter, [operands[letter] for _, operands in group]) for letter in _NAMES}
+        _check_order([operands for _, operands in group], roles)
+        if len(group) > 1:
+            _refuse_overlap([operands["q"] for _, operands in group], roles)
+        members.append(TracedSite(trace, tuple(core for core, _ in group), roles["q"], roles["k"], roles["v"]))
+    _refuse_shared(members)
+    for core, reason in failed:
+        _refuse_read(core, reason, members, followed)
+    return replace(members[0], others=tuple(members[1:]))
+
+
+def _operand(core: Core, letter: str, followed: list[_Followed]) -> _Operand:
+    target: fx.Node = getattr(core, letter)
+    maker = _maker_of(target, followed, _NAMES[letter])
+    heads, places = _heads(maker.flow[target], getattr(core, f"{letter}_axes"), maker.channels, letter)
+    return _Operand(maker, heads, places)
+
+
+def _role(letter: str, operands: list[_Operand]) -> Role:
+    """The role of that letter in cores that have the same projections; heads in the order of the cores."""
+    maker = operands[0].maker
+    producer, flow = maker.producer, maker.flow
+    heads = list(dict.fromkeys(itertools.chain.from_iterable(operand.heads for operand in operands)))
+    used = list(itertools.chain.from_iterable(heads))
+    if len(set(used)) != len(used):
+        raise TraceError(f"its {_NAMES[letter]} use a channel in more than one place")
+    if len(set(map(len, heads))) > 1:
+        raise TraceError(f"the heads of its {_NAMES[letter]} differ in their numbers of channels")
+    holds = _holding(flow, producer, heads)
+    anchors, whole = _anchors(flow, producer, heads, holds)
+    value = producer.node.meta["value"]
+    tokens = value.numel() // producer.channels // value.shape[0]
+    return Role(producer, tuple(heads), anchors, whole, tokens, _ends(flow, producer, heads, holds))
+
+
+def _check_order(cores: list[dict[str, _Operand]], roles: dict[str, Role]) -> None:
+    """The core takes leading axes position by position: head 3 of Q meets whatever stands there in K and V.
+
+    Roles with different numbers of heads share nothing, so their order does not matter; modes refuse them themselves.
+
+    Raises:
+        TraceError: heads that meet are not of the same number.
+    """
     for letter in ("k", "v"):
-        same = places[letter].shape == places["q"].shape and torch.equal(places[letter], places["q"])
-        if not same and roles[letter].num_heads == roles["q"].num_heads:
-            raise TraceError(f"heads of its queries and {_NAMES[letter]} are not in the same order")
-    return TracedSite(trace, core, roles["q"], roles["k"], roles["v"])
+        if roles[letter].num_heads != roles["q"].num_heads:
+            continue
+        for operands in cores:
+            first, second = (_numbered(operands[name], roles[name]) for name in ("q", letter))
+            if first.shape != second.shape or not torch.equal(first, second):
+                raise TraceError(f"heads of its queries and {_NAMES[letter]} are not in the same order")
 
 
-def _maker_of(target: fx.Node, flows: dict[fx.Node, Flow], producers: list[Producer], name: str) -> Producer:
+def _refuse_overlap(queries: list[_Operand], roles: dict[str, Role]) -> None:
+    """Several cores are the heads of one attention if each has its own queries, and those are nobody's keys or values.
+
+    Raises:
+        TraceError: they are attentions of their own, with the same projection.
+    """
+    taken: list[tuple[fx.Node, int]] = []
+    for operand in queries:
+        taken += [(operand.maker.producer.node, channel) for head in operand.heads for channel in head]
+    for letter in ("k", "v"):
+        role = roles[letter]
+        taken += [(role.producer.node, channel) for head in role.channels for channel in head]
+    if len(set(taken)) != len(taken):
+        name = roles["q"].producer.fqn
+        raise TraceError(f"its forward holds several attentions that share {name}, so that none can give it up")
+
+
+def _numbered(operand: _Operand, role: Role) -> torch.Tensor:
+    """For each leading position of one core: which of the role's heads stands there."""
+    return torch.tensor([role.channels.index(head) for head in operand.heads])[operand.places]
+
+
+def _refuse_shared(members: list[TracedSite]) -> None:
+    """Attentions of one graph must not share weights: each gives up its own.
+
+    Raises:
+        TraceError: they do.
+    """
+    taken: set[str] = set()
+    for member in members:
+        names = {role.producer.fqn for role in (member.q, member.k, member.v)}
+        shared = sorted(taken & names)
+        if shared:
+            raise TraceError(
+                f"its forward holds several attentions that share {shared[0]}, so that none can give it up"
+            )
+        taken |= names
+
+
+def _refuse_read(core: Core, reason: TraceError, members: list[TracedSite], followed: list[_Followed]) -> None:
+    """Refuse a graph in which a core that could not be followed takes something of what is going to be shared.
+
+    Raises:
+        TraceError: the reason why the core could not be followed.
+    """
+    makers = {role.producer.node for member in members for role in (member.q, member.k, member.v)}
+    for maker in followed:
+        if maker.producer.node in makers and not maker.flow.keys().isdisjoint((core.q, core.k, core.v)):
+            raise reason
+
+
+def _maker_of(target: fx.Node, followed: list[_Followed], name: str) -> _Followed:
     """The one projection whose numbers reach an operand of the core."""
-    makers = [producer for producer in producers if isinstance(flows[producer.node].get(target), torch.Tensor)]
+    makers = [maker for maker in followed if isinstance(maker.flow.get(target), torch.Tensor)]
     if not makers:
         raise TraceError(f"no Linear or convolution was found behind its {name}")
     if len(makers) > 1:
-        names = ", ".join(maker.fqn for maker in makers)
+        names = ", ".join(maker.producer.fqn for maker in makers)
         raise TraceError(f"its {name} are made by several projections ({names})")
     return makers[0]

@@ -46,22 +46,24 @@ class MaskDiagonalPass:
         """Add the mask; does nothing for modes without it."""
         if not surgery.mode.mask_diagonal:
             return False
-        core = surgery.traced.core
-        with surgery.graph.inserting_before(core.node):
-            if core.kind == "softmax":
-                logits = core.node.args[0]
-                diagonal = surgery.graph.call_function(mask_diagonal_of, (logits, -2))
-                masked = surgery.graph.call_method("add", (logits, diagonal))
-                core.node.update_arg(0, masked)
-            else:
-                _mask_argument(surgery.graph, core.node)
+        for core in surgery.traced.cores:
+            with surgery.graph.inserting_before(core.node):
+                if core.kind == "softmax":
+                    logits = core.node.args[0]
+                    diagonal = surgery.graph.call_function(mask_diagonal_of, (logits, -2))
+                    masked = surgery.graph.call_method("add", (logits, diagonal))
+                    core.node.update_arg(0, masked)
+                else:
+                    _mask_argument(surgery.graph, core.node)
         return True
 
     def ensures(self, surgery: Surgery) -> None:
-        """The mask is in the graph exactly once."""
-        masks = [node for node in surgery.graph.nodes if node.target in (diagonal_mask, mask_diagonal_of)]
-        if len(masks) != int(surgery.mode.mask_diagonal):
-            raise PostconditionError(f"{len(masks)} diagonal masks in the graph")
+        """Every core of the attention has the mask once."""
+        for core in surgery.traced.cores:
+            inputs = [source for node in (core.node, *core.node.all_input_nodes) for source in node.all_input_nodes]
+            masks = {node for node in inputs if node.target in (diagonal_mask, mask_diagonal_of)}
+            if len(masks) != int(surgery.mode.mask_diagonal):
+                raise PostconditionError(f"{len(masks)} diagonal masks before {core.node}")
 
 
 def _mask_argument(graph: fx.Graph, node: fx.Node) -> None:

@@ -50,6 +50,17 @@ def rewrite(traced: TracedSite, mode: Mode, rank: int | None = None, results: Re
         TraceError: the site does something that this rewrite cannot keep; meant for users.
         PostconditionError: a pass did not keep its promise.
     """
+    edits: list[Edit] = []
+    shares: list[Share] = []
+    surgeries = [_operate(member, mode, rank, results) for member in traced.members]
+    for surgery in surgeries:
+        edits += surgery.edits
+        shares += _shares(surgery)
+    return Rewritten(traced.trace.graph, edits, shares, surgeries[0].key, surgeries[0].value)
+
+
+def _operate(traced: TracedSite, mode: Mode, rank: int | None, results: Results | None) -> Surgery:
+    """Rewrite one attention of a graph."""
     sizes = {letter: rank or getattr(traced, letter).head_dim for letter in ("q", "k", "v")}
     graph = traced.trace.graph
     surgery = Surgery(
@@ -73,7 +84,7 @@ def rewrite(traced: TracedSite, mode: Mode, rank: int | None = None, results: Re
         RemoveDeadNodesPass(graph),
     ]
     run_passes(surgery, passes)
-    return Rewritten(graph, surgery.edits, _shares(surgery), surgery.key, surgery.value)
+    return surgery
 
 
 def _shares(surgery: Surgery) -> list[Share]:

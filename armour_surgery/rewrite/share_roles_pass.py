@@ -162,7 +162,7 @@ def _refuse_writes(surgery: Surgery) -> None:
         method = node.op == "call_method" and target.endswith("_") and not target.endswith("__")
         if not (method or node.target is operator.setitem or node.kwargs.get("inplace") is True):
             continue
-        value = node.args[0].meta["value"] if isinstance(node.args[0], fx.Node) else None
+        value = node.args[0].meta.get("value") if isinstance(node.args[0], fx.Node) else None
         if isinstance(value, torch.Tensor) and value.untyped_storage()._cdata in storages:
             raise TraceError(f"its forward changes q, k or v in place ({target}), and they are going to share memory")
 

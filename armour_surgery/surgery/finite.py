@@ -48,7 +48,7 @@ def refuse_not_finite(model: nn.Module, sites: Iterable[FoundSite], *, computing
 def _tensors_of(found: FoundSite, computing: bool) -> list[str]:
     """The parameters and buffers, by name inside the site, that the projections of a site are made of."""
     names: dict[str, None] = {}
-    for role in (found.traced.q, found.traced.k, found.traced.v):
+    for role in found.traced.roles:
         names.update(dict.fromkeys(role.producer.rows))
         for piece in role.producer.bias:
             if piece.node.op == "get_attr":

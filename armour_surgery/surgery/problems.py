@@ -17,10 +17,17 @@ def problems_of(model: nn.Module, operations: list[Operation]) -> list[Problem]:
     """The operations as the initializers see them. `model` is the one that is not converted, with its weights.
 
     Raises:
-        ConversionError: several heads of Q share one of K, and closed forms take them head by head.
+        ConversionError: several heads of Q share one of K, or a module holds several attentions: closed forms take one
+            attention, head by head.
     """
     for operation in operations:
         q, k = operation.found.traced.q, operation.found.traced.k
+        count = len(operation.found.traced.members)
+        if count > 1:
+            raise ConversionError(
+                f"{operation.fqn} holds {count} attentions with projections of their own, and only init 'wq' is there "
+                f"for that; use it and train, or leave the site out with exclude={operation.fqn!r}"
+            )
         if q.num_heads != k.num_heads:
             raise ConversionError(
                 f"{operation.fqn} has {q.num_heads} heads of Q for {k.num_heads} of K, and only init 'wq' is there for "

@@ -41,18 +41,6 @@ class ChannelAttention(nn.Module):
         return self.bar((w @ v).permute(0, 3, 1, 2).flatten(2))
 
 
-class TwoCores(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.foo = nn.Linear(D, 6 * H * K)
-        self.bar = nn.Linear(H * K, D)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v, a, b, c = self.foo(x).unflatten(-1, (6, H, K)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v) + F.scaled_dot_product_attention(a, b, c)
-        return self.bar(y.transpose(1, 2).flatten(2))
-
-
 class NoProjections(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +67,6 @@ class CrossedHeads(nn.Module):
 REFUSED = {
     "two paths": (TwoPaths, r"made by several projections \(.*foo.*up.*\)"),
     "channels": (ChannelAttention, "attend over channels, not over tokens"),
-    "two cores": (TwoCores, "2 attention cores, and only one per module"),
     "no projections": (NoProjections, "no Linear or convolution was found behind its queries"),
 }
 
