@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from armour_surgery.records import AttentionSite, RefusedSite
@@ -33,6 +34,7 @@ __all__ = [
     "Signature",
     "Trace",
     "TracedSite",
+    "rows_of",
 ]
 
 Atom = int | str
@@ -113,7 +115,8 @@ class Producer:
     `node` is the last node of which the output channels are still whole and in order (after a bias that is added
     separately). `rows` are the parameters and buffers with one row per output channel, `sizes` the module attributes
     that state their number; both by name inside the site. `bias` lists the pieces of a concatenated bias.
-    `modules` are what can go when no channel is left. `plain` says it is one Linear or 1x1 convolution.
+    `plain` says it is one Linear or 1x1 convolution. `out_axes` are the weight's axes that together run over the output
+    channels, the slowest first, where that is not the first axis alone (`x @ weight`).
     """
 
     node: fx.Node
@@ -127,6 +130,15 @@ class Producer:
     weight: str
     plain: bool
     chain: tuple[fx.Node, ...] = ()
+    out_axes: tuple[int, ...] = ()
+
+
+def rows_of(tensor: torch.Tensor, out_axes: tuple[int, ...]) -> torch.Tensor:
+    """A weight as `[out, ..]`, whichever axes run over its outputs (see `Producer.out_axes`)."""
+    if not out_axes:
+        return tensor
+    front = tensor.movedim(out_axes, tuple(range(len(out_axes))))
+    return front.flatten(0, len(out_axes) - 1)
 
 
 @dataclass(frozen=True)

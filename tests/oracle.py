@@ -68,12 +68,19 @@ def _merge(module: nn.Module, traced: TracedSite, mode: str) -> None:
                 _copy(module, source.producer, from_rows, role.producer, rows)
 
 
-def _tensors(producer, module: nn.Module, rows: list[int]) -> list[tuple[torch.Tensor, int]]:
-    """Where row r of each of a projection's tensors is stored, for every r in rows, tensor by tensor."""
-    places = [(_tensor(module, name), row) for name in producer.rows for row in rows]
+def _rows(producer, module: nn.Module, name: str, rows: list[int]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """A view of a tensor, and where in it these rows are, whichever axes run over a projection's channels."""
+    tensor, axes = _tensor(module, name), producer.out_axes or (0,)
+    front = tensor.movedim(axes, tuple(range(len(axes))))
+    return front, torch.unravel_index(torch.tensor(rows), front.shape[: len(axes)])
+
+
+def _tensors(producer, module: nn.Module, rows: list[int]) -> list[tuple[torch.Tensor, tuple[torch.Tensor, ...]]]:
+    """Where rows of each of a projection's tensors are stored, tensor by tensor."""
+    places = [_rows(producer, module, name, rows) for name in producer.rows]
     for row in rows if producer.bias else ():
         piece = next(p for p in producer.bias if p.start <= row < p.stop)
-        places.append((_tensor(module, str(piece.node.target)), row - piece.start))
+        places.append((_tensor(module, str(piece.node.target)), (torch.tensor([row - piece.start]),)))
     return places
 
 
@@ -82,8 +89,8 @@ def _tensor(module: nn.Module, name: str) -> torch.Tensor:
     return getattr(module.get_submodule(owner), attribute)
 
 
-def _short(name: str) -> str:
-    return name.rpartition(".")[2]
+def _short(producer, name: str) -> str:
+    return "weight" if name == producer.weight else name.rpartition(".")[2]
 
 
 def _copy(module, source, from_rows, target, to_rows) -> None:
@@ -91,16 +98,16 @@ def _copy(module, source, from_rows, target, to_rows) -> None:
         if source is target or (source.bias and target.bias):
             pairs = zip(_tensors(source, module, from_rows), _tensors(target, module, to_rows), strict=True)
             for (a, i), (b, j) in pairs:
-                b[j] = a[i]
+                b[j] = a[i].clone()
             return
         # Separate modules: tensors correspond by their short names; a bias that only one has counts as zero.
-        own = {_short(name): _tensor(module, name) for name in source.rows}
+        own = {_short(source, name): _rows(source, module, name, from_rows) for name in source.rows}
         for name in target.rows:
-            values = own.pop(_short(name), None)
-            tensor = _tensor(module, name)
-            tensor[to_rows] = 0.0 if values is None else values[from_rows].clone()
-        for left in own.values():
-            left[from_rows] = 0.0
+            values = own.pop(_short(target, name), None)
+            tensor, places = _rows(target, module, name, to_rows)
+            tensor[places] = 0.0 if values is None else values[0][values[1]].clone()
+        for left, places in own.values():
+            left[places] = 0.0
 
 
 def _keep_own_groups(module, role, rows: list[int], shuffle: bool) -> None:

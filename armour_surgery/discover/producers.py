@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from armour_surgery.discover.layout import follow
+from armour_surgery.discover.layout import find_layout, follow
 from armour_surgery.discover.match import inputs_of, is_call_of, is_tensor, outputs_of, projection_arguments
 from armour_surgery.traced import BiasPiece, Producer, Trace
 
@@ -160,15 +160,21 @@ def _functional(node: fx.Node) -> Producer | None:
         return None
     arguments = projection_arguments(node)
     weight, bias = arguments.get("weight"), arguments.get("bias")
-    if not isinstance(weight, fx.Node) or weight.op != "get_attr" or set(arguments) > {"input", "weight", "bias"}:
+    if not isinstance(weight, fx.Node) or set(arguments) > {"input", "weight", "bias"}:
+        return None
+    stored = _stored(weight)
+    if stored is None:
         return None
     rows = weight.meta["value"].shape[0]
     pieces = _bias_pieces(bias, rows) if isinstance(bias, fx.Node) else ()
     source = arguments["input"]
     if pieces is None or not isinstance(source, fx.Node):
         return None
-    path = str(weight.target)
-    owner = path.rpartition(".")[0]
+    turning, out_axes = stored
+    path = str(turning[0].target)
+    # Of a list of parameters each is a projection of its own; a layer's weight stands for the layer.
+    owner, _, name = path.rpartition(".")
+    owner = owner if name == "weight" else ""
     # A weight that a submodule owns (EVA's `F.linear(x, self.qkv.weight, bias)`) has a module that states its size.
     sizes = tuple((owner, name) for name in ("out_features", "out_channels")) if owner else ()
     return Producer(
@@ -181,9 +187,38 @@ def _functional(node: fx.Node) -> Producer | None:
         sizes=sizes,
         bias=pieces,
         weight=path,
-        plain=node.target is F.linear,
-        chain=(weight, node),
+        plain=node.target is F.linear and not out_axes,
+        chain=(*turning, node),
+        out_axes=out_axes,
     )
+
+
+def _stored(weight: fx.Node) -> tuple[tuple[fx.Node, ...], tuple[int, ...]] | None:
+    """How a weight comes from a parameter, from that on, and which of the parameter's axes run over output channels.
+
+    Those are () where it is the parameter itself. None where it is anything else than all of one, turned around.
+    """
+    turning = [weight]
+    while turning[0].op != "get_attr":
+        sources = inputs_of(turning[0])
+        if len(sources) != 1:
+            return None
+        turning.insert(0, sources[0])
+    parameter = turning[0]
+    if parameter is weight:
+        return (weight,), ()
+    shape = parameter.meta["value"].shape
+    flow = follow(weight.graph, parameter)
+    if weight not in flow.pure or weight.meta["value"].ndim != 2 or weight.meta["value"].numel() != shape.numel():
+        return None
+    layout = find_layout(
+        flow[weight], lambda numbers: dict(enumerate(torch.unravel_index(numbers, shape))), dict(enumerate(shape))
+    )
+    if layout is None:
+        return None
+    axes = tuple(axis for axis in layout[0] if isinstance(axis, int))
+    # A weight that is only merged (`weight.flatten(1)`) has its rows where they always are.
+    return tuple(turning), () if axes == (0,) else axes
 
 
 def _bias_pieces(bias: fx.Node, channels: int) -> tuple[BiasPiece, ...] | None:

@@ -13,6 +13,7 @@ from armour_surgery.discover.channels import Channels
 from armour_surgery.discover.layout import Flow, find_layout, follow
 from armour_surgery.discover.match import find_cores, inputs_of
 from armour_surgery.discover.producers import TraceInside, find_producers
+from armour_surgery.discover.products import write_as_linear
 from armour_surgery.discover.record import is_builtin
 from armour_surgery.errors import TraceError
 from armour_surgery.traced import Anchor, Core, Layout, Producer, Role, Trace, TracedSite
@@ -152,6 +153,7 @@ def understand(
         TraceError: the core or a projection was not found; the message is meant for users.
     """
     inlined: set[str] = set()
+    as_linear = False
     while True:
         cores = find_cores(trace.graph, modules)
         above: set[fx.Node] = set()
@@ -166,10 +168,14 @@ def understand(
             except TraceError:
                 # What stands in the way may be a module without layers: a rearrangement, a Linear of the host's own.
                 hidden = _written_by_others(modules, above) - inlined
-                if not hidden:
+                if not hidden and as_linear:
                     raise
+                # Products with parameters are projections where there are no others: a product may also rotate queries.
+                as_linear = as_linear or not hidden
         inlined |= hidden
         trace = retrace(inlined)
+        if as_linear:
+            write_as_linear(trace.graph)
 
 
 def _written_by_others(modules: dict[str, nn.Module], nodes: set[fx.Node]) -> set[str]:

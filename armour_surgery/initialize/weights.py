@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from armour_surgery.traced import OutputProjection, Role
+from armour_surgery.traced import OutputProjection, Role, rows_of
 
 __all__ = [
     "Stored",
@@ -28,13 +28,14 @@ class Stored:
     """Where the channels of q, k or v are: row `rows[h, j]` of `weight` makes dimension j of head h.
 
     `biases[h][j]` is a parameter and an index into it, or None where the host has no bias. `norm` names the BatchNorm
-    that follows, whose channels are those of `weight`. All names are inside the site.
+    that follows, whose channels are those of `weight`. `out_axes` are those of its producer. Names are inside the site.
     """
 
     weight: str
     rows: Tensor
     biases: tuple[tuple[tuple[str, int] | None, ...], ...]
     norm: str | None
+    out_axes: tuple[int, ...] = ()
 
 
 def locate(
@@ -74,7 +75,7 @@ def locate(
         channels = head[start:stop]
         rows.append([now(producer.weight, channel) for channel in channels])
         biases.append(tuple(map(bias, channels)))
-    return Stored(producer.weight, torch.tensor(rows), tuple(biases), norms[0] if norms else None)
+    return Stored(producer.weight, torch.tensor(rows), tuple(biases), norms[0] if norms else None, producer.out_axes)
 
 
 def has_bias(stored: Stored) -> bool:
@@ -86,7 +87,8 @@ def has_bias(stored: Stored) -> bool:
 def read(module: nn.Module, stored: Stored) -> Tensor:
     """The map as `[H, D + 1, d]` in float64, biases in the last row, a following BatchNorm (in eval mode) folded in."""
     rows = stored.rows
-    weight = module.get_parameter(stored.weight).detach().double().cpu().flatten(1)[rows]
+    stored_weight = module.get_parameter(stored.weight).detach().double().cpu()
+    weight = rows_of(stored_weight, stored.out_axes).flatten(1)[rows]
     offset = torch.zeros(rows.shape, dtype=torch.float64)
     for head, entries in enumerate(stored.biases):
         for place, entry in enumerate(entries):

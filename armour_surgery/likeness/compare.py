@@ -20,6 +20,7 @@ from armour_surgery.records import AttentionSite, Progress, RefusedSite
 from armour_surgery.surgery.new_weights import choose_weights
 from armour_surgery.surgery.operation import operate, prepare
 from armour_surgery.surgery.order import Order
+from armour_surgery.surgery.problems import why_unsolved
 from armour_surgery.surgery.targets import Example, example_of, refuse_converted, select_sites
 from armour_surgery.traced import FoundSite, SeenSite
 
@@ -192,6 +193,8 @@ def _shared(model: nn.Module, sites: list[FoundSite], pair: str, example: dict[s
         elif len(heads) > 1:
             reason = "there is no closed form where several heads of Q share one of K"
             sharing[site.fqn] = _Sharing(fitting[0], refused=reason)
+        elif (unsolved := why_unsolved(found)) is not None:
+            sharing[site.fqn] = _Sharing(fitting[0], refused=f"there is no closed form for a module that {unsolved}")
         else:
             modes[site.fqn] = fitting[0]
     # A copy is converted, on which nobody's hooks matter.

@@ -8,7 +8,7 @@ from torch import fx
 
 from armour_surgery.errors import PostconditionError
 from armour_surgery.modes import Mode
-from armour_surgery.rewrite.edits import Edit, KeepRows
+from armour_surgery.rewrite.edits import Edit, KeepAlong, KeepRows
 from armour_surgery.traced import Producer, Results, Role, TracedSite
 
 __all__ = ["Block", "Part", "Pass", "Surgery", "kept_channels", "parts_of", "run_passes", "width_of"]
@@ -131,6 +131,9 @@ def kept_channels(surgery: Surgery, producer: Producer) -> int:
     for edit in surgery.edits:
         if isinstance(edit, KeepRows) and edit.tensors == producer.rows:
             return len(edit.rows)
+        if isinstance(edit, KeepAlong) and edit.tensor == producer.weight:
+            value = next(node for node in producer.chain if node.op == "get_attr").meta["value"]
+            return int(producer.channels // value.shape[edit.axis] * len(edit.kept))
     return 0
 
 

@@ -10,6 +10,7 @@ from armour_surgery.rewrite.grouped import GroupedProjection
 __all__ = [
     "AddGrouped",
     "Edit",
+    "KeepAlong",
     "KeepColumns",
     "KeepRows",
     "Remove",
@@ -40,6 +41,15 @@ class KeepColumns:
 
 
 @dataclass(frozen=True)
+class KeepAlong:
+    """Keep what is at `kept` (old places, in their new order) along one axis of a parameter without a module."""
+
+    tensor: str
+    axis: int
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Remove:
     """A parameter, buffer or module that nothing reads any more; its name stays and holds None."""
 
@@ -62,7 +72,7 @@ class AddGrouped:
     axis: int
 
 
-Edit = KeepRows | KeepColumns | Remove | AddGrouped
+Edit = KeepRows | KeepColumns | KeepAlong | Remove | AddGrouped
 
 
 def edited_names(edit: Edit) -> tuple[str, ...]:
@@ -71,6 +81,8 @@ def edited_names(edit: Edit) -> tuple[str, ...]:
         return edit.tensors
     if isinstance(edit, KeepColumns):
         return (edit.weight,)
+    if isinstance(edit, KeepAlong):
+        return (edit.tensor,)
     return (edit.name,) if isinstance(edit, Remove) else ()
 
 
@@ -128,6 +140,8 @@ def apply_edits(module: nn.Module, edits: list[Edit]) -> None:
                 _keep(module, edit.tensors, 0, edit.rows, edit.sizes)
             elif isinstance(edit, KeepColumns):
                 _keep(module, (edit.weight,), 1, edit.columns, edit.sizes)
+            elif isinstance(edit, KeepAlong):
+                _keep(module, (edit.tensor,), edit.axis, edit.kept, ())
             elif isinstance(edit, AddGrouped):
                 _add_grouped(module, edit)
             else:

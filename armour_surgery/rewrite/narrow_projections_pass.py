@@ -5,7 +5,7 @@ from torch import fx
 
 from armour_surgery.errors import PostconditionError, TraceError
 from armour_surgery.rewrite.contract import Block, Part, Surgery, width_of
-from armour_surgery.rewrite.edits import KeepRows, Remove
+from armour_surgery.rewrite.edits import KeepAlong, KeepRows, Remove
 from armour_surgery.traced import BiasPiece, Producer
 
 __all__ = ["NarrowProjectionsPass"]
@@ -45,7 +45,7 @@ class NarrowProjectionsPass:
                 surgery.edits += _removal(producer)
                 continue
             surgery.blocks.update(blocks)
-            surgery.edits.append(KeepRows(producer.rows, producer.sizes, tuple(rows)))
+            surgery.edits.append(_narrowing(producer, tuple(rows)))
             modified = _narrow_bias(surgery, producer, rows) or modified
         return modified
 
@@ -54,6 +54,28 @@ class NarrowProjectionsPass:
         for edit in surgery.edits:
             if isinstance(edit, KeepRows) and len(set(edit.rows)) != len(edit.rows):
                 raise PostconditionError(f"{edit.tensors[0]} would keep a row twice")
+
+
+def _narrowing(producer: Producer, rows: tuple[int, ...]) -> KeepRows | KeepAlong:
+    """What leaves a projection these output channels.
+
+    Raises:
+        TraceError: they are not all that is at some places along one axis of its weight.
+    """
+    if not producer.out_axes:
+        return KeepRows(producer.rows, producer.sizes, rows)
+    value = next(node for node in producer.chain if node.op == "get_attr").meta["value"]
+    sizes = [value.shape[axis] for axis in producer.out_axes]
+    places = torch.arange(producer.channels).reshape(sizes)
+    for index, axis in enumerate(producer.out_axes):
+        along = torch.unravel_index(torch.tensor(rows), sizes)[index]
+        kept = tuple(dict.fromkeys(along.tolist()))
+        if tuple(places.index_select(index, torch.tensor(kept)).flatten().tolist()) == rows:
+            return KeepAlong(producer.weight, axis, kept)
+    raise TraceError(
+        f"{producer.weight} {tuple(value.shape)} would have to lose channels that are not together along one of its "
+        "axes; give q, k and v a parameter each, or stack them along an axis of its own"
+    )
 
 
 def _new_rows(surgery: Surgery, producer: Producer) -> tuple[list[int], dict[Part, Block]]:
@@ -117,14 +139,8 @@ def _value_together(surgery: Surgery, parts: list[Part]) -> list[Part]:
 
 
 def _removal(producer: Producer) -> list[KeepRows | Remove]:
-    # Where a bias is added after the call, `node` is that addition, and the projection itself comes before it.
-    node = producer.chain[-1] if producer.bias else producer.node
-    if node.op == "call_module" or producer.chain[0].op == "call_module":
-        name = producer.fqn
-    else:
-        # F.linear on a parameter: the Linear that holds it goes as a whole, where there is one.
-        name = producer.weight.rpartition(".")[0] or producer.weight
-    edits: list[KeepRows | Remove] = [Remove(name)]
+    # F.linear on a parameter: the Linear that holds it goes as a whole, where there is one.
+    edits: list[KeepRows | Remove] = [Remove(producer.fqn)]
     for piece in producer.bias:
         if piece.node.op == "get_attr":
             edits.append(Remove(str(piece.node.target)))

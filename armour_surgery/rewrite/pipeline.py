@@ -102,8 +102,10 @@ def _shares(surgery: Surgery) -> list[Share]:
             filled += part.size
             rows = tuple(surgery.channels(replaced))
             source = tuple(surgery.channels(part))
-            weight = surgery.role(part.letter).producer.weight
+            maker = surgery.role(part.letter).producer
             edit = grouped.get(source)
             groups, shuffle = (edit.groups, edit.shuffle) if edit else (1, False)
-            shares.append(Share(role.producer.weight, rows, weight, source, groups, shuffle))
+            old_axes, new_axes = role.producer.out_axes, maker.out_axes
+            old, new = role.producer.weight, maker.weight
+            shares.append(Share(old, rows, new, source, groups, shuffle, old_axes, new_axes))
     return shares

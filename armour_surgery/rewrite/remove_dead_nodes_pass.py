@@ -7,7 +7,7 @@ from torch import fx
 
 from armour_surgery.errors import TraceError
 from armour_surgery.rewrite.contract import Surgery
-from armour_surgery.rewrite.edits import KeepRows, Remove
+from armour_surgery.rewrite.edits import KeepAlong, KeepRows, Remove, edited_names
 
 __all__ = ["RemoveDeadNodesPass", "erase_unused", "unread_nodes"]
 
@@ -72,12 +72,13 @@ def _refuse_other_readers(surgery: Surgery) -> None:
     for producer in surgery.producers():
         chains.update(producer.chain)
     for edit in surgery.edits:
-        if not isinstance(edit, KeepRows):
+        if not isinstance(edit, KeepRows | KeepAlong):
             continue
-        owners = set(itertools.chain.from_iterable(map(_with_owners, edit.tensors))).difference(edit.tensors)
+        tensors = edited_names(edit)
+        owners = set(itertools.chain.from_iterable(map(_with_owners, tensors))).difference(tensors)
         for node in surgery.graph.nodes:
             target = str(node.target)
-            if node.op == "get_attr" and target in edit.tensors:
+            if node.op == "get_attr" and target in tensors:
                 alone = _readers(node, chains) <= chains
             elif node.op == "call_module" and target in owners:
                 alone = node in chains

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from armour_surgery.rewrite.grouped import group_of_output
+from armour_surgery.traced import rows_of
 
 __all__ = ["Share", "residual"]
 
@@ -15,7 +16,8 @@ __all__ = ["Share", "residual"]
 class Share:
     """Rows `old_rows` of tensor `old` are replaced by rows `new_rows` of tensor `new`.
 
-    With `groups`, by the slices of their own rows that a grouped projection reads.
+    `old_axes` and `new_axes` are their `Producer.out_axes`. With `groups`, by the slices of their own rows that a
+    grouped projection reads.
     """
 
     old: str
@@ -24,6 +26,8 @@ class Share:
     new_rows: tuple[int, ...]
     groups: int = 1
     shuffle: bool = False
+    old_axes: tuple[int, ...] = ()
+    new_axes: tuple[int, ...] = ()
 
 
 def residual(module: nn.Module, shares: list[Share]) -> float | None:
@@ -34,8 +38,8 @@ def residual(module: nn.Module, shares: list[Share]) -> float | None:
         old, new = module.get_parameter(share.old).detach(), module.get_parameter(share.new).detach()
         if old.is_meta:
             return None
-        first = old[list(share.old_rows)].double()
-        second = new[list(share.new_rows)].double()
+        first = rows_of(old, share.old_axes)[list(share.old_rows)].double()
+        second = rows_of(new, share.new_axes)[list(share.new_rows)].double()
         # A grouped projection reads a slice of the input in each row: outside of it, its weight counts as zero.
         if share.groups > 1:
             group = group_of_output(len(share.new_rows), share.groups, share.shuffle)

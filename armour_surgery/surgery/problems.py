@@ -10,28 +10,34 @@ from armour_surgery.rewrite.contract import Part
 from armour_surgery.surgery.operation import Operation
 from armour_surgery.traced import FoundSite
 
-__all__ = ["problems_of"]
+__all__ = ["problems_of", "why_unsolved"]
+
+
+def why_unsolved(found: FoundSite) -> str | None:
+    """What of a site closed forms do not know, which take one attention of layers, head by head; None if nothing."""
+    traced = found.traced
+    if traced.others:
+        return f"holds {len(traced.members)} attentions with projections of their own"
+    for role in traced.roles:
+        if role.producer.out_axes:
+            return f"multiplies by {role.producer.fqn} without a layer"
+    if traced.q.num_heads != traced.k.num_heads:
+        return f"has {traced.q.num_heads} heads of Q for {traced.k.num_heads} of K"
+    return None
 
 
 def problems_of(model: nn.Module, operations: list[Operation]) -> list[Problem]:
     """The operations as the initializers see them. `model` is the one that is not converted, with its weights.
 
     Raises:
-        ConversionError: several heads of Q share one of K, or a module holds several attentions: closed forms take one
-            attention, head by head.
+        ConversionError: a site is one that closed forms do not know (`why_unsolved`).
     """
     for operation in operations:
-        q, k = operation.found.traced.q, operation.found.traced.k
-        count = len(operation.found.traced.members)
-        if count > 1:
+        reason = why_unsolved(operation.found)
+        if reason is not None:
             raise ConversionError(
-                f"{operation.fqn} holds {count} attentions with projections of their own, and only init 'wq' is there "
-                f"for that; use it and train, or leave the site out with exclude={operation.fqn!r}"
-            )
-        if q.num_heads != k.num_heads:
-            raise ConversionError(
-                f"{operation.fqn} has {q.num_heads} heads of Q for {k.num_heads} of K, and only init 'wq' is there for "
-                f"that; use it and train, or leave the site out with exclude={operation.fqn!r}"
+                f"{operation.fqn or type(model).__name__} {reason}, and only init 'wq' is there for that; use it and "
+                f"train, or leave the site out with exclude={operation.fqn!r}"
             )
     # What a basis may be is tried out with numbers, and holds for all sites that are alike.
     freedoms: dict[str, Freedom] = {}

@@ -110,6 +110,12 @@ def refuse_open_end(found: FoundSite) -> OutputProjection:
             "the projection that reads its heads' results is not inside this module (or is not a single one), and "
             "with a rank it has to become narrower too; leave out rank"
         )
+    for role in found.traced.roles:
+        if role.producer.out_axes:
+            raise TraceError(
+                f"it multiplies by {role.producer.fqn} without a layer, and a rank is chosen for layers alone; leave "
+                "out rank"
+            )
     return found.output
 
 
