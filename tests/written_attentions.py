@@ -245,17 +245,6 @@ class FewAsk(nn.Module):
         return self.out(join(F.scaled_dot_product_attention(q, k, v)))
 
 
-class TimesWeight(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(D, 3 * I))
-        self.out = nn.Linear(I, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = map(split, (x @ self.weight).chunk(3, -1))
-        return self.out(join(F.scaled_dot_product_attention(q, k, v)))
-
-
 class Looks(Packed):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.heads(x)
@@ -289,6 +278,5 @@ CONVERTED: dict[type[nn.Module], tuple[str, ...]] = {
     FewAsk: ("kv",),
 }
 REFUSED: dict[type[nn.Module], str] = {
-    TimesWeight: "no Linear or convolution was found behind its queries",
     Looks: "its forward branches on the contents of a tensor",
 }
