@@ -27,6 +27,8 @@ __all__ = [
 
 # Told while long work goes on: what is being done, how much of it is done, and how much there is.
 Progress = Callable[[str, int, int], None]
+# The numbers of a tensor, or what is none.
+ExampleValue = tuple[int, ...] | bool | int | float | str | None
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,8 @@ class SurgeryPlan:
     """Everything that `convert` did (or, from `plan`, would do). It rides on the model as `model.surgery`.
 
     `sensitivities` and `frontier` are what was weighed for a budget, `max_loss`; empty without one.
+    `example` has the (name, shape, type) of every tensor that the model was run on, and `example_values` by name what
+    of it counts as numbers: whole numbers in their order, and what is no tensor.
     `trained` is a sentence about the training that came afterwards; `fidelity` then no longer holds and is None.
     """
 
@@ -221,6 +225,7 @@ class SurgeryPlan:
     sensitivities: tuple[Sensitivity, ...] = ()
     frontier: tuple[FrontierPoint, ...] = ()
     trained: str | None = None
+    example_values: tuple[tuple[str, ExampleValue], ...] = ()
 
     @property
     def loss(self) -> float:
@@ -250,6 +255,9 @@ class SurgeryPlan:
         example = []
         for name, shape, dtype in data["example"]:
             example.append((name, tuple(shape), dtype))
+        values = []
+        for name, value in data.get("example_values", ()):
+            values.append((name, tuple(value) if isinstance(value, list) else value))
         frontier = []
         for point in data.get("frontier", ()):
             frontier.append(FrontierPoint(**{**point, "sites": tuple(map(tuple, point["sites"]))}))
@@ -258,6 +266,7 @@ class SurgeryPlan:
             "sites": tuple(sites),
             "refused": tuple(RefusedSite(**site) for site in data["refused"]),
             "example": tuple(example),
+            "example_values": tuple(values),
             "source": Source(**source) if source else None,
             "fidelity": Fidelity(**fidelity) if fidelity else None,
             "sensitivities": tuple(Sensitivity(**option) for option in data.get("sensitivities", ())),

@@ -26,7 +26,7 @@ FLOORS = (
     ("images", "initialize", "rewrite", "discover"),
     ("hosts", "measure", "report", "modes", "traced"),
     ("errors", "notes", "records", "calls", "copies", "shapes", "altered"),
-    ("patching",),
+    ("patching", "examples"),
 )
 LEVELS = {room: level for level, floor in enumerate(FLOORS) for room in floor}
 

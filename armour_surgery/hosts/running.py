@@ -28,6 +28,9 @@ def head_size(model: nn.Module) -> int:
 def example_input(model: nn.Module, batch_size: int = 2) -> dict[str, torch.Tensor]:
     """Keyword arguments for `model.forward`: meta tensors of the size that the model was built for.
 
+    Whole numbers that say how large images are have their values. For a model that takes images and words, the part of
+    it that sees gets them, by names as `examples.py` tells.
+
     Raises:
         UsageError: batch_size is below 1.
         ExampleInputError: the model is of no known library, or takes something other than images.
@@ -44,7 +47,12 @@ def example_input(model: nn.Module, batch_size: int = 2) -> dict[str, torch.Tens
     weight = floating_weight(model)
     floating = torch.float32 if weight is None else weight.dtype
     inputs = {}
-    for name, (shape, dtype) in adapter(library).example(model).items():
+    for name, told in adapter(library).example(model).items():
+        if isinstance(told, torch.Tensor):
+            one = told.to(floating) if told.is_floating_point() else told
+            inputs[name] = torch.cat([one] * batch_size)
+            continue
+        shape, dtype = told
         dtype = floating if dtype.is_floating_point else dtype
         inputs[name] = torch.empty(batch_size, *shape, dtype=dtype, device="meta")
     return inputs

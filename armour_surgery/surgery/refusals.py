@@ -9,6 +9,7 @@ from torch import nn
 from armour_surgery.altered import names_below, why_computed, why_hooked
 from armour_surgery.copies import meta_copy
 from armour_surgery.errors import NothingToConvertError, PostconditionError, TraceError
+from armour_surgery.hosts.attention_interface import chunks_in_one_call
 from armour_surgery.initialize.freedom import probe, works_narrow
 from armour_surgery.records import RefusedSite
 from armour_surgery.rewrite import Edit, KeepRows, Rewritten, become, edited_names, removed_name
@@ -160,11 +161,18 @@ def try_out(skeleton: nn.Module, call: Call, rewritten: Rewritten, cls: type[nn.
     """
     original, converted = meta_copy(skeleton), meta_copy(skeleton)
     become(converted, rewritten, cls)
-    with torch.no_grad(), RememberedShapes():
-        wanted = _shapes(original(*call.args, **call.kwargs))
+    with torch.no_grad(), RememberedShapes(), chunks_in_one_call(original):
+        wanted = _shapes(_on_meta(original, call))
         got = _shapes(converted(*call.args, **call.kwargs))
     if wanted != got:
         raise PostconditionError(f"{cls.__name__} returns {got}, and its original {wanted}")
+
+
+def _on_meta(module: nn.Module, call: Call) -> Any:
+    try:
+        return module(*call.args, **call.kwargs)
+    except Exception as error:
+        raise TraceError(f"it runs with numbers alone ({type(error).__name__}: {error})") from error
 
 
 def _shapes(result: Any) -> list[tuple[int, ...]]:
