@@ -10,6 +10,7 @@ from torch import nn
 from armour_surgery.calls import run
 from armour_surgery.copies import floating_weight
 from armour_surgery.errors import ExampleInputError, UsageError
+from armour_surgery.examples import arguments_of, part_of
 from armour_surgery.hosts.libraries import adapter, library_of
 
 __all__ = ["example_input", "features", "head_size"]
@@ -64,6 +65,7 @@ def features(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> tuple[torc
     timm tells them by `forward_features`, transformers by `last_hidden_state` or the last of `hidden_states`; of any
     other model the first tensor of the output is taken for both.
     """
+    model, inputs = model.get_submodule(part_of(inputs)), arguments_of(inputs)
     library = library_of(model)
     if library == "timm" and hasattr(model, "forward_features"):
         (image,) = inputs.values()

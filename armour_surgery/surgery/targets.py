@@ -12,11 +12,20 @@ from torch import nn
 from armour_surgery import hosts
 from armour_surgery.calls import first_name
 from armour_surgery.errors import AlreadyConvertedError, AlreadyDeployedError, ExampleInputError, PatternError
+from armour_surgery.examples import on_meta, part_of
 from armour_surgery.rewrite import ArmourAttention
 from armour_surgery.surgery.order import Rank
 from armour_surgery.traced import SeenSite
 
-__all__ = ["Example", "check_names", "example_of", "refuse_converted", "refuse_deployed", "select_sites"]
+__all__ = [
+    "Example",
+    "check_names",
+    "example_of",
+    "plain_example_of",
+    "refuse_converted",
+    "refuse_deployed",
+    "select_sites",
+]
 
 Example = Mapping[str, Any] | torch.Tensor | tuple[int, ...]
 
@@ -83,6 +92,24 @@ def example_of(model: nn.Module, given: Example | None) -> dict[str, Any]:
     single = all(tensor.ndim == 0 or tensor.shape[0] == 1 for tensor in tensors)
     example: dict[str, Any] = pytree.tree_map_only(torch.Tensor, lambda tensor: _example(tensor, single), _plain(given))
     return example
+
+
+def plain_example_of(model: nn.Module, given: Example | None) -> dict[str, torch.Tensor]:
+    """`example_of`, for what runs whole models on tensors by name: on the meta device.
+
+    Raises:
+        UsageError, ExampleInputError: as there; or the example is nested, or for a part of the model alone.
+    """
+    example = example_of(model, given)
+    if part := part_of(example):
+        raise ExampleInputError(
+            f"only {part} of this {type(model).__name__} can be run on images; pass that module alone: "
+            f"model.get_submodule({part!r})"
+        )
+    for name, value in example.items():
+        if not isinstance(value, torch.Tensor):
+            raise ExampleInputError(f"example_input[{name!r}] is {value!r}, and only tensors can be passed here")
+    return on_meta(example)
 
 
 def _example(tensor: torch.Tensor, single: bool) -> torch.Tensor:
