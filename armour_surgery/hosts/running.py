@@ -13,7 +13,7 @@ from armour_surgery.errors import ExampleInputError, UsageError
 from armour_surgery.examples import arguments_of, part_of
 from armour_surgery.hosts.libraries import adapter, library_of
 
-__all__ = ["example_input", "features", "head_size"]
+__all__ = ["example_input", "features", "head_size", "writing_parts"]
 
 
 def head_size(model: nn.Module) -> int:
@@ -57,6 +57,15 @@ def example_input(model: nn.Module, batch_size: int = 2) -> dict[str, torch.Tens
         dtype = floating if dtype.is_floating_point else dtype
         inputs[name] = torch.empty(batch_size, *shape, dtype=dtype, device="meta")
     return inputs
+
+
+def writing_parts(model: nn.Module) -> list[str]:
+    """The text models inside of a model that writes about images, by name."""
+    if library_of(model) != "transformers":
+        return []
+    from armour_surgery.hosts import transformers_inputs
+
+    return transformers_inputs.writing_parts(model)
 
 
 def features(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from armour_surgery.errors import ExampleInputError
 
-__all__ = ["example"]
+__all__ = ["example", "writing_parts"]
 
 # Name, shape without batch, and type; or what one image adds to the first axis.
 Told = Mapping[str, tuple[tuple[int, ...], torch.dtype] | torch.Tensor]
@@ -57,15 +57,34 @@ def example(model: nn.Module) -> Told:
     return {f"{name}:{key}" if name else key: value for key, value in inputs.items()}
 
 
-def _seeing_part(model: nn.Module) -> tuple[str, nn.Module]:
-    """The part of a model that makes features of images, with its name; all of it where that runs on images.
+def writing_parts(model: nn.Module) -> list[str]:
+    """The text models that write about what the rest of a model sees."""
+    if not _mixes(model):
+        return []
+    found = []
+    for name, module in model.named_modules():
+        if name and isinstance(module, PreTrainedModel):
+            names = set(inspect.signature(module.forward).parameters)
+            if names & {"past_key_values", "cache"} and not names & {*_IMAGES, "image_hidden_states"}:
+                found.append(name)
+    return found
 
-    A model in which images take the places of words runs on the two together alone, and as many as its processor says.
-    """
+
+def _mixes(model: nn.Module) -> bool:
+    """Whether images take the places of words, or are what words are about, in one sequence or in two."""
     names = inspect.signature(model.forward).parameters
     config: Any = model.config
     mixed = any(hasattr(config, f"image_token_{key}") for key in ("id", "index")) or model.can_generate()  # type: ignore[operator]
-    if not mixed or hasattr(model, "get_text_features") or not {"input_ids", "decoder_input_ids"} & set(names):
+    # CLIP and its like are two models side by side.
+    return mixed and not hasattr(model, "get_text_features") and bool({"input_ids", "decoder_input_ids"} & set(names))
+
+
+def _seeing_part(model: nn.Module) -> tuple[str, nn.Module]:
+    """The part of a model that makes features of images, with its name; all of it where that runs on images.
+
+    A model that mixes them with words runs on the two together alone, with as many words as its processor says.
+    """
+    if not _mixes(model):
         return "", model
     part: Any = model
     while isinstance(part, PreTrainedModel) and (encoder := part.get_encoder("image")) is not part:

@@ -26,7 +26,14 @@ from armour_surgery.surgery.order import CALIBRATION_IMAGES, SYNTHETIC, Images, 
 from armour_surgery.surgery.perform import perform, surgery_of
 from armour_surgery.surgery.refusals import nothing_fits
 from armour_surgery.surgery.selection import convert_within, measure_sites
-from armour_surgery.surgery.targets import Example, check_names, example_of, refuse_converted, select_sites
+from armour_surgery.surgery.targets import (
+    Example,
+    check_names,
+    example_of,
+    leave_words_alone,
+    refuse_converted,
+    select_sites,
+)
 from armour_surgery.traced import FoundSite, SeenSite
 
 __all__ = ["convert", "inspect", "plan", "sensitivities"]
@@ -140,7 +147,10 @@ def convert(
             activation before the output projection) are left alone and listed in `.surgery.refused`.
         include: patterns of site names (`blocks.0*`, `*.attn`); None takes all. `exclude` wins over it.
         example_input: what to run the (weightless) model on, if it is of no known library: a tensor, a shape
-            with the batch first, or keyword arguments for its forward.
+            with the batch first, or keyword arguments for its forward, nested or not (what a processor gives). Numbers
+            count where the model looks at them. A name like `vision_tower:pixel_values` runs that submodule alone; so
+            do models of transformers that mix images with words, where no example is given. Without `include`, `auto`
+            leaves their text model as it is.
         source: how to build the model again, where the caller knows it (`save` needs it).
         progress: called with what is being done, how much of it is done, and how much there is.
 
@@ -184,6 +194,8 @@ def _prepare(
     """What can be done to a model; its weights are looked at, and nothing is changed."""
     sites = select_sites(find_sites(model, order.example), include, exclude)
     check_names(order.fixed_rank, sites)
+    if order.mode == AUTO and include is None:
+        sites = leave_words_alone(model, sites)
     refit = order.init != "wq"
     prepared = prepare(model, sites, order.mode, order.fixed_rank, refit=refit)
     if not prepared.operations:

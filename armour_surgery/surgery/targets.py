@@ -13,14 +13,16 @@ from armour_surgery import hosts
 from armour_surgery.calls import first_name
 from armour_surgery.errors import AlreadyConvertedError, AlreadyDeployedError, ExampleInputError, PatternError
 from armour_surgery.examples import on_meta, part_of
+from armour_surgery.records import RefusedSite
 from armour_surgery.rewrite import ArmourAttention
 from armour_surgery.surgery.order import Rank
-from armour_surgery.traced import SeenSite
+from armour_surgery.traced import FoundSite, SeenSite
 
 __all__ = [
     "Example",
     "check_names",
     "example_of",
+    "leave_words_alone",
     "plain_example_of",
     "refuse_converted",
     "refuse_deployed",
@@ -186,6 +188,20 @@ def select_sites(
             f"{len(names)} attention sites"
         )
     return chosen
+
+
+def leave_words_alone(model: nn.Module, sites: list[SeenSite]) -> list[SeenSite]:
+    """The sites, refused where they are of a text model that writes about what the others see."""
+    parts = hosts.writing_parts(model)
+    left: list[SeenSite] = []
+    for site in sites:
+        part = next((part for part in parts if site.fqn.startswith(f"{part}.")), None)
+        if part is not None and isinstance(site, FoundSite):
+            reason = f"it is of the text model {part}, which mode 'auto' leaves alone; ask for it with include={part!r}"
+            left.append(RefusedSite(site.fqn, reason))
+        else:
+            left.append(site)
+    return left
 
 
 def _patterns(given: str | Iterable[str]) -> list[str]:
