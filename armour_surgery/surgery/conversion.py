@@ -17,7 +17,7 @@ from armour_surgery.altered import has_hooks, names_below
 from armour_surgery.copies import has_weights, meta_copy
 from armour_surgery.discover import find_sites
 from armour_surgery.errors import ArmourError, NothingToConvertError
-from armour_surgery.modes import AUTO, MODES
+from armour_surgery.modes import AUTO, MODES, choose
 from armour_surgery.notes import ArmourWarning
 from armour_surgery.records import AttentionSite, Progress, Sensitivity, Source, SurgeryPlan
 from armour_surgery.surgery.finite import refuse_not_finite
@@ -53,7 +53,19 @@ def inspect(model: nn.Module, *, example_input: Example | None = None) -> list[A
         NoAttentionError: nothing in it is attention.
     """
     refuse_converted(model)
-    return [_described(model, site) for site in find_sites(model, example_of(model, example_input))]
+    seen = find_sites(model, example_of(model, example_input))
+    # What `auto` would do is tried out as `convert` does: of another mode it is known that its formula fits.
+    left = {site.fqn: site.reason for site in prepare(model, seen, AUTO).refused}
+    return [_kept(_described(model, site), left.get(site.fqn)) for site in seen]
+
+
+def _kept(site: AttentionSite, reason: str | None) -> AttentionSite:
+    """A site without the mode that `auto` takes, if there is a reason why it cannot be done."""
+    mode, _ = choose(site, AUTO)
+    if mode is None or reason is None:
+        return site
+    modes = tuple(other for other in site.modes if other != mode)
+    return replace(site, modes=modes, refused={**site.refused, mode: reason})
 
 
 def _described(model: nn.Module, site: SeenSite) -> AttentionSite:
