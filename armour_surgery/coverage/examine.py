@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -21,14 +21,19 @@ __all__ = ["Examiner", "plain_reason"]
 
 # Its output differs from the original's also where projections are equal: it masks the diagonal.
 _NOT_COMPARABLE = "qk-diag"
+# What a fingerprint tells by the place in memory of an object, which another model's object may have later.
+_OBJECT = re.compile(r"=(?!function |builtin_function_or_method |type )\w+ \d+$", re.MULTILINE)
 _UNSEEN = "softmax(QK)V happens here, and discovery does not see it"
 
 
 @dataclass
 class Examiner:
-    """Examines one architecture after the other; what was found exact for one module is not computed again."""
+    """Examines one architecture after the other; what was found out of one kind of site is not found out again.
 
-    _differences: dict[tuple[str, str], float] = field(default_factory=dict)
+    Architectures of a family have many in common: equal classes, attributes and shapes, called alike.
+    """
+
+    _known: dict[str, SiteKind] = field(default_factory=dict)
     _programs: set[tuple[str, ...]] = field(default_factory=set)
 
     def examine(self, library: str, name: str, model: nn.Module, example: dict[str, Tensor]) -> Outcome:
@@ -55,9 +60,15 @@ class Examiner:
         alike: dict[str, list[FoundSite]] = {}
         for site in found:
             alike.setdefault(site.fingerprint, []).append(site)
-        return [self._kind(model, sites[0], len(sites)) for sites in alike.values()]
+        kinds = []
+        for fingerprint, sites in alike.items():
+            known = self._known.get(fingerprint) or self._kind(model, sites[0])
+            if not _OBJECT.search(fingerprint):
+                self._known[fingerprint] = known
+            kinds.append(replace(known, fqn=sites[0].fqn, count=len(sites)))
+        return kinds
 
-    def _kind(self, model: nn.Module, first: FoundSite, count: int) -> SiteKind:
+    def _kind(self, model: nn.Module, first: FoundSite) -> SiteKind:
         auto, reason = choose(first.site, AUTO)
         module = model.get_submodule(first.fqn)
         # Of sites that differ in their sizes alone, one is tried in every mode; the others in the one that matters.
@@ -73,7 +84,7 @@ class Examiner:
             if prepared.operations:
                 modes[mode] = None
                 try:
-                    modes[mode] = self._difference(model, prepared)
+                    modes[mode] = _difference(model, prepared)
                 except Exception as error:
                     # Whatever the generated code, or the host's, runs into.
                     failed[mode] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -84,16 +95,14 @@ class Examiner:
             reason = refused[auto]
         if auto is None or auto in broken:
             auto, refused[AUTO] = None, reason
-        return SiteKind(type(module).__name__, first.fqn, count, auto, modes, refused, tuple(broken), failed)
+        return SiteKind(type(module).__name__, first.fqn, 1, auto, modes, refused, tuple(broken), failed)
 
-    def _difference(self, model: nn.Module, prepared: Prepared) -> float | None:
-        operation = prepared.operations[0]
-        if operation.mode == _NOT_COMPARABLE:
-            return None
-        key = operation.found.fingerprint, operation.mode
-        if key not in self._differences:
-            self._differences[key] = difference(model.get_submodule(operation.fqn), operation)
-        return self._differences[key]
+
+def _difference(model: nn.Module, prepared: Prepared) -> float | None:
+    operation = prepared.operations[0]
+    if operation.mode == _NOT_COMPARABLE:
+        return None
+    return difference(model.get_submodule(operation.fqn), operation)
 
 
 def _program(module: nn.Module, found: FoundSite) -> tuple[str, ...]:

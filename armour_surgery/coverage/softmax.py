@@ -61,7 +61,7 @@ class _Follow(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         tensors = [leaf for leaf in pytree.arg_tree_leaves(*args, **(kwargs or {})) if isinstance(leaf, Tensor)]
-        kinds = [self._is[tensor] if tensor in self._is else _Is.NOTHING for tensor in tensors]
+        kinds = [self._is.get(tensor, _Is.NOTHING) for tensor in tensors]  # type: ignore[no-untyped-call]
         kind = self._kind(name, tensors, kinds)
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, Tensor):

@@ -35,6 +35,7 @@ class _Worker:
     task: tuple[str, str] = ("", "")
     deadline: float = 0.0
     done: int = 0
+    dead: bool = False
 
 
 def survey(
@@ -59,10 +60,10 @@ def survey(
                 workers.append(_start(load))
                 _give(workers[-1], waiting.popleft(), timeout)
             for worker in _finished(workers):
-                outcomes[worker.task] = outcome = _result_of(worker, timeout)
+                outcomes[worker.task] = _result_of(worker, timeout)
                 if progress is not None:
-                    progress(f"{outcome.library} {outcome.name}", len(outcomes), total)
-                if waiting and worker.process.is_alive() and worker.done < _PER_PROCESS:
+                    progress("architectures", len(outcomes), total)
+                if waiting and not worker.dead and worker.done < _PER_PROCESS:
                     _give(worker, waiting.popleft(), timeout)
                 else:
                     _stop(worker)
@@ -105,14 +106,14 @@ def _finished(workers: Sequence[_Worker]) -> list[_Worker]:
 def _result_of(worker: _Worker, timeout: float) -> Outcome:
     library, name = worker.task
     if not worker.connection.poll():
-        worker.process.kill()
+        worker.dead = True  # to be stopped, whatever it would answer later
         return Outcome(library, name, error=f"it took longer than {timeout:g} s", seconds=timeout)
     try:
         outcome: Outcome = worker.connection.recv()
     except (EOFError, OSError):
+        worker.dead = True
         worker.process.join(5.0)
         code = worker.process.exitcode
-        worker.process.kill()
         return Outcome(library, name, error=f"its process died (exit code {code}), out of memory most likely")
     return outcome
 
