@@ -214,3 +214,7 @@ def _example(model: nn.Module, inputs: Shape | Mapping[str, Shape]) -> dict[str,
 
     by_name = inputs if isinstance(inputs, Mapping) else {first_name(model) or "x": inputs}
     return {name: torch.empty(2, *shape, device="meta") for name, shape in by_name.items()}
+
+
+if __name__ == "__main__":
+    print("\n".join(requirements()))

@@ -146,7 +146,9 @@ def attention_cores(model: nn.Module, example: dict[str, Tensor], *, numbers: bo
         # It looks at numbers; what fails here once more is told by discovery.
         copied = alias(model) if has_weights(model) else copy_of_zeros(model)
     try:
-        return _run(copied, {name: torch.zeros(value.shape, dtype=value.dtype) for name, value in example.items()})
+        inputs = {name: torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value
+                  for name, value in example.items()}  # fmt: skip
+        return _run(copied, inputs)
     except Exception:
         return None
 

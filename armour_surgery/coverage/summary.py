@@ -49,12 +49,12 @@ class Coverage:
     outcomes: dict[str, list[Outcome]]
 
     @classmethod
-    def of(cls, outcomes: Sequence[Outcome]) -> "Coverage":
-        """The outcomes by library, with the versions that are installed."""
+    def of(cls, outcomes: Sequence[Outcome], packages: Sequence[str] = ()) -> "Coverage":
+        """The outcomes by library, with the versions that are installed, those of other `packages` too."""
         by_library: dict[str, list[Outcome]] = {}
         for outcome in outcomes:
             by_library.setdefault(outcome.library, []).append(outcome)
-        return cls(versions(), by_library)
+        return cls(versions(packages), by_library)
 
     def count(self, library: str) -> LibraryCount:
         """One library's numbers."""
@@ -83,12 +83,12 @@ class Coverage:
         return {"versions": self.versions, "libraries": libraries}
 
 
-def versions() -> dict[str, str]:
+def versions(others: Sequence[str] = ()) -> dict[str, str]:
     """The versions that a survey holds for."""
     found = {"python": platform.python_version()}
-    for package in ("armour-surgery", "torch", "timm", "transformers", "torchvision"):
+    for package in ("armour-surgery", "torch", "timm", "transformers", "torchvision", *others):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "from source"
+            found[package] = "not installed"
     return found

@@ -44,11 +44,13 @@ def survey(
     *,
     jobs: int = 1,
     timeout: float = 120.0,
+    grace: float = 60.0,
     progress: Progress | None = None,
 ) -> list[Outcome]:
     """The outcome of every (library, architecture), in their order.
 
-    What cannot be built or run, runs longer than `timeout` seconds, or brings its process down, has an `error`.
+    What cannot be built or run, runs longer than `timeout` seconds, or brings its process down, has an `error`. The
+    first of a process has `grace` more, while the libraries are imported.
     """
     waiting = deque(dict.fromkeys(names))
     outcomes: dict[tuple[str, str], Outcome] = {}
@@ -58,7 +60,7 @@ def survey(
         while waiting or workers:
             while waiting and len(workers) < jobs:
                 workers.append(_start(load))
-                _give(workers[-1], waiting.popleft(), timeout)
+                _give(workers[-1], waiting.popleft(), timeout + grace)
             for worker in _finished(workers):
                 outcomes[worker.task] = _result_of(worker, timeout)
                 if progress is not None:
@@ -87,8 +89,7 @@ def _start(load: Load) -> _Worker:
 def _give(worker: _Worker, task: tuple[str, str], timeout: float) -> None:
     worker.task = task
     worker.done += 1
-    # A process that is new imports the libraries first.
-    worker.deadline = time.monotonic() + timeout + (60.0 if worker.done == 1 else 0.0)
+    worker.deadline = time.monotonic() + timeout
     worker.connection.send(task)
 
 

@@ -56,7 +56,7 @@ class _Class:
 
 def library_table(coverage: Coverage) -> Table:
     """One row a library."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for library in coverage.outcomes:
         count = coverage.count(library)
         share = f"{100 * count.convert_auto / count.with_attention:.1f} %" if count.with_attention else "-"
@@ -76,7 +76,7 @@ def class_table(coverage: Coverage, library: str) -> Table:
             alike.setdefault(kind.host, []).append(kind)
         for host, kinds in alike.items():
             classes.setdefault(host, _Class()).add(kinds)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for host, found in sorted(classes.items(), key=lambda item: (-item[1].architectures, item[0])):
         exact = ("yes" if found.exact else "NO") if found.modes else "-"
         rows.append((host, str(found.architectures), str(found.auto), str(found.some), exact, _listed(found.modes)))
@@ -86,7 +86,7 @@ def class_table(coverage: Coverage, library: str) -> Table:
 
 def architecture_table(coverage: Coverage, library: str, *, all_of_them: bool) -> Table:
     """One row an architecture with attention, or of those alone that `auto` leaves as they are."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for outcome in coverage.outcomes[library]:
         if outcome.attention and (all_of_them or not outcome.convert_auto):
             sites = sum(kind.count for kind in outcome.kinds)
