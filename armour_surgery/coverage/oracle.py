@@ -187,13 +187,22 @@ def _copy_rows(module: nn.Module, source: Producer, from_rows: list[int], target
             for (a, i), (b, j) in pairs:
                 b[j] = a[i]
             return
-        # Separate modules: tensors correspond by their short names; a bias that only one has counts as zero.
-        own = {name.rpartition(".")[2]: _tensor(module, name) for name in source.rows}
-        for name in target.rows:
-            values = own.pop(name.rpartition(".")[2], None)
-            _tensor(module, name)[to_rows] = 0.0 if values is None else values[from_rows].clone()
+        # Separate modules: tensors correspond by their names inside them; a bias that only one has counts as zero.
+        own = {name: _tensor(module, full) for name, full in _names_inside(source).items()}
+        for name, full in _names_inside(target).items():
+            values = own.pop(name, None)
+            _tensor(module, full)[to_rows] = 0.0 if values is None else values[from_rows].clone()
         for left in own.values():
             left[from_rows] = 0.0
+
+
+def _names_inside(producer: Producer) -> dict[str, str]:
+    """The tensors of a projection by their names inside it, which may be a convolution and a norm in one container."""
+    owners = [name.split(".")[:-1] for name in producer.rows]
+    depth = 0
+    while all(len(owner) > depth and owner[depth] == owners[0][depth] for owner in owners):
+        depth += 1
+    return {".".join(name.split(".")[depth:]): name for name in producer.rows}
 
 
 def _keep_own_groups(module: nn.Module, role: Role, rows: list[int], *, shuffled: bool) -> None:

@@ -85,3 +85,31 @@ def test_merging_copies_the_rows_that_stay() -> None:
         q, v = found.traced.q.channels[h], found.traced.v.channels[h]
         assert torch.equal(weight[list(q)], weight[list(v)])
         assert not torch.equal(weight[list(q)], weight[list(found.traced.k.channels[h])])
+
+
+class LinearAndNorm(nn.Module):
+    """Two layers in one projection, whose tensors have equal short names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(D, D), nn.BatchNorm1d(D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        return self.norm(y.flatten(0, 1)).reshape_as(y)
+
+
+class NormedProjections(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = LinearAndNorm(), LinearAndNorm(), LinearAndNorm()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (role(x).unflatten(-1, (4, 5)).transpose(1, 2) for role in (self.q, self.k, self.v))
+        return ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("mode", ["qv", "qk", "kv"])
+def test_two_layers_of_one_projection_are_told_apart(mode: str) -> None:
+    model = Hidden(NormedProjections())
+    assert difference(model.inner, operation_on(model, mode)) < 1e-12
