@@ -80,20 +80,20 @@ class Examiner:
         broken = []
         failed: dict[str, str] = {}
         for mode in tried:
-            prepared = prepare(model, [first], mode)
-            if prepared.operations:
-                modes[mode] = None
-                try:
+            try:
+                prepared = prepare(model, [first], mode)
+                if prepared.operations:
+                    modes[mode] = None
                     modes[mode] = _difference(model, prepared)
-                except Exception as error:
-                    # Whatever the generated code, or the host's, runs into.
-                    failed[mode] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            else:
-                refused[mode] = prepared.refused[0].reason
-                broken.append(mode)
-        if auto is not None and auto in broken:
-            reason = refused[auto]
-        if auto is None or auto in broken:
+                else:
+                    refused[mode] = prepared.refused[0].reason
+                    broken.append(mode)
+            except Exception as error:
+                # Whatever the rewriting, the generated code, or the host's code runs into: it is what is looked for.
+                failed[mode] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if auto is not None and auto not in modes:
+            reason = refused.get(auto) or failed[auto]
+        if auto not in modes:
             auto, refused[AUTO] = None, reason
         return SiteKind(type(module).__name__, first.fqn, 1, auto, modes, refused, tuple(broken), failed)
 

@@ -17,7 +17,7 @@ class SiteKind:
     `modes` maps every mode that was tried and converts to the largest relative difference between the converted module
     and the original, in float64, where the merged projections are equal: None where there is nothing to compare
     (`qk-diag`). `refused` maps others to their reasons, `auto` among them. `broken` names modes that `inspect` promised
-    all the same, and `failed` says of modes that converted why the result does not run.
+    all the same, and `failed` says what happened where converting, or running what came of it, raised.
     """
 
     host: str

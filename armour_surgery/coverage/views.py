@@ -119,7 +119,7 @@ def failures(coverage: Coverage, library: str) -> list[str]:
             for mode in kind.broken:
                 lines.append(f"{where}: inspect says that {mode} fits, and convert refuses it: {kind.refused[mode]}")
             for mode, reason in kind.failed.items():
-                lines.append(f"{where}: {mode} converts, and the result does not run: {reason}")
+                lines.append(f"{where}: {mode} fits, and does not work: {reason}")
             for mode, difference in kind.modes.items():
                 if difference is not None and not kind.exact and mode not in kind.failed:
                     lines.append(f"{where}: {mode} differs by {difference:.1e}")

@@ -51,7 +51,7 @@ def test_what_went_wrong_is_told_line_by_line() -> None:
     ]
     promised, stuck = views.failures(COVERAGE, "torchvision")
     assert "inspect says that qv fits, and convert refuses it: no" in promised
-    assert "qv converts, and the result does not run: RuntimeError: no" in stuck
+    assert "qv fits, and does not work: RuntimeError: no" in stuck
 
 
 def test_classes() -> None:
