@@ -49,8 +49,11 @@ def _holds_layers(module: nn.Module) -> bool:
 
 
 def _projection(role: Role, prefix: str) -> Projection:
-    name = role.producer.fqn
-    return Projection(f"{prefix}.{name}" if prefix else name, role.channels, role.tokens)
+    name, first = role.producer.fqn, role.producer.first_row
+    channels = role.channels
+    if first:  # a slice of a parameter: told by its rows
+        channels = tuple(tuple(first + channel for channel in head) for head in channels)
+    return Projection(f"{prefix}.{name}" if prefix else name, channels, role.tokens)
 
 
 def _kind(traced: TracedSite) -> str:
@@ -95,6 +98,15 @@ def describe_site(fqn: str, traced: TracedSite) -> AttentionSite:
         plain_value_projection=v.producer.plain,
     )
     modes, refused = judge(site)
+    core = traced.core
+    asking = core.q.meta["value"].shape[core.q_axes[0]]
+    asked = core.k.meta["value"].shape[core.k_axes[0]]
+    if "qk-diag" in modes and asking != asked:
+        modes = tuple(mode for mode in modes if mode != "qk-diag")
+        refused["qk-diag"] = (
+            f"{asking} tokens ask {asked} keys (some of either are pooled, or added to them), so there is no diagonal "
+            "to take out; use qk"
+        )
     return replace(site, modes=modes, refused=refused)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from armour_surgery.discover.layout import Flow, find_layout, follow
+from armour_surgery.discover.layout import OTHER, Flow, find_layout, follow
 from armour_surgery.discover.match import find_core, inputs_of
 from armour_surgery.discover.producers import TraceInside, find_producers
 from armour_surgery.discover.record import is_builtin
@@ -36,10 +36,11 @@ def _heads(
 ) -> tuple[list[tuple[int, ...]], torch.Tensor]:
     """Channels of each head in order of appearance, and for each leading position of the core which head it is."""
     channel = _channel_of(producer)(numbers).movedim(axes, (-2, -1))
+    first = _own_token(channel, producer, letter)
     # A dimension of a head must be the same channel at every token; in cross-covariance attention (XCiT) it is not.
-    if bool((channel != channel[..., :1, :]).any()):
+    if bool(((channel != first) & (channel != OTHER)).any()):
         raise TraceError(f"its {_NAMES[letter]} attend over channels, not over tokens")
-    lines = channel[..., 0, :].reshape(-1, channel.shape[-1])
+    lines = first.reshape(-1, channel.shape[-1])
     order: dict[tuple[int, ...], int] = {}
     places = [order.setdefault(tuple(line), len(order)) for line in lines.tolist()]
     used = list(itertools.chain.from_iterable(order))
@@ -48,10 +49,25 @@ def _heads(
     return list(order), torch.tensor(places).reshape(channel.shape[:-2])
 
 
+def _own_token(channel: torch.Tensor, producer: Producer, letter: str) -> torch.Tensor:
+    """For every head the channels of a token that is the producer's, as `[.., 1, d]`.
+
+    Others may stand beside these (registers, a learned bias): they stay what they are.
+    """
+    other = channel == OTHER
+    if not bool(other.any()):
+        return channel[..., :1, :]
+    foreign = other.all(-1)
+    if bool((foreign != other.any(-1)).any()) or bool(foreign.all(-1).any()):
+        raise TraceError(f"only some channels of its {_NAMES[letter]} are made by {producer.fqn}")
+    place = (~foreign).int().argmax(-1)[..., None, None]
+    return channel.take_along_dim(place, -2)
+
+
 def _channel_of(producer: Producer) -> Callable[[torch.Tensor], torch.Tensor]:
     """What tells the channels of elements, which are numbered row by row: division and remainder."""
     inner, channels = _inner(producer), producer.channels
-    return lambda numbers: (numbers // inner) % channels
+    return lambda numbers: torch.where(numbers == OTHER, OTHER, (numbers // inner) % channels)
 
 
 def _inner(producer: Producer) -> int:

@@ -2,12 +2,14 @@
 
 import itertools
 import operator
+from typing import Any
 
 from torch import fx
 
+from armour_surgery.discover.producers import rows_in
 from armour_surgery.errors import TraceError
 from armour_surgery.rewrite.contract import Surgery
-from armour_surgery.rewrite.edits import KeepRows, Remove
+from armour_surgery.rewrite.edits import KeepRows, Remove, edited_names
 
 __all__ = ["RemoveDeadNodesPass", "erase_unused", "unread_nodes"]
 
@@ -27,6 +29,7 @@ class RemoveDeadNodesPass:
     def __call__(self, surgery: Surgery) -> bool:
         """Remove and reorder."""
         before = str(surgery.graph)
+        _write_sizes_down(surgery)
         erase_unused(surgery.graph, self.acting)
         _mend_order(surgery.graph)
         return str(surgery.graph) != before
@@ -85,6 +88,30 @@ def _refuse_other_readers(surgery: Surgery) -> None:
                 continue
             if not alone:
                 raise TraceError(f"its forward also uses {target} for something other than attention")
+
+
+def _write_sizes_down(surgery: Surgery) -> None:
+    """What the host asks of the sizes of a weight that is narrower now, or gone, it gets told as it was."""
+    edited: set[str] = set()
+    for edit in surgery.edits:
+        edited.update(edited_names(edit))
+    for node in surgery.graph.nodes:
+        if not (node.target is getattr and node.args[1] == "shape") and (node.op, node.target) != (
+            "call_method",
+            "size",
+        ):
+            continue
+        stored = rows_in(node.args[0])
+        if stored is None or edited.isdisjoint(_with_owners(str(stored[0].target))):
+            continue
+        size: Any = node.meta["value"]
+        size = tuple(size) if isinstance(size, tuple) else size
+
+        def told(source: fx.Node, asked: fx.Node = node, size: Any = size) -> Any:
+            return size if source is asked else source
+
+        for user in list(node.users):
+            user.args = fx.map_arg(user.args, told)
 
 
 def _readers(tensor: fx.Node, chains: set[fx.Node]) -> set[fx.Node]:
