@@ -221,13 +221,18 @@ class Results:
 
 @dataclass(frozen=True)
 class TracedSite:
-    """One call of an attention module, understood."""
+    """One call of an attention module, understood.
+
+    `unprojected` says why Q is not the output of one projection (a learned query is none at all); the producer of `q`
+    then has no weights, and stands for the core's operand itself. It is empty otherwise.
+    """
 
     trace: Trace
     core: Core
     q: Role
     k: Role
     v: Role
+    unprojected: str = ""
 
 
 @dataclass(frozen=True)

@@ -91,11 +91,12 @@ def describe_site(fqn: str, traced: TracedSite) -> AttentionSite:
         num_heads=q.num_heads,
         key_dim=q.head_dim,
         value_dim=v.head_dim,
-        q=_projection(q, fqn),
+        q=_projection(q, fqn) if not traced.unprojected else None,
         k=_projection(k, fqn),
         v=_projection(v, fqn),
         reads={"q": q.producer.reads, "k": k.producer.reads, "v": v.producer.reads},
         plain_value_projection=v.producer.plain,
+        unprojected=traced.unprojected,
     )
     modes, refused = judge(site)
     core = traced.core

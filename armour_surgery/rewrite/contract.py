@@ -84,7 +84,10 @@ class Surgery:
 
     def producers(self) -> list[Producer]:
         """The projections of the site, each once."""
-        by_node = {role.producer.node: role.producer for role in (self.traced.q, self.traced.k, self.traced.v)}
+        by_node: dict[fx.Node, Producer] = {}
+        for role in (self.traced.q, self.traced.k, self.traced.v):
+            if role.producer.rows:  # not where Q is nobody's output
+                by_node[role.producer.node] = role.producer
         return list(by_node.values())
 
     def channels(self, part: Part) -> list[int]:

@@ -88,9 +88,15 @@ class Slices:
         rows += range(done, total)
         if rows == list(range(total)):
             return []
+        after = source.next
         for one, place in zip(slices, places, strict=True):
             if one.kept:
-                self._read(one.node, source, place, len(one.kept), whole=len(one.kept) == len(rows))
+                new = source
+                if len(one.kept) < len(rows):
+                    with self._graph.inserting_before(after):
+                        new = self._graph.call_method("narrow", (source, 0, place, len(one.kept)))
+                    new.meta["value"] = source.meta["value"][: len(one.kept)]
+                self._read(one.node, new)
         return [KeepRows((name,), slices[0].sizes, tuple(rows))] if rows else [Remove(name)]
 
     def _parameter(self, name: str) -> fx.Node:
@@ -100,13 +106,8 @@ class Slices:
                 return found
         raise PostconditionError(f"{name} is not in the graph")
 
-    def _read(self, old: fx.Node, source: fx.Node, start: int, size: int, whole: bool) -> None:
+    def _read(self, old: fx.Node, new: fx.Node) -> None:
         """Let projections, and biases that are joined for them, read these rows; other readers are told apart later."""
-        new = source
-        if not whole:
-            with self._graph.inserting_after(source):
-                new = self._graph.call_method("narrow", (source, 0, start, size))
-            new.meta["value"] = source.meta["value"][:size]
         for user in list(old.users):
             if user in self._chains or (user.target in (torch.cat, torch.concat) and set(user.users) <= self._chains):
                 user.replace_input_with(old, new)
