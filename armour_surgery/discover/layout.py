@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from armour_surgery.discover.match import inputs_of, is_tensor
-from armour_surgery.discover.nodes import value_of
+from armour_surgery.discover.nodes import Changes, value_of
 from armour_surgery.traced import Layout
 
 __all__ = ["OTHER", "Flow", "find_layout", "first_alike", "follow", "is_cast"]
@@ -82,12 +82,15 @@ def first_alike(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     """For every node the first one of which is known that it holds the same: the same layout of the same tensor."""
     first: dict[Any, fx.Node] = {}
     alike: dict[fx.Node, fx.Node] = {}
+    changes = Changes()
     for node in graph.nodes:
+        changes.note(node)
         alike[node] = node
         # A size or an item that is read twice is the same too, as an argument of such an operation.
         if _is_layout(node) or is_cast(node) or node.target is getattr:
             arguments = fx.map_arg((node.args, node.kwargs), lambda source: alike[source])
-            alike[node] = first.setdefault((node.op, node.target, repr(arguments)), node)
+            when = tuple(map(changes.last, node.all_input_nodes))
+            alike[node] = first.setdefault((node.op, node.target, repr(arguments), when), node)
     return alike
 
 

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from armour_surgery.discover.layout import first_alike, follow
 from armour_surgery.discover.match import inputs_of, is_call_of, is_tensor, outputs_of, projection_arguments
+from armour_surgery.discover.nodes import Changes
 from armour_surgery.traced import BiasPiece, Producer, Trace
 
 __all__ = ["extend_by_bias", "find_producers", "rows_in"]
@@ -278,8 +279,11 @@ def find_producers(
     """
     producers: list[Producer] = []
     opaque: list[str] = []
-    names = {node.name: first.name for node, first in first_alike(trace.graph).items()}
+    alike = first_alike(trace.graph)
+    by_name = {node.name: node for node in trace.graph.nodes}
+    changes = Changes()
     for node in trace.graph.nodes:
+        changes.note(node)
         if node not in above:
             continue
         if node.op == "call_module":
@@ -295,7 +299,10 @@ def find_producers(
             producer = _functional(node)
         if producer is not None:
             name, *after = producer.reads.split(" ", 1)
-            producers.append(extend_by_bias(replace(producer, reads=" ".join([names[name], *after]))))
+            source = by_name[name]
+            if changes.last(source):  # what was read before that is another tensor than what is read now
+                after.append(f"after {changes.last(source)}")
+            producers.append(extend_by_bias(replace(producer, reads=" ".join([alike[source].name, *after]))))
     return producers, opaque
 
 

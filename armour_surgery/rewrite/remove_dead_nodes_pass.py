@@ -4,9 +4,9 @@ import itertools
 import operator
 from typing import Any
 
+import torch
 from torch import fx
 
-from armour_surgery.discover.producers import rows_in
 from armour_surgery.errors import TraceError
 from armour_surgery.rewrite.contract import Surgery
 from armour_surgery.rewrite.edits import KeepRows, Remove, edited_names
@@ -101,8 +101,7 @@ def _write_sizes_down(surgery: Surgery) -> None:
             "size",
         ):
             continue
-        stored = rows_in(node.args[0])
-        if stored is None or edited.isdisjoint(_with_owners(str(stored[0].target))):
+        if edited.isdisjoint(_with_owners(_tensor_behind(node.args[0]))):
             continue
         size: Any = node.meta["value"]
         size = tuple(size) if isinstance(size, tuple) else size
@@ -112,6 +111,18 @@ def _write_sizes_down(surgery: Surgery) -> None:
 
         for user in list(node.users):
             user.args = fx.map_arg(user.args, told)
+
+
+def _tensor_behind(node: Any) -> str:
+    """The parameter or buffer that a node is, or is a view of; empty if it is neither."""
+    held = node.meta.get("value")  # views that the passes wrote carry none
+    while isinstance(node, fx.Node) and node.op != "get_attr":
+        node = node.args[0] if node.args else None
+    whole = node.meta["value"] if isinstance(node, fx.Node) else None
+    if not isinstance(held, torch.Tensor) or not isinstance(whole, torch.Tensor):
+        return ""
+    is_view = held.untyped_storage()._cdata == whole.untyped_storage()._cdata
+    return str(node.target) if is_view else ""
 
 
 def _readers(tensor: fx.Node, chains: set[fx.Node]) -> set[fx.Node]:
