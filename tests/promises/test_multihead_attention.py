@@ -132,8 +132,9 @@ def masks(way: str, images: int, asking: int, asked: int, kind: str) -> dict[str
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
-@pytest.mark.parametrize("floating", [True, False])
-@pytest.mark.parametrize("kind", ["mask", "padding", "both", "for each head"])
+@pytest.mark.parametrize(
+    ("kind", "floating"), [("mask", False), ("padding", True), ("both", True), ("both", False), ("for each head", True)]
+)
 @pytest.mark.parametrize(("way", "mode"), [("self", "qv"), ("detr", "qk"), ("cross", "kv")])
 def test_masks(way: str, mode: str, kind: str, floating: bool, need_weights: bool) -> None:
     given = []
