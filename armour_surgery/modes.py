@@ -38,6 +38,8 @@ class Mode:
 
 def _same_tokens(site: AttentionSite, a: str, b: str) -> str | None:
     # Modes judge sites that were followed alone: these have all three projections.
+    if site.unprojected and "q" in (a, b):
+        return site.unprojected
     first = site.projections[a]
     second = site.projections[b]
     letters = f"{a.upper()} and {b.upper()}"
@@ -163,7 +165,7 @@ def choose_rank(site: AttentionSite, mode: str, requested: int | Mapping[str, in
 
     Raises:
         UsageError: the number is not from 1 to key_dim.
-        TraceError: there is no rank to choose in this mode.
+        TraceError: there is no rank to choose in this mode, or at this site.
     """
     rank = requested.get(site.fqn) if isinstance(requested, Mapping) else requested
     if rank is None:
@@ -171,6 +173,8 @@ def choose_rank(site: AttentionSite, mode: str, requested: int | Mapping[str, in
     if not MODES[mode].has_rank:
         names = " and ".join(fitting.name for fitting in MODES.values() if fitting.has_rank)
         raise TraceError(f"a rank can be chosen in modes {names}, and this attention takes {mode}; leave out rank")
+    if site.unprojected:
+        raise TraceError(f"with a rank queries become narrower too, but {site.unprojected}; leave out rank")
     if not 1 <= rank <= site.key_dim:
         raise UsageError(
             f"rank {rank} does not fit {site.fqn}, whose heads have {site.key_dim} channels (key_dim): give a whole "

@@ -63,7 +63,8 @@ class AttentionSite:
     that its projection is applied to; equal names mean the same tensor. `plain_value_projection` says that V comes
     from one Linear or 1x1 convolution. `modes` are the names that fit, `refused` maps every other mode to the reason
     in a user's words. `key_dim` and `value_dim` are per head. `q`, `k`, `v` are None when the site could not be
-    followed at all; then `num_heads` and the sizes are 0 and every mode carries the same reason.
+    followed at all; then `num_heads` and the sizes are 0 and every mode carries the same reason. Where only `q` is
+    None, `unprojected` says why it is not the output of one projection, and modes fit that leave it alone.
     """
 
     fqn: str
@@ -78,6 +79,7 @@ class AttentionSite:
     plain_value_projection: bool = False
     modes: tuple[str, ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
+    unprojected: str = ""
 
     @property
     def projections(self) -> dict[str, Projection]:

@@ -99,11 +99,16 @@ class Core:
 
 @dataclass(frozen=True)
 class BiasPiece:
-    """A part of a bias that the host puts together by concatenation: rows `start` to `stop` come from `node`."""
+    """A part of a bias that the host puts together by concatenation: rows `start` to `stop` come from `node`.
+
+    That holds rows of the parameter or buffer `tensor`, from `first_row` on; None where it holds zeros made on the fly.
+    """
 
     node: fx.Node
     start: int
     stop: int
+    tensor: str | None = None
+    first_row: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,8 +117,9 @@ class Producer:
 
     `node` is the last node of which the output channels are still whole and in order (after a bias that is added
     separately). `rows` are the parameters and buffers with one row per output channel, `sizes` the module attributes
-    that state their number; both by name inside the site. `bias` lists the pieces of a concatenated bias.
-    `modules` are what can go when no channel is left. `plain` says it is one Linear or 1x1 convolution.
+    that state their number; both by name inside the site. Channel c is row `first_row + c` of them: a host may apply a
+    slice of a parameter (`nn.MultiheadAttention` where queries are not keys). `bias` lists the pieces of a concatenated
+    bias. `plain` says it is one Linear or 1x1 convolution.
     """
 
     node: fx.Node
@@ -127,6 +133,7 @@ class Producer:
     weight: str
     plain: bool
     chain: tuple[fx.Node, ...] = ()
+    first_row: int = 0
 
 
 @dataclass(frozen=True)
@@ -214,13 +221,18 @@ class Results:
 
 @dataclass(frozen=True)
 class TracedSite:
-    """One call of an attention module, understood."""
+    """One call of an attention module, understood.
+
+    `unprojected` says why Q is not the output of one projection (a learned query is none at all); the producer of `q`
+    then has no weights, and stands for the core's operand itself. It is empty otherwise.
+    """
 
     trace: Trace
     core: Core
     q: Role
     k: Role
     v: Role
+    unprojected: str = ""
 
 
 @dataclass(frozen=True)

@@ -66,10 +66,10 @@ def merge(
 
 def _tensors(producer, module: nn.Module, rows: list[int]) -> list[tuple[torch.Tensor, int]]:
     """Where row r of each of a projection's tensors is stored, for every r in rows, tensor by tensor."""
-    places = [(_tensor(module, name), row) for name in producer.rows for row in rows]
+    places = [(_tensor(module, name), producer.first_row + row) for name in producer.rows for row in rows]
     for row in rows if producer.bias else ():
         piece = next(p for p in producer.bias if p.start <= row < p.stop)
-        places.append((_tensor(module, str(piece.node.target)), row - piece.start))
+        places.append((_tensor(module, piece.tensor), piece.first_row + row - piece.start))
     return places
 
 
@@ -90,6 +90,8 @@ def _copy(module, source, from_rows, target, to_rows) -> None:
                 b[j] = a[i]
             return
         # Separate modules: tensors correspond by their short names; a bias that only one has counts as zero.
+        from_rows = [source.first_row + row for row in from_rows]
+        to_rows = [target.first_row + row for row in to_rows]
         own = {_short(name): _tensor(module, name) for name in source.rows}
         for name in target.rows:
             values = own.pop(_short(name), None)

@@ -49,8 +49,11 @@ def _holds_layers(module: nn.Module) -> bool:
 
 
 def _projection(role: Role, prefix: str) -> Projection:
-    name = role.producer.fqn
-    return Projection(f"{prefix}.{name}" if prefix else name, role.channels, role.tokens)
+    name, first = role.producer.fqn, role.producer.first_row
+    channels = role.channels
+    if first:  # a slice of a parameter: told by its rows
+        channels = tuple(tuple(first + channel for channel in head) for head in channels)
+    return Projection(f"{prefix}.{name}" if prefix else name, channels, role.tokens)
 
 
 def _kind(traced: TracedSite) -> str:
@@ -88,13 +91,23 @@ def describe_site(fqn: str, traced: TracedSite) -> AttentionSite:
         num_heads=q.num_heads,
         key_dim=q.head_dim,
         value_dim=v.head_dim,
-        q=_projection(q, fqn),
+        q=_projection(q, fqn) if not traced.unprojected else None,
         k=_projection(k, fqn),
         v=_projection(v, fqn),
         reads={"q": q.producer.reads, "k": k.producer.reads, "v": v.producer.reads},
         plain_value_projection=v.producer.plain,
+        unprojected=traced.unprojected,
     )
     modes, refused = judge(site)
+    core = traced.core
+    asking = core.q.meta["value"].shape[core.q_axes[0]]
+    asked = core.k.meta["value"].shape[core.k_axes[0]]
+    if "qk-diag" in modes and asking != asked:
+        modes = tuple(mode for mode in modes if mode != "qk-diag")
+        refused["qk-diag"] = (
+            f"{asking} tokens ask {asked} keys (some of either are pooled, or added to them), so there is no diagonal "
+            "to take out; use qk"
+        )
     return replace(site, modes=modes, refused=refused)
 
 

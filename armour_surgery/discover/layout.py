@@ -12,10 +12,10 @@ import torch
 from torch import fx
 
 from armour_surgery.discover.match import inputs_of, is_tensor
-from armour_surgery.discover.nodes import value_of
+from armour_surgery.discover.nodes import Changes, value_of
 from armour_surgery.traced import Layout
 
-__all__ = ["Flow", "find_layout", "follow", "is_cast"]
+__all__ = ["OTHER", "Flow", "find_layout", "first_alike", "follow", "is_cast"]
 
 # Copies (`contiguous`, `clone`) count: they change where numbers lie in memory, not which channel they are.
 _METHODS = {
@@ -34,6 +34,8 @@ _FUNCTIONS = {
 }  # fmt: skip
 _JOINS: set[Any] = {torch.cat, torch.concat, torch.stack}
 _PAIRS = {torch.view_as_complex, torch.view_as_real}
+# In place of an element's number: what stands there comes from elsewhere.
+OTHER = -1
 _VIEWS = {"T", "mT", "H", "mH"}
 
 ChannelOf = Callable[[torch.Tensor], torch.Tensor]
@@ -74,6 +76,22 @@ def _is_layout(node: fx.Node) -> bool:
     if node.op == "call_function":
         return node.target in _FUNCTIONS or (node.target is getattr and node.args[1] in _VIEWS)
     return False
+
+
+def first_alike(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """For every node the first one of which is known that it holds the same: the same layout of the same tensor."""
+    first: dict[Any, fx.Node] = {}
+    alike: dict[fx.Node, fx.Node] = {}
+    changes = Changes()
+    for node in graph.nodes:
+        changes.note(node)
+        alike[node] = node
+        # A size or an item that is read twice is the same too, as an argument of such an operation.
+        if _is_layout(node) or is_cast(node) or node.target is getattr:
+            arguments = fx.map_arg((node.args, node.kwargs), lambda source: alike[source])
+            when = tuple(map(changes.last, node.all_input_nodes))
+            alike[node] = first.setdefault((node.op, node.target, repr(arguments), when), node)
+    return alike
 
 
 def _apply(node: fx.Node, flow: Flow) -> Any:
@@ -119,7 +137,8 @@ def follow(
 
     `barriers` are other producers: what passes through them is no longer this one's output. `transparent` nodes count
     as layout: they act on each channel for itself, and whoever moves the channels takes care of them. With
-    `channel_of`, which tells the channels of numbers, they are followed through the pooling of tokens too.
+    `channel_of`, which tells the channels of numbers, they are followed through the pooling of tokens too, and through
+    a concatenation with something else, which is `OTHER` there.
     """
     flow = Flow()
     shape = producer.meta["value"].shape
@@ -143,7 +162,7 @@ def follow(
         elif first in flow and node.target in _PAIRS:
             # A complex number has the two numbers of its parts, along an axis that the node itself does not have.
             flow[node] = flow[first]
-        elif (joined := _joined(node, flow)) is not None:
+        elif (joined := _joined(node, flow, others=channel_of is not None)) is not None:
             flow[node] = joined
         elif first in flow and channel_of and (pooled := _pooled(node, flow[first], channel_of)) is not None:
             flow[node] = pooled
@@ -173,11 +192,12 @@ def _pooled(node: fx.Node, numbers: Any, channel_of: ChannelOf) -> torch.Tensor 
     return kept.reshape(node.meta["value"].shape)
 
 
-def _joined(node: fx.Node, flow: Flow) -> torch.Tensor | None:
-    """The numbers that a concatenation holds; None for anything else, or where a part has no numbers.
+def _joined(node: fx.Node, flow: Flow, others: bool) -> torch.Tensor | None:
+    """The numbers that a concatenation holds; None for anything else.
 
     A rotation in two halves, `cat(a * cos - b * sin, a * sin + b * cos)`, has both parts of one channel in each half:
-    each half gets the numbers that no other has.
+    each half gets the numbers that no other has. Also None where a part has no numbers, but with `others` these are
+    `OTHER` then.
     """
     if node.op != "call_function" or node.target not in _JOINS:
         return None
@@ -188,7 +208,10 @@ def _joined(node: fx.Node, flow: Flow) -> torch.Tensor | None:
     for part in parts:
         choices = flow.choices(part) if isinstance(part, fx.Node) else []
         if not choices:
-            return None
+            value = value_of(part)
+            if not others or not isinstance(value, torch.Tensor):
+                return None
+            choices = [torch.full(value.shape, OTHER)]
         new = (choice for choice in choices if not any(_overlap(choice, known) for known in numbers))
         numbers.append(next(new, choices[0]))
     join: Any = node.target
@@ -197,7 +220,7 @@ def _joined(node: fx.Node, flow: Flow) -> torch.Tensor | None:
 
 
 def _overlap(numbers: torch.Tensor, others: torch.Tensor) -> bool:
-    return bool(torch.isin(numbers, others).any())
+    return bool(torch.isin(numbers[numbers != OTHER], others).any())
 
 
 def find_layout(

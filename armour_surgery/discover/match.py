@@ -27,6 +27,8 @@ __all__ = [
 # Targets of fx nodes: functions as objects, methods by name.
 MATRIX_PRODUCTS: set[Any] = {torch.matmul, operator.matmul, torch.bmm, "matmul", "bmm", "__matmul__"}
 
+# An equation, or what is added to the product, comes before the operands of these.
+_AFTER_ONE = {torch.einsum, torch.baddbmm}
 _SDPA = F.scaled_dot_product_attention
 _SOFTMAX = {F.softmax, torch.softmax}
 
@@ -69,7 +71,7 @@ def _argument(node: fx.Node, index: int, name: str) -> fx.Node:
 def _is_matmul(node: fx.Node) -> bool:
     # A submodule may be called `matmul` too, so the kind of node counts.
     is_call = node.op in ("call_function", "call_method")
-    return is_call and (node.target in MATRIX_PRODUCTS or node.target is torch.einsum)
+    return is_call and (node.target in MATRIX_PRODUCTS or node.target in _AFTER_ONE)
 
 
 def _takes_softmax(node: fx.Node) -> bool:
@@ -140,7 +142,7 @@ def _shared_axes(term: str, other: str, absent_from: str) -> list[str]:
 
 
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
-    arguments = node.args[1:] if node.target is torch.einsum else node.args
+    arguments = node.args[1:] if node.target in _AFTER_ONE else node.args
     first, second = arguments[0], arguments[1]
     if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
         raise TraceError(f"its matrix product {node.name} has a constant operand")

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from armour_surgery.discover.layout import follow
+from armour_surgery.discover.layout import first_alike, follow
 from armour_surgery.discover.match import inputs_of, is_call_of, is_tensor, outputs_of, projection_arguments
+from armour_surgery.discover.nodes import Changes
 from armour_surgery.traced import BiasPiece, Producer, Trace
 
-__all__ = ["extend_by_bias", "find_producers"]
+__all__ = ["extend_by_bias", "find_producers", "rows_in"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONVOLVE = {F.conv1d, F.conv2d, F.conv3d}
@@ -160,14 +161,18 @@ def _functional(node: fx.Node) -> Producer | None:
         return None
     arguments = projection_arguments(node)
     weight, bias = arguments.get("weight"), arguments.get("bias")
-    if not isinstance(weight, fx.Node) or weight.op != "get_attr" or set(arguments) > {"input", "weight", "bias"}:
+    if not isinstance(weight, fx.Node) or set(arguments) > {"input", "weight", "bias"}:
+        return None
+    stored = rows_in(weight)
+    if stored is None:
         return None
     rows = weight.meta["value"].shape[0]
     pieces = _bias_pieces(bias, rows) if isinstance(bias, fx.Node) else ()
     source = arguments["input"]
     if pieces is None or not isinstance(source, fx.Node):
         return None
-    path = str(weight.target)
+    parameter, first_row = stored
+    path = str(parameter.target)
     owner = path.rpartition(".")[0]
     # A weight that a submodule owns (EVA's `F.linear(x, self.qkv.weight, bias)`) has a module that states its size.
     sizes = tuple((owner, name) for name in ("out_features", "out_channels")) if owner else ()
@@ -182,14 +187,39 @@ def _functional(node: fx.Node) -> Producer | None:
         bias=pieces,
         weight=path,
         plain=node.target is F.linear,
-        chain=(weight, node),
+        chain=(parameter, node),
+        first_row=first_row,
     )
+
+
+def rows_in(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """The parameter or buffer of which a node holds rows, one after the other, and the first of them; or None.
+
+    The parameter itself is all of its rows; `weight.chunk(3)[1]` or `weight[8:16]` are some.
+    """
+    source = node
+    while source.op != "get_attr":
+        first = source.args[0] if source.args else None
+        if not isinstance(first, fx.Node):
+            return None
+        source = first
+    # A view says itself what it is a view of: it has the memory, the strides and, but for the first, the sizes.
+    rows, whole = node.meta["value"], source.meta["value"]
+    if not isinstance(rows, torch.Tensor) or not isinstance(whole, torch.Tensor) or not rows.ndim:
+        return None
+    if rows.untyped_storage()._cdata != whole.untyped_storage()._cdata:
+        return None
+    if rows.shape[1:] != whole.shape[1:] or rows.stride() != whole.stride() or rows.dtype != whole.dtype:
+        return None
+    skipped = int(rows.storage_offset()) - int(whole.storage_offset())
+    return None if skipped % whole.stride(0) else (source, skipped // whole.stride(0))
 
 
 def _bias_pieces(bias: fx.Node, channels: int) -> tuple[BiasPiece, ...] | None:
     """What a bias is concatenated from; None if it is anything but parameters, one after the other."""
-    if bias.op == "get_attr":
-        return (BiasPiece(bias, 0, channels),)
+    single = rows_in(bias)
+    if single is not None:
+        return (_piece(bias, 0),) if bias.meta["value"].shape == (channels,) else None
     if bias.op != "call_function" or bias.target not in (torch.cat, torch.concat) or len(bias.args) != 1 or bias.kwargs:
         return None
     parts = bias.args[0]
@@ -199,15 +229,25 @@ def _bias_pieces(bias: fx.Node, channels: int) -> tuple[BiasPiece, ...] | None:
     for part in parts:
         if not isinstance(part, fx.Node) or not _only_parameters(part) or part.meta["value"].ndim != 1:
             return None
-        stop = start + part.meta["value"].shape[0]
-        pieces.append(BiasPiece(part, start, stop))
-        start = stop
+        pieces.append(_piece(part, start))
+        start = pieces[-1].stop
     return tuple(pieces) if start == channels else None
+
+
+def _piece(node: fx.Node, start: int) -> BiasPiece:
+    """The part of a bias that a node holds, put from channel `start` on."""
+    stop = start + node.meta["value"].shape[0]
+    stored = rows_in(node)
+    if stored is None:
+        return BiasPiece(node, start, stop)
+    return BiasPiece(node, start, stop, str(stored[0].target), stored[1])
 
 
 def _only_parameters(node: fx.Node) -> bool:
     # BEiT and EVA write K's missing bias as `zeros_like(v_bias)`.
-    return node.op == "get_attr" or (node.target is torch.zeros_like and _only_parameters(inputs_of(node)[0]))
+    if rows_in(node) is not None:
+        return True
+    return node.target is torch.zeros_like and _only_parameters(inputs_of(node)[0])
 
 
 def extend_by_bias(producer: Producer) -> Producer:
@@ -239,7 +279,11 @@ def find_producers(
     """
     producers: list[Producer] = []
     opaque: list[str] = []
+    alike = first_alike(trace.graph)
+    by_name = {node.name: node for node in trace.graph.nodes}
+    changes = Changes()
     for node in trace.graph.nodes:
+        changes.note(node)
         if node not in above:
             continue
         if node.op == "call_module":
@@ -254,7 +298,11 @@ def find_producers(
         else:
             producer = _functional(node)
         if producer is not None:
-            producers.append(extend_by_bias(producer))
+            name, *after = producer.reads.split(" ", 1)
+            source = by_name[name]
+            if changes.last(source):  # what was read before that is another tensor than what is read now
+                after.append(f"after {changes.last(source)}")
+            producers.append(extend_by_bias(replace(producer, reads=" ".join([alike[source].name, *after]))))
     return producers, opaque
 
 

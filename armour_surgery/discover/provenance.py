@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from armour_surgery.discover.layout import Flow, find_layout, follow
+from armour_surgery.discover.layout import OTHER, Flow, find_layout, follow
 from armour_surgery.discover.match import find_core, inputs_of
 from armour_surgery.discover.producers import TraceInside, find_producers
 from armour_surgery.discover.record import is_builtin
@@ -36,10 +36,11 @@ def _heads(
 ) -> tuple[list[tuple[int, ...]], torch.Tensor]:
     """Channels of each head in order of appearance, and for each leading position of the core which head it is."""
     channel = _channel_of(producer)(numbers).movedim(axes, (-2, -1))
+    first = _own_token(channel, producer, letter)
     # A dimension of a head must be the same channel at every token; in cross-covariance attention (XCiT) it is not.
-    if bool((channel != channel[..., :1, :]).any()):
+    if bool(((channel != first) & (channel != OTHER)).any()):
         raise TraceError(f"its {_NAMES[letter]} attend over channels, not over tokens")
-    lines = channel[..., 0, :].reshape(-1, channel.shape[-1])
+    lines = first.reshape(-1, channel.shape[-1])
     order: dict[tuple[int, ...], int] = {}
     places = [order.setdefault(tuple(line), len(order)) for line in lines.tolist()]
     used = list(itertools.chain.from_iterable(order))
@@ -48,10 +49,25 @@ def _heads(
     return list(order), torch.tensor(places).reshape(channel.shape[:-2])
 
 
+def _own_token(channel: torch.Tensor, producer: Producer, letter: str) -> torch.Tensor:
+    """For every head the channels of a token that is the producer's, as `[.., 1, d]`.
+
+    Others may stand beside these (registers, a learned bias): they stay what they are.
+    """
+    other = channel == OTHER
+    if not bool(other.any()):
+        return channel[..., :1, :]
+    foreign = other.all(-1)
+    if bool((foreign != other.any(-1)).any()) or bool(foreign.all(-1).any()):
+        raise TraceError(f"only some channels of its {_NAMES[letter]} are made by {producer.fqn}")
+    place = (~foreign).int().argmax(-1)[..., None, None]
+    return channel.take_along_dim(place, -2)
+
+
 def _channel_of(producer: Producer) -> Callable[[torch.Tensor], torch.Tensor]:
     """What tells the channels of elements, which are numbered row by row: division and remainder."""
     inner, channels = _inner(producer), producer.channels
-    return lambda numbers: (numbers // inner) % channels
+    return lambda numbers: torch.where(numbers == OTHER, OTHER, (numbers // inner) % channels)
 
 
 def _inner(producer: Producer) -> int:
@@ -162,13 +178,18 @@ def understand(
         # A module that stays opaque though it was looked into has nothing more to show.
         hidden = set(opaque) - inlined
         if not hidden:
+            found: TracedSite | TraceError
             try:
-                return _assign(trace, core, producers)
-            except TraceError:
-                # What stands in the way may be a module without layers: a rearrangement, a Linear of the host's own.
+                found = _assign(trace, core, producers)
+            except TraceError as error:
+                found = error
+            # What stands in the way may be a module without layers: a rearrangement, a Linear of the host's own.
+            if isinstance(found, TraceError) or found.unprojected:
                 hidden = _written_by_others(modules, above) - inlined
-                if not hidden:
-                    raise
+            if not hidden:
+                if isinstance(found, TraceError):
+                    raise found
+                return found
         inlined |= hidden
         trace = retrace(inlined)
 
@@ -188,23 +209,58 @@ def _assign(trace: Trace, core: Core, producers: list[Producer]) -> TracedSite:
         flows[producer.node] = follow(trace.graph, producer.node, barriers, channel_of=_channel_of(producer))
     roles: dict[str, Role] = {}
     places: dict[str, torch.Tensor] = {}
+    unprojected: TraceError | None = None
     for letter in ("q", "k", "v"):
-        target: fx.Node = getattr(core, letter)
-        producer = _maker_of(target, flows, producers, _NAMES[letter])
-        flow = flows[producer.node]
-        heads, places[letter] = _heads(flow[target], getattr(core, f"{letter}_axes"), producer, letter)
-        holds = _holding(flow, producer, heads)
-        anchors, whole = _anchors(flow, producer, heads, holds)
-        value = producer.node.meta["value"]
-        tokens = value.numel() // producer.channels // value.shape[0]
-        roles[letter] = Role(producer, tuple(heads), anchors, whole, tokens, _ends(flow, producer, heads, holds))
+        try:
+            producer = _maker_of(getattr(core, letter), flows, producers, _NAMES[letter])
+            roles[letter], places[letter] = _role(flows[producer.node], producer, core, letter)
+        except TraceError as error:
+            # Modes that leave queries alone need not know where they come from; what keys are made of they do.
+            if letter != "q":
+                raise unprojected or error from None
+            unprojected = error
+    if unprojected is not None:
+        roles["q"], places["q"] = _unprojected(core, roles["k"].num_heads), places["k"]
     # The core takes leading axes position by position: head 3 of Q meets whatever stands there in K and V. Roles with
     # different numbers of heads share nothing, so their order does not matter; the modes refuse them by themselves.
     for letter in ("k", "v"):
         same = places[letter].shape == places["q"].shape and torch.equal(places[letter], places["q"])
         if not same and roles[letter].num_heads == roles["q"].num_heads:
             raise TraceError(f"heads of its queries and {_NAMES[letter]} are not in the same order")
-    return TracedSite(trace, core, roles["q"], roles["k"], roles["v"])
+    if places["k"].shape == places["v"].shape and not torch.equal(places["k"], places["v"]):
+        raise TraceError("heads of its keys and values are not in the same order")
+    return TracedSite(trace, core, roles["q"], roles["k"], roles["v"], str(unprojected or ""))
+
+
+def _role(flow: Flow, producer: Producer, core: Core, letter: str) -> tuple[Role, torch.Tensor]:
+    """q, k or v as its projection makes it, and for each leading position of the core which head it is."""
+    numbers = flow[getattr(core, letter)]
+    heads, places = _heads(numbers, getattr(core, f"{letter}_axes"), producer, letter)
+    holds = _holding(flow, producer, heads)
+    anchors, whole = _anchors(flow, producer, heads, holds)
+    value = producer.node.meta["value"]
+    tokens = value.numel() // producer.channels // value.shape[0]
+    return Role(producer, tuple(heads), anchors, whole, tokens, _ends(flow, producer, heads, holds)), places
+
+
+def _unprojected(core: Core, num_heads: int) -> Role:
+    """Queries that are nobody's output channels: they stay what they are."""
+    value = core.q.meta["value"]
+    size, tokens = value.shape[core.q_axes[1]], value.shape[core.q_axes[0]]
+    producer = Producer(
+        node=core.q,
+        fqn="",
+        reads=core.q.name,
+        axis=core.q_axes[1],
+        channels=num_heads * size,
+        rows=(),
+        sizes=(),
+        bias=(),
+        weight="",
+        plain=False,
+    )
+    heads = tuple(tuple(range(head * size, (head + 1) * size)) for head in range(num_heads))
+    return Role(producer, heads, (), False, tokens)
 
 
 def _maker_of(target: fx.Node, flows: dict[fx.Node, Flow], producers: list[Producer], name: str) -> Producer:

@@ -93,7 +93,7 @@ def compare_layers(
     """
     refuse_converted(model)
     example = example_of(model, example_input)
-    seen = select_sites(find_sites(model, example), include, exclude)
+    seen = [_with_three_weights(site) for site in select_sites(find_sites(model, example), include, exclude)]
     chosen = _choose_layer(seen, layer)
     followed = [site for site in seen if isinstance(site, FoundSite)]
     weights = {site.fqn: _weights(model, site) for site in followed}
@@ -117,6 +117,13 @@ def compare_layers(
     for site in followed:
         compared[site.fqn] = _with_default(site, compared[site.fqn])
     return list(compared.values()), Layer(chosen, weights[chosen])
+
+
+def _with_three_weights(site: SeenSite) -> SeenSite:
+    """The site, refused where there are no weights of Q to compare others with."""
+    if isinstance(site, FoundSite) and site.traced.unprojected:
+        return RefusedSite(site.fqn, site.traced.unprojected)
+    return site
 
 
 def _choose_layer(seen: list[SeenSite], layer: str | None) -> str:

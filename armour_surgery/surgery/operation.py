@@ -234,7 +234,7 @@ class _SiteRewriter:
         """Trace one call of a module in its present state, rewrite the graph, and print it."""
         traced = trace_call(module, call, self._found.around)
         # A mode fits a call, not a module: shared self- and cross-attention reads the same tokens in one of them alone.
-        reason = self._mode.fits(describe_site(self._found.fqn, traced))
+        reason = describe_site(self._found.fqn, traced).refused.get(self._mode.name)
         if reason is not None:
             raise TraceError(f"{self._mode.name} does not fit it: {reason}")
         results = None if self._out is None else find_results(traced, dict(module.named_modules()), self._out)

@@ -17,10 +17,16 @@ def problems_of(model: nn.Module, operations: list[Operation]) -> list[Problem]:
     """The operations as the initializers see them. `model` is the one that is not converted, with its weights.
 
     Raises:
-        ConversionError: several heads of Q share one of K, and closed forms take them head by head.
+        ConversionError: several heads of Q share one of K, and closed forms take them head by head; or Q is not what
+            one projection makes.
     """
     for operation in operations:
         q, k = operation.found.traced.q, operation.found.traced.k
+        if operation.found.traced.unprojected:
+            raise ConversionError(
+                f"{operation.fqn}: {operation.found.traced.unprojected}, and closed forms need those weights; use init "
+                f"'wq' and train, or leave the site out with exclude={operation.fqn!r}"
+            )
         if q.num_heads != k.num_heads:
             raise ConversionError(
                 f"{operation.fqn} has {q.num_heads} heads of Q for {k.num_heads} of K, and only init 'wq' is there for "
