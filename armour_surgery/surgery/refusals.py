@@ -24,6 +24,7 @@ __all__ = [
     "refuse_hooked",
     "refuse_open_end",
     "refuse_shared",
+    "refuse_shared_heads",
     "try_out",
 ]
 
@@ -72,6 +73,20 @@ def refuse_computed(model: nn.Module, fqn: str) -> None:
     reason = why_computed(model, names_below(model, fqn))
     if reason is not None:
         raise TraceError(reason)
+
+
+def refuse_shared_heads(found: FoundSite) -> None:
+    """Refuse a site of which several heads of Q share one of K, where new weights are chosen head by head.
+
+    Raises:
+        TraceError: see above.
+    """
+    q, k = found.traced.q, found.traced.k
+    if q.num_heads != k.num_heads:
+        raise TraceError(
+            f"it has {q.num_heads} heads of Q for {k.num_heads} of K, and only init 'wq' without a rank is there for "
+            "that; use it and train"
+        )
 
 
 def refuse_hooked(model: nn.Module, fqn: str, edits: list[Edit]) -> None:
