@@ -5,7 +5,7 @@ import timm
 import torch
 from own_attentions import Plain, Wide
 from torch import nn
-from written_attentions import CrossAttention, EinopsPacked, FewAsk, SharedKeys, SharedKeysRepeated
+from written_attentions import CrossAttention, EinopsPacked, FewAsk, SharedKeysRepeated
 
 from armour_surgery import convert, inspect
 from armour_surgery.modes import AUTO, choose

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -80,22 +79,38 @@ def _layout(numbers: torch.Tensor, producer: Producer, heads: list[tuple[int, ..
     return find_layout(numbers, coordinates, sizes | {"h": len(heads), "j": len(heads[0])})
 
 
-def _holding(flow: Flow, producer: Producer, heads: list[tuple[int, ...]]) -> Callable[[fx.Node], tuple[bool, bool]]:
-    """Tells of a node whether it holds some of this role's channels, and whether it holds exactly those."""
-    inner, elements = _inner(producer), producer.node.meta["value"].numel()
-    own = torch.zeros(producer.channels, dtype=torch.bool)
-    own[list(itertools.chain.from_iterable(heads))] = True
-    # Looked up by the number of an element: dividing millions of numbers took longer than all the rest.
-    by_element = own.repeat_interleave(inner).repeat(elements // (producer.channels * inner))
-    full = int(by_element.sum())
+def _counting(flow: Flow, producer: Producer) -> Callable[[fx.Node], torch.Tensor | None]:
+    """Tells of a node how many elements of each of a producer's channels it holds; None where it is no tensor."""
+    channel_of = _channel_of(producer)
+    # Going over millions of numbers takes longer than all the rest, and most nodes only put them elsewhere.
+    of_each = producer.node.meta["value"].numel() // producer.channels
+    counts = {producer.node: torch.full((producer.channels,), of_each)}
 
-    @cache
-    def holds(node: fx.Node) -> tuple[bool, bool]:
+    def count(node: fx.Node) -> torch.Tensor | None:
         numbers = flow[node]
         if not isinstance(numbers, torch.Tensor):
+            return None
+        first = flow.first_with[node]
+        if first not in counts:
+            counts[first] = torch.bincount(channel_of(numbers).flatten(), minlength=producer.channels)
+        return counts[first]
+
+    return count
+
+
+def _holding(
+    counted: Callable[[fx.Node], torch.Tensor | None], producer: Producer, heads: list[tuple[int, ...]]
+) -> Callable[[fx.Node], tuple[bool, bool]]:
+    """Tells of a node whether it holds some of this role's channels, and whether it holds exactly those."""
+    channels = list(itertools.chain.from_iterable(heads))
+    full = len(channels) * (producer.node.meta["value"].numel() // producer.channels)
+
+    def holds(node: fx.Node) -> tuple[bool, bool]:
+        counts = counted(node)
+        if counts is None:
             return False, False
-        count = int(by_element[numbers].sum())
-        return count > 0, count == numbers.numel() == full
+        own = int(counts[channels].sum())
+        return own > 0, own == int(counts.sum()) == full
 
     return holds
 
@@ -184,8 +199,10 @@ def _assign(trace: Trace, core: Core, producers: list[Producer]) -> TracedSite:
     for producer in producers:
         barriers |= {producer.node, *producer.chain}
     flows: dict[fx.Node, Flow] = {}
+    counted: dict[fx.Node, Callable[[fx.Node], torch.Tensor | None]] = {}
     for producer in producers:
         flows[producer.node] = follow(trace.graph, producer.node, barriers, channel_of=_channel_of(producer))
+        counted[producer.node] = _counting(flows[producer.node], producer)
     roles: dict[str, Role] = {}
     places: dict[str, torch.Tensor] = {}
     for letter in ("q", "k", "v"):
@@ -193,7 +210,7 @@ def _assign(trace: Trace, core: Core, producers: list[Producer]) -> TracedSite:
         producer = _maker_of(target, flows, producers, _NAMES[letter])
         flow = flows[producer.node]
         heads, places[letter] = _heads(flow[target], getattr(core, f"{letter}_axes"), producer, letter)
-        holds = _holding(flow, producer, heads)
+        holds = _holding(counted[producer.node], producer, heads)
         anchors, whole = _anchors(flow, producer, heads, holds)
         value = producer.node.meta["value"]
         tokens = value.numel() // producer.channels // value.shape[0]
