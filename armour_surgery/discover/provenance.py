@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from armour_surgery.discover.gates import judge_softmax
 from armour_surgery.discover.layout import Flow, find_layout, follow
 from armour_surgery.discover.match import find_core, inputs_of
 from armour_surgery.discover.producers import TraceInside, find_producers
@@ -172,6 +173,17 @@ def understand(
     inlined: set[str] = set()
     while True:
         core = find_core(trace.graph, modules)
+        if core is None:
+            # A module of the host's own may hold the softmax, or a product.
+            hidden = _written_by_others(modules, set(trace.graph.nodes)) - inlined
+            if not hidden:
+                raise judge_softmax(trace.graph, modules)
+            inlined |= hidden
+            try:
+                trace = retrace(inlined)
+            except TraceError:
+                raise judge_softmax(trace.graph, modules) from None
+            continue
         above = _ancestors(core.q) | _ancestors(core.k) | _ancestors(core.v)
         producers, opaque = find_producers(trace, modules, above, trace_inside)
         # A module that stays opaque though it was looked into has nothing more to show.
