@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from armour_surgery.discover.match import inputs_of, is_call_of, takes_softmax
+from armour_surgery.discover.match import MATRIX_PRODUCTS, inputs_of, is_call_of, takes_softmax
 from armour_surgery.errors import TraceError
 
 __all__ = ["Gate", "MadeOutside", "judge_softmax"]
@@ -68,7 +68,7 @@ def _made_by(softmax: fx.Node, modules: dict[str, nn.Module]) -> str:
         return "constant"
     seen: set[fx.Node] = set()
     for node in waiting:  # it grows on the way
-        if node in seen or node not in moving or _is_layer(node, modules):
+        if node in seen or node not in moving or _is_layer(node, modules, moving):
             continue
         seen.add(node)
         if node.op == "placeholder":
@@ -92,6 +92,8 @@ def _activations(graph: fx.Graph) -> set[fx.Node]:
     return moving
 
 
-def _is_layer(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def _is_layer(node: fx.Node, modules: dict[str, nn.Module], moving: set[fx.Node]) -> bool:
+    if node.target is torch.einsum or node.target in MATRIX_PRODUCTS:
+        return len(inputs_of(node)) == 2 and len(moving.intersection(inputs_of(node))) == 1  # `x @ self.weight`
     # The layers of torch and their subclasses; a module of the host's own may hold more than a layer.
     return is_call_of(node, modules, *_LAYERS) or (node.op == "call_function" and node.target in _LAYER_FUNCTIONS)
