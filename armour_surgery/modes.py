@@ -17,6 +17,8 @@ from armour_surgery.records import AttentionSite
 __all__ = ["AUTO", "MODES", "Mode", "choose", "choose_rank", "get_mode", "judge"]
 
 AUTO = "auto"
+# What `auto` takes, the first that fits: the paper's own modes, and `kv` where Q and V have nothing in common.
+_AUTO_ORDER = ("qv", "concat-half", "kv")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ def _same_tokens(site: AttentionSite, a: str, b: str) -> str | None:
     second = site.projections[b]
     letters = f"{a.upper()} and {b.upper()}"
     if first.tokens != second.tokens:
-        if site.kind == "downsampling":
+        # Where one token asks (class attention, pooling), nothing is sampled: that is not what the paper speaks of.
+        if site.kind == "downsampling" and min(first.tokens, second.tokens) > 1:
             return (
                 f"downsampling attention: {a.upper()} is made from {first.tokens} tokens and {b.upper()} from "
                 f"{second.tokens}, so one projection cannot serve as both (the paper leaves these blocks alone too)"
@@ -147,15 +150,21 @@ def judge(site: AttentionSite) -> tuple[tuple[str, ...], dict[str, str]]:
 def choose(site: AttentionSite, requested: str) -> tuple[str | None, str]:
     """The mode for this site under `requested`, or None and the reason.
 
-    `auto` takes `qv` where V is as wide as Q, `concat-half` where it is wider, and nothing else.
+    `auto` takes `qv` where V is as wide as Q, `concat-half` where it is wider, `kv` where neither fits and K and V are
+    alike, and nothing else.
     """
-    candidates = ("qv", "concat-half") if requested == AUTO else (get_mode(requested).name,)
+    candidates = _AUTO_ORDER if requested == AUTO else (get_mode(requested).name,)
     for name in candidates:
         if name in site.modes:
             return name, ""
-    # `auto` was going to take the one for this width of V: its reason is the one that says something.
-    widest = candidates[-1] if site.value_dim > site.key_dim else candidates[0]
-    return None, site.refused.get(widest, "nothing fits")
+    if requested != AUTO:
+        return None, site.refused[requested]
+    # Of the two that make V from Q, the one for this width of V has the reason that says something.
+    of_query = "concat-half" if site.value_dim > site.key_dim else "qv"
+    reasons = site.refused[of_query], site.refused["kv"]
+    if reasons[0] == reasons[1]:
+        return None, reasons[0]
+    return None, f"not {of_query}: {reasons[0]}; and not kv: {reasons[1]}"
 
 
 def choose_rank(site: AttentionSite, mode: str, requested: int | Mapping[str, int] | None) -> int | None:

@@ -13,6 +13,7 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from armour_surgery.altered import names_below, why_computed, why_stuck
+from armour_surgery.discover.gates import Gate, MadeOutside
 from armour_surgery.discover.nodes import value_of
 from armour_surgery.discover.output import output_of
 from armour_surgery.discover.provenance import understand
@@ -164,8 +165,11 @@ def _follow_once(module: nn.Module, call: Call, around: frozenset[str]) -> _Foll
     return _Followed(traced, cache(partial(output_of, module, call, traced.v)))
 
 
-def _follow(recording: Recording, fqn: str, known: dict[str, _Followed | TraceError]) -> SeenSite:
-    """Follow the attention seen in module `fqn`, from the module around it where its projections are not inside."""
+def _follow(recording: Recording, fqn: str, known: dict[str, _Followed | TraceError]) -> SeenSite | None:
+    """Follow the attention seen in module `fqn`, from the module around it where its projections are not inside.
+
+    None where it is no attention but a gate.
+    """
     modules = dict(recording.model.named_modules())
     reason: str | None = None
     place = fqn
@@ -188,9 +192,13 @@ def _follow(recording: Recording, fqn: str, known: dict[str, _Followed | TraceEr
                     )
                 site = _fitting_both(site, describe_site(place, other.traced))
             return FoundSite(site, calls[0], around, followed.traced, "\n\n".join(kinds), followed.find_output)
-        # What the innermost module says is what a user can act on, whatever the modules around it say.
-        reason = reason or str(followed)
-        if not place or "was found behind" not in reason:
+        if isinstance(followed, Gate):
+            return None
+        # What the innermost module says is what a user can act on, whatever the modules around it say; but not where
+        # it says no more than that it is a part.
+        outside = isinstance(followed, MadeOutside)
+        reason = reason or (None if outside and place else str(followed))
+        if reason is not None and (not place or "was found behind" not in reason):
             return RefusedSite(fqn, reason)
         place = place.rpartition(".")[0]
         while place not in recording.calls:  # a ModuleList or ModuleDict is never called
@@ -236,15 +244,34 @@ def find_sites(model: nn.Module, example: dict[str, Any]) -> list[SeenSite]:
     """
     with torch.no_grad():
         recording = record(model, example)
-        if not recording.innermost:
-            raise NoAttentionError(
-                f"{type(model).__name__} ran and computed no attention (no softmax between two matrix products, no "
-                "scaled_dot_product_attention): there is nothing to convert. Name a Vision Transformer"
-            )
         sites: dict[str, SeenSite] = {}
+        gates: list[str] = []
         known: dict[str, _Followed | TraceError] = {}
         for fqn in recording.innermost:
-            site = _unaltered(model, _follow(recording, fqn, known))
+            found = _follow(recording, fqn, known)
+            unknown = recording.unknown.get(fqn)
+            if unknown is not None and not isinstance(found, FoundSite):
+                found = RefusedSite(fqn, unknown)
+            if found is None:
+                gates.append(fqn)
+                continue
+            site = _unaltered(model, found)
             # Two modules inside one attention may lead to the same module around them.
             sites.setdefault(site.fqn, site)
+    if not sites:
+        raise _no_attention(model, gates)
     return list(sites.values())
+
+
+def _no_attention(model: nn.Module, gates: list[str]) -> NoAttentionError:
+    seen = "no softmax between two matrix products, no scaled_dot_product_attention"
+    if gates:
+        seen = (
+            f"a softmax in {gates[0] or 'the model itself'}"
+            + (f" and {len(gates) - 1} more" if len(gates) > 1 else "")
+            + " weighs what one layer made, which is a gate: there is no softmax of a product of queries and keys"
+        )
+    return NoAttentionError(
+        f"{type(model).__name__} ran and computed no attention ({seen}): there is nothing to convert. Name a Vision "
+        "Transformer"
+    )

@@ -23,6 +23,11 @@ _METHODS = {
     "squeeze", "unsqueeze", "select", "narrow", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "clone", "view_as",
     "reshape_as", "__getitem__", "tensor_split", "detach", "expand", "expand_as", "repeat", "repeat_interleave", "roll",
 }  # fmt: skip
+# Of these, some leave elements out, or hold one several times; all others only put them elsewhere.
+_NOT_ALL_ONCE = {
+    "chunk", "split", "unbind", "select", "narrow", "__getitem__", "getitem", "tensor_split", "expand", "expand_as",
+    "repeat", "repeat_interleave",
+}  # fmt: skip
 # These leave some elements along an axis and drop others, or make one of several: what is left is of the same channels.
 _REDUCTIONS = {"amax", "amin", "mean", "sum"}
 # These change a number's format but not where it is.
@@ -52,6 +57,8 @@ class Flow(dict[fx.Node, Any]):
     def __init__(self) -> None:
         super().__init__()
         self.pure: set[fx.Node] = set()
+        # The first node that holds the same elements, each as often, in whatever order.
+        self.first_with: dict[fx.Node, fx.Node] = {}
         self.others: dict[fx.Node, list[torch.Tensor]] = {}
 
     def choices(self, node: fx.Node) -> list[torch.Tensor]:
@@ -121,7 +128,7 @@ def _same_shape_inputs(node: fx.Node, flow: Flow) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     for source in inputs_of(node):
         for numbers in flow.choices(source):
-            if numbers.shape == shape and not any(torch.equal(numbers, known) for known in found):
+            if numbers.shape == shape and not any(_are_equal(numbers, known) for known in found):
                 found.append(numbers)
     return found
 
@@ -142,8 +149,11 @@ def follow(
     """
     flow = Flow()
     shape = producer.meta["value"].shape
-    flow[producer] = torch.arange(shape.numel()).reshape(shape)
+    # There may be tens of millions, and every pass over them costs: the small type halves it.
+    small = shape.numel() < torch.iinfo(torch.int32).max
+    flow[producer] = torch.arange(shape.numel(), dtype=torch.int32 if small else torch.int64).reshape(shape)
     flow.pure.add(producer)
+    flow.first_with[producer] = producer
     started = False
     for node in graph.nodes:
         if node is producer:
@@ -159,6 +169,8 @@ def follow(
             flow[node] = _apply(node, flow) if is_layout else flow[first]
             if first in flow.pure:
                 flow.pure.add(node)
+                all_once = not is_layout or _name_of(node) not in _NOT_ALL_ONCE
+                flow.first_with[node] = flow.first_with[first] if all_once else node
         elif first in flow and node.target in _PAIRS:
             # A complex number has the two numbers of its parts, along an axis that the node itself does not have.
             flow[node] = flow[first]
@@ -171,13 +183,17 @@ def follow(
     return flow
 
 
+def _name_of(node: fx.Node) -> str:
+    """What a method or a function is called."""
+    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+
+
 def _pooled(node: fx.Node, numbers: Any, channel_of: ChannelOf) -> torch.Tensor | None:
     """The numbers that stand for those which a reduction over some axes makes one of; None for anything else.
 
     They all have to be of one channel: then the first of them tells which.
     """
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    if name not in _REDUCTIONS or not isinstance(numbers, torch.Tensor):
+    if _name_of(node) not in _REDUCTIONS or not isinstance(numbers, torch.Tensor):
         return None
     given = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
     axes = [given] if isinstance(given, int) else list(given) if isinstance(given, tuple | list) else []
@@ -211,16 +227,28 @@ def _joined(node: fx.Node, flow: Flow, others: bool) -> torch.Tensor | None:
             value = value_of(part)
             if not others or not isinstance(value, torch.Tensor):
                 return None
-            choices = [torch.full(value.shape, OTHER)]
-        new = (choice for choice in choices if not any(_overlap(choice, known) for known in numbers))
-        numbers.append(next(new, choices[0]))
+            choices = [torch.full(value.shape, OTHER, dtype=torch.int32)]
+        chosen = choices[0]
+        if len(choices) > 1:
+            new = (choice for choice in choices if not any(_overlap(choice, known) for known in numbers))
+            chosen = next(new, chosen)
+        numbers.append(chosen)
     join: Any = node.target
     joined: torch.Tensor = join(numbers, *value_of(node.args[1:]), **value_of(node.kwargs))
     return joined
 
 
+def _are_equal(numbers: torch.Tensor, others: torch.Tensor) -> bool:
+    # Mostly they are the same tensor, and there are millions.
+    return numbers is others or torch.equal(numbers, others)
+
+
 def _overlap(numbers: torch.Tensor, others: torch.Tensor) -> bool:
-    return bool(torch.isin(numbers[numbers != OTHER], others).any())
+    # Marked one by one: `torch.isin` would sort them. The last place is that of `OTHER`, which counts for nothing.
+    known = torch.zeros(int(max(numbers.max(), others.max())) + 2, dtype=torch.bool)
+    known[others] = True
+    known[OTHER] = False
+    return bool(known[numbers].any())
 
 
 def find_layout(
@@ -235,19 +263,20 @@ def find_layout(
     """
     layout: list[tuple[Any, ...]] = []
     used: set[Any] = set()
-    separable = torch.zeros((), dtype=torch.long)
+    # What each number is if the axes do not depend on each other.
+    separable = torch.zeros((), dtype=numbers.dtype)
     for axis, size in enumerate(numbers.shape):
-        along = numbers.movedim(axis, -1).reshape(-1, size)[0]
+        along = numbers[tuple(slice(None) if other == axis else 0 for other in range(numbers.ndim))]
         shape = [1] * numbers.ndim
         shape[axis] = -1
-        separable = separable + (along - along[0]).reshape(shape)
+        separable = separable + (along if axis == 0 else along - along[0]).reshape(shape)
         atoms = _atoms_of_line(coordinates(along), sizes, size)
         if atoms is None or not used.isdisjoint(atoms):
             return None
         used.update(atoms)
         layout.append(atoms)
-    # Axes that do not depend on each other: only then do single lines speak for the whole tensor.
-    if not torch.equal(separable + numbers.flatten()[0], numbers):
+    # Only then do single lines speak for the whole tensor.
+    if not torch.equal(separable, numbers):
         return None
     return _with_atoms_of_one(layout, [atom for atom in sizes if atom not in used], sizes)
 

@@ -22,6 +22,7 @@ __all__ = [
     "outputs_of",
     "projection_arguments",
     "result_of",
+    "takes_softmax",
 ]
 
 # Targets of fx nodes: functions as objects, methods by name.
@@ -31,6 +32,7 @@ MATRIX_PRODUCTS: set[Any] = {torch.matmul, operator.matmul, torch.bmm, "matmul",
 _AFTER_ONE = {torch.einsum, torch.baddbmm}
 _SDPA = F.scaled_dot_product_attention
 _SOFTMAX = {F.softmax, torch.softmax}
+_OTHER_SOFTMAX = {F.log_softmax, torch.log_softmax, F.softmin}
 
 
 def is_tensor(node: fx.Node) -> bool:
@@ -74,7 +76,16 @@ def _is_matmul(node: fx.Node) -> bool:
     return is_call and (node.target in MATRIX_PRODUCTS or node.target in _AFTER_ONE)
 
 
-def _takes_softmax(node: fx.Node) -> bool:
+def takes_softmax(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node calls a softmax, as a function, a method or a module; that of logarithms and of minima too."""
+    if node.op == "call_method":
+        return node.target in ("softmax", "log_softmax")
+    if node.op == "call_module":
+        return isinstance(modules.get(str(node.target)), nn.Softmax | nn.Softmin | nn.Softmax2d | nn.LogSoftmax)
+    return node.op == "call_function" and (node.target in _SOFTMAX or node.target in _OTHER_SOFTMAX)
+
+
+def _takes_plain_softmax(node: fx.Node) -> bool:
     """Whether a node calls a softmax as a function or a method (a module is another matter)."""
     if node.op == "call_method":
         return node.target == "softmax"
@@ -86,7 +97,7 @@ def _softmax_axis(node: fx.Node, modules: dict[str, nn.Module]) -> int | None:
     if node.op == "call_module":
         module = modules.get(str(node.target))
         axis = module.dim if isinstance(module, nn.Softmax) else None
-    elif _takes_softmax(node):
+    elif _takes_plain_softmax(node):
         given = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
         # An axis that the host computes is a node, and unknown here.
         axis = given if isinstance(given, int) else None
@@ -202,11 +213,11 @@ def _comes_from(node: fx.Node, softmax: fx.Node) -> bool:
     return node is softmax or softmax in _above(node)
 
 
-def find_core(graph: fx.Graph, modules: dict[str, nn.Module]) -> Core:
-    """The attention core of a graph.
+def find_core(graph: fx.Graph, modules: dict[str, nn.Module]) -> Core | None:
+    """The attention core of a graph; None where there is none.
 
     Raises:
-        TraceError: there is none, or more than one.
+        TraceError: there is more than one.
     """
     cores: list[Core] = []
     for node in graph.nodes:
@@ -216,11 +227,9 @@ def find_core(graph: fx.Graph, modules: dict[str, nn.Module]) -> Core:
             core = _softmax_core(node, axis)
             if core is not None:
                 cores.append(core)
-    if not cores:
-        raise TraceError("no softmax(q k^T) v was found in its forward")
     if len(cores) > 1:
         raise TraceError(f"its forward holds {len(cores)} attention cores, and only one per module can be rewritten")
-    return cores[0]
+    return cores[0] if cores else None
 
 
 def _fused_core(node: fx.Node) -> Core:

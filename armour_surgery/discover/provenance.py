@@ -2,12 +2,12 @@
 
 import itertools
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from armour_surgery.discover.gates import judge_softmax
 from armour_surgery.discover.layout import OTHER, Flow, find_layout, follow
 from armour_surgery.discover.match import find_core, inputs_of
 from armour_surgery.discover.producers import TraceInside, find_producers
@@ -96,22 +96,38 @@ def _layout(numbers: torch.Tensor, producer: Producer, heads: list[tuple[int, ..
     return find_layout(numbers, coordinates, sizes | {"h": len(heads), "j": len(heads[0])})
 
 
-def _holding(flow: Flow, producer: Producer, heads: list[tuple[int, ...]]) -> Callable[[fx.Node], tuple[bool, bool]]:
-    """Tells of a node whether it holds some of this role's channels, and whether it holds exactly those."""
-    inner, elements = _inner(producer), producer.node.meta["value"].numel()
-    own = torch.zeros(producer.channels, dtype=torch.bool)
-    own[list(itertools.chain.from_iterable(heads))] = True
-    # Looked up by the number of an element: dividing millions of numbers took longer than all the rest.
-    by_element = own.repeat_interleave(inner).repeat(elements // (producer.channels * inner))
-    full = int(by_element.sum())
+def _counting(flow: Flow, producer: Producer) -> Callable[[fx.Node], torch.Tensor | None]:
+    """Tells of a node how many elements of each of a producer's channels it holds; None where it is no tensor."""
+    channel_of = _channel_of(producer)
+    # Going over millions of numbers takes longer than all the rest, and most nodes only put them elsewhere.
+    of_each = producer.node.meta["value"].numel() // producer.channels
+    counts = {producer.node: torch.full((producer.channels,), of_each)}
 
-    @cache
-    def holds(node: fx.Node) -> tuple[bool, bool]:
+    def count(node: fx.Node) -> torch.Tensor | None:
         numbers = flow[node]
         if not isinstance(numbers, torch.Tensor):
+            return None
+        first = flow.first_with[node]
+        if first not in counts:
+            counts[first] = torch.bincount(channel_of(numbers).flatten(), minlength=producer.channels)
+        return counts[first]
+
+    return count
+
+
+def _holding(
+    counted: Callable[[fx.Node], torch.Tensor | None], producer: Producer, heads: list[tuple[int, ...]]
+) -> Callable[[fx.Node], tuple[bool, bool]]:
+    """Tells of a node whether it holds some of this role's channels, and whether it holds exactly those."""
+    channels = list(itertools.chain.from_iterable(heads))
+    full = len(channels) * (producer.node.meta["value"].numel() // producer.channels)
+
+    def holds(node: fx.Node) -> tuple[bool, bool]:
+        counts = counted(node)
+        if counts is None:
             return False, False
-        count = int(by_element[numbers].sum())
-        return count > 0, count == numbers.numel() == full
+        own = int(counts[channels].sum())
+        return own > 0, own == int(counts.sum()) == full
 
     return holds
 
@@ -173,6 +189,17 @@ def understand(
     inlined: set[str] = set()
     while True:
         core = find_core(trace.graph, modules)
+        if core is None:
+            # A module of the host's own may hold the softmax, or a product.
+            hidden = _written_by_others(modules, set(trace.graph.nodes)) - inlined
+            if not hidden:
+                raise judge_softmax(trace.graph, modules)
+            inlined |= hidden
+            try:
+                trace = retrace(inlined)
+            except TraceError:
+                raise judge_softmax(trace.graph, modules) from None
+            continue
         above = _ancestors(core.q) | _ancestors(core.k) | _ancestors(core.v)
         producers, opaque = find_producers(trace, modules, above, trace_inside)
         # A module that stays opaque though it was looked into has nothing more to show.
@@ -205,15 +232,18 @@ def _assign(trace: Trace, core: Core, producers: list[Producer]) -> TracedSite:
     for producer in producers:
         barriers |= {producer.node, *producer.chain}
     flows: dict[fx.Node, Flow] = {}
+    counted: dict[fx.Node, Callable[[fx.Node], torch.Tensor | None]] = {}
     for producer in producers:
         flows[producer.node] = follow(trace.graph, producer.node, barriers, channel_of=_channel_of(producer))
+        counted[producer.node] = _counting(flows[producer.node], producer)
     roles: dict[str, Role] = {}
     places: dict[str, torch.Tensor] = {}
     unprojected: TraceError | None = None
     for letter in ("q", "k", "v"):
         try:
             producer = _maker_of(getattr(core, letter), flows, producers, _NAMES[letter])
-            roles[letter], places[letter] = _role(flows[producer.node], producer, core, letter)
+            flow, count = flows[producer.node], counted[producer.node]
+            roles[letter], places[letter] = _role(flow, count, producer, core, letter)
         except TraceError as error:
             # Modes that leave queries alone need not know where they come from; what keys are made of they do.
             if letter != "q":
@@ -232,11 +262,17 @@ def _assign(trace: Trace, core: Core, producers: list[Producer]) -> TracedSite:
     return TracedSite(trace, core, roles["q"], roles["k"], roles["v"], str(unprojected or ""))
 
 
-def _role(flow: Flow, producer: Producer, core: Core, letter: str) -> tuple[Role, torch.Tensor]:
+def _role(
+    flow: Flow,
+    counted: Callable[[fx.Node], torch.Tensor | None],
+    producer: Producer,
+    core: Core,
+    letter: str,
+) -> tuple[Role, torch.Tensor]:
     """q, k or v as its projection makes it, and for each leading position of the core which head it is."""
     numbers = flow[getattr(core, letter)]
     heads, places = _heads(numbers, getattr(core, f"{letter}_axes"), producer, letter)
-    holds = _holding(flow, producer, heads)
+    holds = _holding(counted, producer, heads)
     anchors, whole = _anchors(flow, producer, heads, holds)
     value = producer.node.meta["value"]
     tokens = value.numel() // producer.channels // value.shape[0]

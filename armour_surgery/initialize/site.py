@@ -170,10 +170,12 @@ class Site:
         for index, image, held in self.data:
             if not held:
                 self._until_stop(_moment_taps(watched, len(image)), index, image)
-        width = queries.moment.shape[0] if queries.count else 0
-        if queries.count <= width:
+        # What V is made of too has to be known in every direction. Where that is K, Q follows from K, however few ask.
+        shared = keys if apart and not self.problem.share("q") else queries
+        width = shared.moment.shape[0] if shared.count else 0
+        if shared.count <= width:
             raise CalibrationError(
-                f"calibration saw {queries.count} tokens at {self.problem.fqn}, too few for its {width} channels; give "
+                f"calibration saw {shared.count} tokens at {self.problem.fqn}, too few for its {width} channels; give "
                 "more images"
             )
         for moments in watched.values():

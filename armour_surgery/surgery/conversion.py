@@ -137,7 +137,8 @@ def convert(
     done is on `.surgery`.
 
     Args:
-        mode: `auto` (qv where V is as wide as Q, concat-half where it is wider) or a name from `modes.MODES`.
+        mode: `auto` (qv where V is as wide as Q, concat-half where it is wider, kv where only that fits) or a name
+            from `modes.MODES`.
             Sites that the mode does not fit are left alone and listed in `.surgery.refused`.
         init: how the shared weight is chosen. `wq`: it is Q's, everything else as it was, and the model needs training.
             `wq-refit`: the output projection is fitted to it. `joint-svd`: the best weight for both its purposes, from

@@ -2,7 +2,6 @@
 
 from torch import nn
 
-from armour_surgery.errors import ConversionError
 from armour_surgery.initialize.freedom import Freedom, probe
 from armour_surgery.initialize.problem import Parts, Problem
 from armour_surgery.rewrite import AddGrouped, Edit, KeepRows
@@ -14,24 +13,7 @@ __all__ = ["problems_of"]
 
 
 def problems_of(model: nn.Module, operations: list[Operation]) -> list[Problem]:
-    """The operations as the initializers see them. `model` is the one that is not converted, with its weights.
-
-    Raises:
-        ConversionError: several heads of Q share one of K, and closed forms take them head by head; or Q is not what
-            one projection makes.
-    """
-    for operation in operations:
-        q, k = operation.found.traced.q, operation.found.traced.k
-        if operation.found.traced.unprojected:
-            raise ConversionError(
-                f"{operation.fqn}: {operation.found.traced.unprojected}, and closed forms need those weights; use init "
-                f"'wq' and train, or leave the site out with exclude={operation.fqn!r}"
-            )
-        if q.num_heads != k.num_heads:
-            raise ConversionError(
-                f"{operation.fqn} has {q.num_heads} heads of Q for {k.num_heads} of K, and only init 'wq' is there for "
-                f"that; use it and train, or leave the site out with exclude={operation.fqn!r}"
-            )
+    """The operations as the initializers see them. `model` is the one that is not converted, with its weights."""
     # What a basis may be is tried out with numbers, and holds for all sites that are alike.
     freedoms: dict[str, Freedom] = {}
     problems = []

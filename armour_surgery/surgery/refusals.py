@@ -24,6 +24,7 @@ __all__ = [
     "refuse_hooked",
     "refuse_open_end",
     "refuse_shared",
+    "refuse_without_closed_form",
     "try_out",
 ]
 
@@ -72,6 +73,24 @@ def refuse_computed(model: nn.Module, fqn: str) -> None:
     reason = why_computed(model, names_below(model, fqn))
     if reason is not None:
         raise TraceError(reason)
+
+
+def refuse_without_closed_form(found: FoundSite) -> None:
+    """Refuse a site where new weights cannot be chosen head by head from those of its projections.
+
+    Several heads of Q may share one of K, or Q is not what one projection makes.
+
+    Raises:
+        TraceError: see above.
+    """
+    q, k, reason = found.traced.q, found.traced.k, found.traced.unprojected
+    if reason:
+        raise TraceError(f"{reason}, and closed forms need those weights; use init 'wq' without a rank and train")
+    if q.num_heads != k.num_heads:
+        raise TraceError(
+            f"it has {q.num_heads} heads of Q for {k.num_heads} of K, and only init 'wq' without a rank is there for "
+            "that; use it and train"
+        )
 
 
 def refuse_hooked(model: nn.Module, fqn: str, edits: list[Edit]) -> None:
