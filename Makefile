@@ -3,13 +3,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 
+JOBS ?= 2
+
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # uv does not read pip's settings, so the index and the certificates that pip was told to use are handed on.
 pip_setting = $$($(BIN)/python -m pip config list | sed -n "s/^[^=]*\.$(1)='\(.*\)'$$/\1/p" | head -n 1)
 
-.PHONY: help demo test fuzz check bench venv clean
+.PHONY: help demo test fuzz check bench coverage thirdparty venv clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
@@ -31,10 +33,20 @@ check: $(STAMP) ## Check formatting, lint and types
 bench: $(STAMP) ## Measure how much faster converted models are
 	$(BIN)/python benchmarks/conversion_speed.py
 
+coverage: $(STAMP) ## Convert every architecture of the three libraries, and write docs/coverage.md
+	$(BIN)/armour-surgery coverage --jobs $(JOBS) --markdown docs/coverage.md
+
+thirdparty: $(STAMP) ## The same for models of other packages, in a second environment: docs/coverage-third-party.md
+	$(BIN)/python -m venv --without-pip .venv-third-party
+	$(BIN)/python -c 'import site; print(*site.getsitepackages(), sep="\n")' \
+		> $$(.venv-third-party/bin/python -c 'import site; print(site.getsitepackages()[0])')/shared.pth
+	$(BIN)/python benchmarks/third_party_hosts.py | xargs -d '\n' -n 1 $(BIN)/python -m pip --python .venv-third-party install --quiet
+	.venv-third-party/bin/python benchmarks/third_party_coverage.py --jobs $(JOBS) --markdown docs/coverage-third-party.md
+
 venv: $(STAMP) ## Create .venv with everything that development needs
 
 clean: ## Remove .venv, caches and build outputs
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-third-party build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from armour_surgery.examples import arguments_of, part_of
 from armour_surgery.patching import one_at_a_time
 
 __all__ = ["first_name", "given_in_order", "run", "without_fast_paths"]
 
 
 def run(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    """Call a model with inputs by name."""
+    """Call a model with inputs by name, or that part of it which they name."""
+    model, inputs = model.get_submodule(part_of(inputs)), arguments_of(inputs)
     in_order = given_in_order(model, inputs)
     by_name = {name: value for name, value in inputs.items() if name not in in_order}
     return model(*(inputs[name] for name in in_order), **by_name)

@@ -17,6 +17,8 @@ from armour_surgery.records import AttentionSite
 __all__ = ["AUTO", "MODES", "Mode", "choose", "choose_rank", "get_mode", "judge"]
 
 AUTO = "auto"
+# What `auto` takes, the first that fits: the paper's own modes, and `kv` where Q and V have nothing in common.
+_AUTO_ORDER = ("qv", "concat-half", "kv")
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,14 @@ class Mode:
 
 def _same_tokens(site: AttentionSite, a: str, b: str) -> str | None:
     # Modes judge sites that were followed alone: these have all three projections.
+    if site.unprojected and "q" in (a, b):
+        return site.unprojected
     first = site.projections[a]
     second = site.projections[b]
     letters = f"{a.upper()} and {b.upper()}"
     if first.tokens != second.tokens:
-        if site.kind == "downsampling":
+        # Where one token asks (class attention, pooling), nothing is sampled: that is not what the paper speaks of.
+        if site.kind == "downsampling" and min(first.tokens, second.tokens) > 1:
             return (
                 f"downsampling attention: {a.upper()} is made from {first.tokens} tokens and {b.upper()} from "
                 f"{second.tokens}, so one projection cannot serve as both (the paper leaves these blocks alone too)"
@@ -73,11 +78,6 @@ def _fits_qv(site: AttentionSite) -> str | None:
 
 def _fits_qk(site: AttentionSite) -> str | None:
     return _same_tokens(site, "q", "k")
-
-
-def _fits_qk_diag(site: AttentionSite) -> str | None:
-    other = "its queries or keys are pooled, padded or joined with others: no logit is that of a token with itself"
-    return _fits_qk(site) or (None if site.asks_itself else other)
 
 
 def _fits_kv(site: AttentionSite) -> str | None:
@@ -113,7 +113,7 @@ MODES: dict[str, Mode] = {
     for mode in (
         Mode("qv", "softmax(Q K^T) Q", ("k",), ("q",), _fits_qv),
         Mode("qk", "softmax(Q Q^T) V", ("q",), ("v",), _fits_qk),
-        Mode("qk-diag", "softmax(Q Q^T without its diagonal) V", ("q",), ("v",), _fits_qk_diag, mask_diagonal=True),
+        Mode("qk-diag", "softmax(Q Q^T without its diagonal) V", ("q",), ("v",), _fits_qk, mask_diagonal=True),
         Mode("kv", "softmax(Q K^T) K", ("k",), ("k",), _fits_kv),
         Mode("concat-half", "softmax(Q K^T) concat(Q, V_rest)", ("k",), ("q", "v"), _fits_wide_value),
         Mode("concat-full", "softmax(Q K^T) concat(Q, K)", ("k",), ("q", "k", "v"), _fits_concat_full),
@@ -150,15 +150,21 @@ def judge(site: AttentionSite) -> tuple[tuple[str, ...], dict[str, str]]:
 def choose(site: AttentionSite, requested: str) -> tuple[str | None, str]:
     """The mode for this site under `requested`, or None and the reason.
 
-    `auto` takes `qv` where V is as wide as Q, `concat-half` where it is wider, and nothing else.
+    `auto` takes `qv` where V is as wide as Q, `concat-half` where it is wider, `kv` where neither fits and K and V are
+    alike, and nothing else.
     """
-    candidates = ("qv", "concat-half") if requested == AUTO else (get_mode(requested).name,)
+    candidates = _AUTO_ORDER if requested == AUTO else (get_mode(requested).name,)
     for name in candidates:
         if name in site.modes:
             return name, ""
-    # `auto` was going to take the one for this width of V: its reason is the one that says something.
-    widest = candidates[-1] if site.value_dim > site.key_dim else candidates[0]
-    return None, site.refused.get(widest, "nothing fits")
+    if requested != AUTO:
+        return None, site.refused[requested]
+    # Of the two that make V from Q, the one for this width of V has the reason that says something.
+    of_query = "concat-half" if site.value_dim > site.key_dim else "qv"
+    reasons = site.refused[of_query], site.refused["kv"]
+    if reasons[0] == reasons[1]:
+        return None, reasons[0]
+    return None, f"not {of_query}: {reasons[0]}; and not kv: {reasons[1]}"
 
 
 def choose_rank(site: AttentionSite, mode: str, requested: int | Mapping[str, int] | None) -> int | None:
@@ -168,7 +174,7 @@ def choose_rank(site: AttentionSite, mode: str, requested: int | Mapping[str, in
 
     Raises:
         UsageError: the number is not from 1 to key_dim.
-        TraceError: there is no rank to choose in this mode.
+        TraceError: there is no rank to choose in this mode, or at this site.
     """
     rank = requested.get(site.fqn) if isinstance(requested, Mapping) else requested
     if rank is None:
@@ -176,6 +182,8 @@ def choose_rank(site: AttentionSite, mode: str, requested: int | Mapping[str, in
     if not MODES[mode].has_rank:
         names = " and ".join(fitting.name for fitting in MODES.values() if fitting.has_rank)
         raise TraceError(f"a rank can be chosen in modes {names}, and this attention takes {mode}; leave out rank")
+    if site.unprojected:
+        raise TraceError(f"with a rank queries become narrower too, but {site.unprojected}; leave out rank")
     if not 1 <= rank <= site.key_dim:
         raise UsageError(
             f"rank {rank} does not fit {site.fqn}, whose heads have {site.key_dim} channels (key_dim): give a whole "

@@ -25,6 +25,7 @@ def patched(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator[
     """While open, `owner.name` is the replacement, for this thread alone; others get what stood there before."""
     with _lock:
         before = getattr(owner, name)
+        stored = vars(owner).get(name, before)  # of a static method, not what it hands out
         thread = threading.get_ident()
 
         @functools.wraps(before)
@@ -36,4 +37,4 @@ def patched(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator[
         try:
             yield
         finally:
-            setattr(owner, name, before)
+            setattr(owner, name, stored)

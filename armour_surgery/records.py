@@ -27,6 +27,8 @@ __all__ = [
 
 # Told while long work goes on: what is being done, how much of it is done, and how much there is.
 Progress = Callable[[str, int, int], None]
+# The numbers of a tensor, or what is none.
+ExampleValue = tuple[int, ...] | bool | int | float | str | None
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,11 @@ class AttentionSite:
     """One attention of a model: what `inspect` shows and what a mode is chosen by.
 
     `kind` is self-attention, downsampling, reduced keys or cross-attention. `reads` names, for each role, the tensor
-    that its projection is applied to; equal names mean the same tensor. `plain_value_projection` says that V comes from
-    one Linear or 1x1 convolution. `asks_itself` says that as many tokens ask as are asked. `modes` are the names that
-    fit, `refused` maps every other mode to the reason in a user's words. `key_dim` and `value_dim` are per head. `q`,
-    `k`, `v` are None when the site could not be followed at all; then `num_heads` and the sizes are 0 and every mode
-    carries the same reason.
+    that its projection is applied to; equal names mean the same tensor. `plain_value_projection` says that V comes
+    from one Linear or 1x1 convolution. `modes` are the names that fit, `refused` maps every other mode to the reason
+    in a user's words. `key_dim` and `value_dim` are per head. `q`, `k`, `v` are None when the site could not be
+    followed at all; then `num_heads` and the sizes are 0 and every mode carries the same reason. Where only `q` is
+    None, `unprojected` says why it is not the output of one projection, and modes fit that leave it alone.
     """
 
     fqn: str
@@ -75,9 +77,9 @@ class AttentionSite:
     v: Projection | None
     reads: dict[str, str] = field(default_factory=dict)
     plain_value_projection: bool = False
-    asks_itself: bool = True
     modes: tuple[str, ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
+    unprojected: str = ""
 
     @property
     def projections(self) -> dict[str, Projection]:
@@ -205,6 +207,8 @@ class SurgeryPlan:
     """Everything that `convert` did (or, from `plan`, would do). It rides on the model as `model.surgery`.
 
     `sensitivities` and `frontier` are what was weighed for a budget, `max_loss`; empty without one.
+    `example` has the (name, shape, type) of every tensor that the model was run on, and `example_values` by name what
+    of it counts as numbers: whole numbers in their order, and what is no tensor.
     `trained` is a sentence about the training that came afterwards; `fidelity` then no longer holds and is None.
     """
 
@@ -223,6 +227,7 @@ class SurgeryPlan:
     sensitivities: tuple[Sensitivity, ...] = ()
     frontier: tuple[FrontierPoint, ...] = ()
     trained: str | None = None
+    example_values: tuple[tuple[str, ExampleValue], ...] = ()
 
     @property
     def loss(self) -> float:
@@ -252,6 +257,9 @@ class SurgeryPlan:
         example = []
         for name, shape, dtype in data["example"]:
             example.append((name, tuple(shape), dtype))
+        values = []
+        for name, value in data.get("example_values", ()):
+            values.append((name, tuple(value) if isinstance(value, list) else value))
         frontier = []
         for point in data.get("frontier", ()):
             frontier.append(FrontierPoint(**{**point, "sites": tuple(map(tuple, point["sites"]))}))
@@ -260,6 +268,7 @@ class SurgeryPlan:
             "sites": tuple(sites),
             "refused": tuple(RefusedSite(**site) for site in data["refused"]),
             "example": tuple(example),
+            "example_values": tuple(values),
             "source": Source(**source) if source else None,
             "fidelity": Fidelity(**fidelity) if fidelity else None,
             "sensitivities": tuple(Sensitivity(**option) for option in data.get("sensitivities", ())),

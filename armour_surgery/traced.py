@@ -101,11 +101,16 @@ class Core:
 
 @dataclass(frozen=True)
 class BiasPiece:
-    """A part of a bias that the host puts together by concatenation: rows `start` to `stop` come from `node`."""
+    """A part of a bias that the host puts together by concatenation: rows `start` to `stop` come from `node`.
+
+    That holds rows of the parameter or buffer `tensor`, from `first_row` on; None where it holds zeros made on the fly.
+    """
 
     node: fx.Node
     start: int
     stop: int
+    tensor: str | None = None
+    first_row: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,9 +119,10 @@ class Producer:
 
     `node` is the last node of which the output channels are still whole and in order (after a bias that is added
     separately). `rows` are the parameters and buffers with one row per output channel, `sizes` the module attributes
-    that state their number; both by name inside the site. `bias` lists the pieces of a concatenated bias.
-    `plain` says it is one Linear or 1x1 convolution. `out_axes` are the weight's axes that together run over the output
-    channels, the slowest first, where that is not the first axis alone (`x @ weight`).
+    that state their number; both by name inside the site. Channel c is row `first_row + c` of them: a host may apply a
+    slice of a parameter (`nn.MultiheadAttention` where queries are not keys). `bias` lists the pieces of a concatenated
+    bias. `plain` says it is one Linear or 1x1 convolution. `out_axes` are the weight's axes that together run over the
+    output channels, the slowest first, where that is not the first axis alone (`x @ weight`).
     """
 
     node: fx.Node
@@ -130,6 +136,7 @@ class Producer:
     weight: str
     plain: bool
     chain: tuple[fx.Node, ...] = ()
+    first_row: int = 0
     out_axes: tuple[int, ...] = ()
 
 
@@ -229,7 +236,9 @@ class TracedSite:
     """One call of an attention module, understood.
 
     `cores` are several where a host attends head by head: each has some of the roles' heads. `others` are attentions in
-    the same graph that have projections of their own.
+    the same graph that have projections of their own. `unprojected` says why Q is not the output of one projection (a
+    learned query is none at all); the producer of `q` then has no weights, and stands for the core's operand itself. It
+    is empty otherwise.
     """
 
     trace: Trace
@@ -237,6 +246,7 @@ class TracedSite:
     q: Role
     k: Role
     v: Role
+    unprojected: str = ""
     others: tuple["TracedSite", ...] = ()
 
     @property

@@ -72,7 +72,8 @@ def _rows(producer, module: nn.Module, name: str, rows: list[int]) -> tuple[torc
     """A view of a tensor, and where in it these rows are, whichever axes run over a projection's channels."""
     tensor, axes = _tensor(module, name), producer.out_axes or (0,)
     front = tensor.movedim(axes, tuple(range(len(axes))))
-    return front, torch.unravel_index(torch.tensor(rows), front.shape[: len(axes)])
+    places = torch.tensor(rows) + producer.first_row
+    return front, torch.unravel_index(places, front.shape[: len(axes)])
 
 
 def _tensors(producer, module: nn.Module, rows: list[int]) -> list[tuple[torch.Tensor, tuple[torch.Tensor, ...]]]:
@@ -80,7 +81,8 @@ def _tensors(producer, module: nn.Module, rows: list[int]) -> list[tuple[torch.T
     places = [_rows(producer, module, name, rows) for name in producer.rows]
     for row in rows if producer.bias else ():
         piece = next(p for p in producer.bias if p.start <= row < p.stop)
-        places.append((_tensor(module, str(piece.node.target)), (torch.tensor([row - piece.start]),)))
+        place = torch.tensor([piece.first_row + row - piece.start])
+        places.append((_tensor(module, piece.tensor), (place,)))
     return places
 
 

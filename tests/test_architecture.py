@@ -21,12 +21,12 @@ FLOORS = (
     ("cli",),
     ("paper",),
     ("recover", "benchmarking", "exporting"),
-    ("saving", "likeness", "deployment"),
+    ("saving", "likeness", "deployment", "coverage"),
     ("surgery", "demo"),
     ("images", "initialize", "rewrite", "discover"),
     ("hosts", "measure", "report", "modes", "traced"),
     ("errors", "notes", "records", "calls", "copies", "shapes", "altered"),
-    ("patching",),
+    ("patching", "examples"),
 )
 LEVELS = {room: level for level, floor in enumerate(FLOORS) for room in floor}
 
@@ -180,7 +180,8 @@ def test_faces_hand_names_on_and_define_nothing(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "room", ["recover", "images", "report", "measure", "benchmarking", "exporting", "paper", "demo"]
+    "room",
+    ["recover", "images", "report", "measure", "benchmarking", "coverage", "exporting", "paper", "demo"],
 )
 def test_faces_that_light_commands_meet_are_empty(room: str) -> None:
     assert len(ast.parse((PACKAGE / room / "__init__.py").read_text(encoding="utf-8")).body) == 1

@@ -63,7 +63,7 @@ class HostCase:
     @property
     def auto(self) -> str:
         """The mode that `auto` takes."""
-        return next(mode for mode in ("qv", "concat-half") if mode in self.modes)
+        return next(mode for mode in ("qv", "concat-half", "kv") if mode in self.modes)
 
     def batches(self, dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
         """Keyword arguments for its forward, one set for each of `inputs`."""

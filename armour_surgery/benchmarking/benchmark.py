@@ -26,7 +26,7 @@ from armour_surgery.errors import BenchmarkError, NothingToDeployError, UsageErr
 from armour_surgery.hosts.wrappers import refuse_wrapped
 from armour_surgery.measure.cost import count_macs, count_params
 from armour_surgery.records import Progress
-from armour_surgery.surgery.targets import Example, example_of
+from armour_surgery.surgery.targets import Example, plain_example_of
 
 __all__ = ["DTYPES", "ROUNDS", "benchmark"]
 
@@ -171,7 +171,7 @@ def _check(
 def _subject(
     name: str, model: nn.Module, settings: Settings, device: torch.device, example_input: Example | None
 ) -> _Subject:
-    example = example_of(model, example_input)
+    example = plain_example_of(model, example_input)
     if settings.deployed:
         model = _deployed(model, settings.compiled, example)
     dtype = DTYPES[settings.dtype]

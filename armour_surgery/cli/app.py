@@ -7,6 +7,7 @@ import typer
 
 from armour_surgery.cli.bench import bench
 from armour_surgery.cli.convert import convert
+from armour_surgery.cli.coverage import coverage
 from armour_surgery.cli.demo import demo
 from armour_surgery.cli.eval import evaluate
 from armour_surgery.cli.finetune import finetune
@@ -51,6 +52,7 @@ app.command()(bench)
 app.add_typer(recipes, name="recipes")
 app.command()(redundancy)
 app.command()(paper)
+app.command()(coverage)
 app.command()(demo)
 
 

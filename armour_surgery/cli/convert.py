@@ -36,7 +36,8 @@ def convert(
     mode: Annotated[
         str,
         typer.Option(
-            help="auto, qv, qk, qk-diag, kv, concat-half, concat-full, grouped, or grouped-shuffled.",
+            help="auto (the first that fits of qv, concat-half and kv), qv, qk, qk-diag, kv, concat-half, concat-full, "
+            "grouped, or grouped-shuffled.",
             metavar="MODE",
         ),
     ] = "auto",

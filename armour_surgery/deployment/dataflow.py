@@ -18,6 +18,7 @@ from armour_surgery.altered import has_hooks
 from armour_surgery.calls import run, without_fast_paths
 from armour_surgery.copies import meta_copy
 from armour_surgery.discover import could_not_run
+from armour_surgery.examples import on_meta
 from armour_surgery.shapes import RememberedShapes
 
 __all__ = ["Dataflow", "FunctionCall", "follow_model", "tensors_in"]
@@ -242,7 +243,7 @@ def follow_model(model: nn.Module, example: dict[str, Tensor]) -> Dataflow:
         module.register_forward_hook(leave, always_call=True)
     try:
         with torch.no_grad(), without_fast_paths(), _Notes(flow, stack), RememberedShapes():
-            result = run(copied, {name: value.to("meta") for name, value in example.items()})
+            result = run(copied, on_meta(example))
     except Exception as error:
         raise could_not_run(model, example, error) from error
     flow.results = tensors_in(result)

@@ -69,7 +69,7 @@ def drop_dead_tokens(model: nn.Module, example: dict[str, Tensor], findings: Fin
 def _narrow(graph: fx.Graph, flow: Dataflow, modules: dict[str, nn.Module]) -> str | None:
     """Rewrite the graph; or say why all tokens are needed."""
     core = find_core(graph, modules)
-    if core.kind != "sdpa" or core.q.meta["value"].ndim != 4:
+    if core is None or core.kind != "sdpa" or core.q.meta["value"].ndim != 4:
         return "its last attention is not one call of scaled_dot_product_attention"
     tokens = core.q.meta["value"].shape[-2]
     selections: dict[fx.Node, int] = {}

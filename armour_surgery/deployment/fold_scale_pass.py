@@ -33,7 +33,7 @@ def fold_scale(state: AttentionGraph) -> Outcome:
     if reason is not None:
         return Outcome(reason=reason)
     key = state.traced.k
-    rows = torch.tensor(sorted(_channels(key)))
+    rows = torch.tensor(sorted(_channels(key))) + key.producer.first_row
     names, factor = key.producer.rows, written.scale
 
     def scale_rows(module: nn.Module) -> None:

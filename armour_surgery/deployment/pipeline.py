@@ -27,7 +27,7 @@ from armour_surgery.deployment.precompute_pass import precompute
 from armour_surgery.deployment.remove_idle_modules_pass import remove_idle_modules
 from armour_surgery.errors import NothingToDeployError, PostconditionError, UsageError
 from armour_surgery.records import DeployedPlace, Deployment, KeptPlace
-from armour_surgery.surgery.targets import Example, example_of, refuse_deployed
+from armour_surgery.surgery.targets import Example, plain_example_of, refuse_deployed
 
 __all__ = ["PASSES", "deploy"]
 
@@ -88,7 +88,7 @@ def deploy(
     names = _chosen(passes)
     refuse_deployed(model)
     with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode do not count their changes
-        example = example_of(model, example_input)
+        example = plain_example_of(model, example_input)
         follow_model(model, example)  # tells a user in their words when the example does not fit
         result = model if inplace else full_copy(model)
         result.eval()

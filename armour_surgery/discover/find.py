@@ -13,6 +13,7 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from armour_surgery.altered import names_below, why_computed, why_stuck
+from armour_surgery.discover.gates import Gate, MadeOutside
 from armour_surgery.discover.nodes import value_of
 from armour_surgery.discover.output import output_of
 from armour_surgery.discover.provenance import understand
@@ -21,7 +22,7 @@ from armour_surgery.discover.trace import trace
 from armour_surgery.errors import NoAttentionError, TraceError
 from armour_surgery.modes import judge
 from armour_surgery.records import AttentionSite, Projection, RefusedSite
-from armour_surgery.traced import Call, Core, FoundSite, OutputProjection, Role, SeenSite, Trace, TracedSite
+from armour_surgery.traced import Call, FoundSite, OutputProjection, Role, SeenSite, Trace, TracedSite
 
 __all__ = ["describe_site", "find_sites", "trace_call"]
 
@@ -49,8 +50,11 @@ def _holds_layers(module: nn.Module) -> bool:
 
 
 def _projection(role: Role, prefix: str) -> Projection:
-    name = role.producer.fqn
-    return Projection(f"{prefix}.{name}" if prefix else name, role.channels, role.tokens)
+    name, first = role.producer.fqn, role.producer.first_row
+    channels = role.channels
+    if first:  # a slice of a parameter: told by its rows
+        channels = tuple(tuple(first + channel for channel in head) for head in channels)
+    return Projection(f"{prefix}.{name}" if prefix else name, channels, role.tokens)
 
 
 def _kind(traced: TracedSite) -> str:
@@ -90,21 +94,25 @@ def _describe(fqn: str, traced: TracedSite) -> AttentionSite:
         num_heads=q.num_heads,
         key_dim=q.head_dim,
         value_dim=v.head_dim,
-        q=_projection(q, fqn),
+        q=_projection(q, fqn) if not traced.unprojected else None,
         k=_projection(k, fqn),
         v=_projection(v, fqn),
         reads={"q": q.producer.reads, "k": k.producer.reads, "v": v.producer.reads},
         plain_value_projection=v.producer.plain,
-        asks_itself=all(map(_asks_itself, traced.cores)),
+        unprojected=traced.unprojected,
     )
     modes, refused = judge(site)
-    return replace(site, modes=modes, refused=refused)
-
-
-def _asks_itself(core: Core) -> bool:
-    """Whether there are as many queries as keys, so that the logits have a diagonal."""
-    queries, keys = core.q.meta["value"], core.k.meta["value"]
-    return bool(queries.shape[core.q_axes[0]] == keys.shape[core.k_axes[0]])
+    site = replace(site, modes=modes, refused=refused)
+    for core in traced.cores:
+        asking = core.q.meta["value"].shape[core.q_axes[0]]
+        asked = core.k.meta["value"].shape[core.k_axes[0]]
+        if asking != asked:
+            reason = (
+                f"{asking} tokens ask {asked} keys (some of either are pooled, or added to them), so there is no "
+                "diagonal to take out; use qk"
+            )
+            site = _without(site, {"qk-diag": reason})
+    return site
 
 
 def _sources(traced: TracedSite, role: Role) -> list[str]:
@@ -173,8 +181,11 @@ def _follow_once(module: nn.Module, call: Call, around: frozenset[str]) -> _Foll
     return _Followed(traced, cache(partial(output_of, module, call, traced.v)))
 
 
-def _follow(recording: Recording, fqn: str, known: dict[str, _Followed | TraceError]) -> SeenSite:
-    """Follow the attention seen in module `fqn`, from the module around it where its projections are not inside."""
+def _follow(recording: Recording, fqn: str, known: dict[str, _Followed | TraceError]) -> SeenSite | None:
+    """Follow the attention seen in module `fqn`, from the module around it where its projections are not inside.
+
+    None where it is no attention but a gate.
+    """
     modules = dict(recording.model.named_modules())
     reason: str | None = None
     place = fqn
@@ -198,9 +209,13 @@ def _follow(recording: Recording, fqn: str, known: dict[str, _Followed | TraceEr
                 described = describe_site(place, other.traced)
                 site = _fitting_both(site, described, "it is called in several ways, and in one of them")
             return FoundSite(site, calls[0], around, followed.traced, "\n\n".join(kinds), followed.find_output)
-        # What the innermost module says is what a user can act on, whatever the modules around it say.
-        reason = reason or str(followed)
-        if not place or "was found behind" not in reason:
+        if isinstance(followed, Gate):
+            return None
+        # What the innermost module says is what a user can act on, whatever the modules around it say; but not where
+        # it says no more than that it is a part.
+        outside = isinstance(followed, MadeOutside)
+        reason = reason or (None if outside and place else str(followed))
+        if reason is not None and (not place or "was found behind" not in reason):
             return RefusedSite(fqn, reason)
         place = place.rpartition(".")[0]
         while place not in recording.calls:  # a ModuleList or ModuleDict is never called
@@ -249,15 +264,34 @@ def find_sites(model: nn.Module, example: dict[str, Any]) -> list[SeenSite]:
     """
     with torch.no_grad():
         recording = record(model, example)
-        if not recording.innermost:
-            raise NoAttentionError(
-                f"{type(model).__name__} ran and computed no attention (no softmax between two matrix products, no "
-                "scaled_dot_product_attention): there is nothing to convert. Name a Vision Transformer"
-            )
         sites: dict[str, SeenSite] = {}
+        gates: list[str] = []
         known: dict[str, _Followed | TraceError] = {}
         for fqn in recording.innermost:
-            site = _unaltered(model, _follow(recording, fqn, known))
+            found = _follow(recording, fqn, known)
+            unknown = recording.unknown.get(fqn)
+            if unknown is not None and not isinstance(found, FoundSite):
+                found = RefusedSite(fqn, unknown)
+            if found is None:
+                gates.append(fqn)
+                continue
+            site = _unaltered(model, found)
             # Two modules inside one attention may lead to the same module around them.
             sites.setdefault(site.fqn, site)
+    if not sites:
+        raise _no_attention(model, gates)
     return list(sites.values())
+
+
+def _no_attention(model: nn.Module, gates: list[str]) -> NoAttentionError:
+    seen = "no softmax between two matrix products, no scaled_dot_product_attention"
+    if gates:
+        seen = (
+            f"a softmax in {gates[0] or 'the model itself'}"
+            + (f" and {len(gates) - 1} more" if len(gates) > 1 else "")
+            + " weighs what one layer made, which is a gate: there is no softmax of a product of queries and keys"
+        )
+    return NoAttentionError(
+        f"{type(model).__name__} ran and computed no attention ({seen}): there is nothing to convert. Name a Vision "
+        "Transformer"
+    )

@@ -13,16 +13,21 @@ from torch import fx
 
 from armour_surgery.discover.channels import Channels
 from armour_surgery.discover.match import inputs_of, is_tensor
-from armour_surgery.discover.nodes import value_of
+from armour_surgery.discover.nodes import Changes, value_of
 from armour_surgery.traced import Layout
 
-__all__ = ["Flow", "find_layout", "follow", "is_cast"]
+__all__ = ["OTHER", "Flow", "find_layout", "first_alike", "follow", "is_cast"]
 
 # Copies (`contiguous`, `clone`) count: they change where numbers lie in memory, not which channel they are.
 _METHODS = {
     "view", "reshape", "permute", "transpose", "contiguous", "chunk", "split", "unbind", "flatten", "unflatten",
     "squeeze", "unsqueeze", "select", "narrow", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "clone", "view_as",
     "reshape_as", "__getitem__", "tensor_split", "detach", "expand", "expand_as", "repeat", "repeat_interleave", "roll",
+}  # fmt: skip
+# Of these, some leave elements out, or hold one several times; all others only put them elsewhere.
+_NOT_ALL_ONCE = {
+    "chunk", "split", "unbind", "select", "narrow", "__getitem__", "getitem", "tensor_split", "expand", "expand_as",
+    "repeat", "repeat_interleave",
 }  # fmt: skip
 # These change a number's format but not where it is.
 _CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "double"}
@@ -33,6 +38,8 @@ _FUNCTIONS = {
 }  # fmt: skip
 _JOINS: set[Any] = {torch.cat, torch.concat, torch.stack}
 _PAIRS = {torch.view_as_complex, torch.view_as_real}
+# In place of an element's number: what stands there comes from elsewhere.
+OTHER = -1
 _VIEWS = {"T", "mT", "H", "mH"}
 
 
@@ -47,6 +54,8 @@ class Flow(dict[fx.Node, Any]):
     def __init__(self) -> None:
         super().__init__()
         self.pure: set[fx.Node] = set()
+        # The first node that holds the same elements, each as often, in whatever order.
+        self.first_with: dict[fx.Node, fx.Node] = {}
         self.others: dict[fx.Node, list[torch.Tensor]] = {}
 
     def choices(self, node: fx.Node) -> list[torch.Tensor]:
@@ -71,6 +80,22 @@ def _is_layout(node: fx.Node) -> bool:
     if node.op == "call_function":
         return node.target in _FUNCTIONS or (node.target is getattr and node.args[1] in _VIEWS)
     return False
+
+
+def first_alike(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """For every node the first one of which is known that it holds the same: the same layout of the same tensor."""
+    first: dict[Any, fx.Node] = {}
+    alike: dict[fx.Node, fx.Node] = {}
+    changes = Changes()
+    for node in graph.nodes:
+        changes.note(node)
+        alike[node] = node
+        # A size or an item that is read twice is the same too, as an argument of such an operation.
+        if _is_layout(node) or is_cast(node) or node.target is getattr:
+            arguments = fx.map_arg((node.args, node.kwargs), lambda source: alike[source])
+            when = tuple(map(changes.last, node.all_input_nodes))
+            alike[node] = first.setdefault((node.op, node.target, repr(arguments), when), node)
+    return alike
 
 
 def _apply(node: fx.Node, flow: Flow) -> Any:
@@ -100,7 +125,7 @@ def _same_shape_inputs(node: fx.Node, flow: Flow) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     for source in inputs_of(node):
         for numbers in flow.choices(source):
-            if numbers.shape == shape and not any(torch.equal(numbers, known) for known in found):
+            if numbers.shape == shape and not any(_are_equal(numbers, known) for known in found):
                 found.append(numbers)
     return found
 
@@ -116,13 +141,16 @@ def follow(
 
     `barriers` are other producers: what passes through them is no longer this one's output. `transparent` nodes count
     as layout: they act on each channel for itself, and whoever moves the channels takes care of them. With `channels`
-    they are followed through what makes other tokens of a channel's tokens, too: what stands there then is any number
-    of the channel, or -1 where nothing of the producer is.
+    they are followed through what makes other tokens of a channel's tokens, too, and through a concatenation with
+    something else: what stands there then is any number of the channel, or `OTHER` where nothing of the producer is.
     """
     flow = Flow()
     shape = producer.meta["value"].shape
-    flow[producer] = torch.arange(shape.numel()).reshape(shape)
+    # There may be tens of millions, and every pass over them costs: the small type halves it.
+    small = shape.numel() < torch.iinfo(torch.int32).max
+    flow[producer] = torch.arange(shape.numel(), dtype=torch.int32 if small else torch.int64).reshape(shape)
     flow.pure.add(producer)
+    flow.first_with[producer] = producer
     started = False
     for node in graph.nodes:
         if node is producer:
@@ -138,10 +166,12 @@ def follow(
             flow[node] = _apply(node, flow) if is_layout else flow[first]
             if first in flow.pure:
                 flow.pure.add(node)
+                all_once = not is_layout or _name_of(node) not in _NOT_ALL_ONCE
+                flow.first_with[node] = flow.first_with[first] if all_once else node
         elif first in flow and node.target in _PAIRS:
             # A complex number has the two numbers of its parts, along an axis that the node itself does not have.
             flow[node] = flow[first]
-        elif (joined := _joined(node, flow, channels is not None)) is not None:
+        elif (joined := _joined(node, flow, others=channels is not None)) is not None:
             flow[node] = joined
         elif choices := _same_shape_inputs(node, flow):
             flow[node], *flow.others[node] = choices
@@ -150,12 +180,17 @@ def follow(
     return flow
 
 
-def _joined(node: fx.Node, flow: Flow, filled: bool) -> torch.Tensor | None:
+def _name_of(node: fx.Node) -> str:
+    """What a method or a function is called."""
+    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+
+
+def _joined(node: fx.Node, flow: Flow, others: bool) -> torch.Tensor | None:
     """The numbers that a concatenation holds; None for anything else.
 
-    A part without numbers (learned tokens before the others) has -1, if it may be `filled`; if not, there are none. A
-    rotation in two halves, `cat(a * cos - b * sin, a * sin + b * cos)`, has both parts of one channel in each half:
-    each half gets the numbers that no other has.
+    A rotation in two halves, `cat(a * cos - b * sin, a * sin + b * cos)`, has both parts of one channel in each half:
+    each half gets the numbers that no other has. Also None where a part has no numbers, but with `others` these are
+    `OTHER` then.
     """
     if node.op != "call_function" or node.target not in _JOINS:
         return None
@@ -166,18 +201,31 @@ def _joined(node: fx.Node, flow: Flow, filled: bool) -> torch.Tensor | None:
     for part in parts:
         choices = flow.choices(part) if isinstance(part, fx.Node) else []
         if not choices:
-            if not filled or not isinstance(part, fx.Node) or part in flow:
+            value = value_of(part)
+            if not others or not isinstance(value, torch.Tensor):
                 return None
-            choices = [torch.full(part.meta["value"].shape, -1)]
-        new = (choice for choice in choices if not any(_overlap(choice, known) for known in numbers))
-        numbers.append(next(new, choices[0]))
+            choices = [torch.full(value.shape, OTHER, dtype=torch.int32)]
+        chosen = choices[0]
+        if len(choices) > 1:
+            new = (choice for choice in choices if not any(_overlap(choice, known) for known in numbers))
+            chosen = next(new, chosen)
+        numbers.append(chosen)
     join: Any = node.target
     joined: torch.Tensor = join(numbers, *value_of(node.args[1:]), **value_of(node.kwargs))
     return joined
 
 
+def _are_equal(numbers: torch.Tensor, others: torch.Tensor) -> bool:
+    # Mostly they are the same tensor, and there are millions.
+    return numbers is others or torch.equal(numbers, others)
+
+
 def _overlap(numbers: torch.Tensor, others: torch.Tensor) -> bool:
-    return bool(torch.isin(numbers, others).any())
+    # Marked one by one: `torch.isin` would sort them. The last place is that of `OTHER`, which counts for nothing.
+    known = torch.zeros(int(max(numbers.max(), others.max())) + 2, dtype=torch.bool)
+    known[others] = True
+    known[OTHER] = False
+    return bool(known[numbers].any())
 
 
 def find_layout(
@@ -192,19 +240,20 @@ def find_layout(
     """
     layout: list[tuple[Any, ...]] = []
     used: set[Any] = set()
-    separable = torch.zeros((), dtype=torch.long)
+    # What each number is if the axes do not depend on each other.
+    separable = torch.zeros((), dtype=numbers.dtype)
     for axis, size in enumerate(numbers.shape):
-        along = numbers.movedim(axis, -1).reshape(-1, size)[0]
+        along = numbers[tuple(slice(None) if other == axis else 0 for other in range(numbers.ndim))]
         shape = [1] * numbers.ndim
         shape[axis] = -1
-        separable = separable + (along - along[0]).reshape(shape)
+        separable = separable + (along if axis == 0 else along - along[0]).reshape(shape)
         atoms = _atoms_of_line(coordinates(along), sizes, size)
         if atoms is None or not used.isdisjoint(atoms):
             return None
         used.update(atoms)
         layout.append(atoms)
-    # Axes that do not depend on each other: only then do single lines speak for the whole tensor.
-    if not torch.equal(separable + numbers.flatten()[0], numbers):
+    # Only then do single lines speak for the whole tensor.
+    if not torch.equal(separable, numbers):
         return None
     return _with_atoms_of_one(layout, [atom for atom in sizes if atom not in used], sizes)
 

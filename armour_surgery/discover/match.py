@@ -23,13 +23,17 @@ __all__ = [
     "outputs_of",
     "projection_arguments",
     "result_of",
+    "takes_softmax",
 ]
 
 # Targets of fx nodes: functions as objects, methods by name.
 MATRIX_PRODUCTS: set[Any] = {torch.matmul, operator.matmul, torch.bmm, "matmul", "bmm", "__matmul__"}
 
+# An equation, or what is added to the product, comes before the operands of these.
+_AFTER_ONE = {torch.einsum, torch.baddbmm}
 _SDPA = F.scaled_dot_product_attention
 _SOFTMAX = {F.softmax, torch.softmax}
+_OTHER_SOFTMAX = {F.log_softmax, torch.log_softmax, F.softmin}
 
 
 def is_tensor(node: fx.Node) -> bool:
@@ -70,10 +74,19 @@ def _argument(node: fx.Node, index: int, name: str) -> fx.Node:
 def _is_matmul(node: fx.Node) -> bool:
     # A submodule may be called `matmul` too, so the kind of node counts.
     is_call = node.op in ("call_function", "call_method")
-    return is_call and (node.target in MATRIX_PRODUCTS or node.target is torch.einsum)
+    return is_call and (node.target in MATRIX_PRODUCTS or node.target in _AFTER_ONE)
 
 
-def _takes_softmax(node: fx.Node) -> bool:
+def takes_softmax(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node calls a softmax, as a function, a method or a module; that of logarithms and of minima too."""
+    if node.op == "call_method":
+        return node.target in ("softmax", "log_softmax")
+    if node.op == "call_module":
+        return isinstance(modules.get(str(node.target)), nn.Softmax | nn.Softmin | nn.Softmax2d | nn.LogSoftmax)
+    return node.op == "call_function" and (node.target in _SOFTMAX or node.target in _OTHER_SOFTMAX)
+
+
+def _takes_plain_softmax(node: fx.Node) -> bool:
     """Whether a node calls a softmax as a function or a method (a module is another matter)."""
     if node.op == "call_method":
         return node.target == "softmax"
@@ -85,7 +98,7 @@ def _softmax_axis(node: fx.Node, modules: dict[str, nn.Module]) -> int | None:
     if node.op == "call_module":
         module = modules.get(str(node.target))
         axis = module.dim if isinstance(module, nn.Softmax) else None
-    elif _takes_softmax(node):
+    elif _takes_plain_softmax(node):
         given = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
         # An axis that the host computes is a node, and unknown here.
         axis = given if isinstance(given, int) else None
@@ -141,7 +154,7 @@ def _shared_axes(term: str, other: str, absent_from: str) -> list[str]:
 
 
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
-    arguments = node.args[1:] if node.target is torch.einsum else node.args
+    arguments = node.args[1:] if node.target in _AFTER_ONE else node.args
     first, second = arguments[0], arguments[1]
     if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
         raise TraceError(f"its matrix product {node.name} has a constant operand")
@@ -202,11 +215,7 @@ def _comes_from(node: fx.Node, softmax: fx.Node) -> bool:
 
 
 def find_cores(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[Core]:
-    """The attention cores of a graph, in its order.
-
-    Raises:
-        TraceError: there is none.
-    """
+    """The attention cores of a graph, in its order."""
     cores: list[Core] = []
     for node in graph.nodes:
         if node.op == "call_function" and (node.target is _SDPA or is_interface(node.target)):
@@ -215,21 +224,19 @@ def find_cores(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[Core]:
             core = _softmax_core(node, axis)
             if core is not None:
                 cores.append(core)
-    if not cores:
-        raise TraceError("no softmax(q k^T) v was found in its forward")
     return cores
 
 
-def find_core(graph: fx.Graph, modules: dict[str, nn.Module]) -> Core:
-    """The attention core of a graph that has one.
+def find_core(graph: fx.Graph, modules: dict[str, nn.Module]) -> Core | None:
+    """The attention core of a graph; None where there is none.
 
     Raises:
-        TraceError: there is none, or more than one.
+        TraceError: there is more than one.
     """
     cores = find_cores(graph, modules)
     if len(cores) > 1:
         raise TraceError(f"its forward holds {len(cores)} attention cores")
-    return cores[0]
+    return cores[0] if cores else None
 
 
 def _fused_core(node: fx.Node) -> Core:

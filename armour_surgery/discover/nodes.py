@@ -1,14 +1,17 @@
 """What nodes of a traced graph hold, and how generated code names what they stand for."""
 
+import operator
 import re
 from typing import Any
 
+import torch
 from torch import fx
 
 from armour_surgery.traced import FunctionReference
 
-__all__ = ["SELF", "attribute_of", "guard", "value_of"]
+__all__ = ["SELF", "Changes", "attribute_of", "changed_by", "guard", "value_of"]
 
+_IN_PLACE = {operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv}
 SELF = "_self"  # the placeholder that stands for the module itself; emitted code calls it `self`
 
 
@@ -34,6 +37,34 @@ def value_of(argument: Any) -> Any:
     if isinstance(argument, dict):
         return {key: value_of(item) for key, item in argument.items()}
     return argument
+
+
+def changed_by(node: fx.Node) -> torch.Tensor | None:
+    """The tensor that a node changes in place, as it was in the recorded call."""
+    target = str(node.target)
+    method = node.op == "call_method" and target.endswith("_") and not target.endswith("__")
+    if not (method or node.target in _IN_PLACE or node.kwargs.get("inplace") is True):
+        return None
+    value = value_of(node.args[0])
+    return value if isinstance(value, torch.Tensor) else None
+
+
+class Changes:
+    """What was written to in place so far, while one goes through a graph in its order."""
+
+    def __init__(self) -> None:
+        self._last: dict[int, str] = {}
+
+    def note(self, node: fx.Node) -> None:
+        """Go on past a node."""
+        written = changed_by(node)
+        if written is not None:
+            self._last[written.untyped_storage()._cdata] = node.name
+
+    def last(self, node: fx.Node) -> str:
+        """The name of what last wrote to the memory that a node holds; empty if nothing did."""
+        value = node.meta.get("value")
+        return self._last.get(value.untyped_storage()._cdata, "") if isinstance(value, torch.Tensor) else ""
 
 
 def attribute_of(path: str, name: str) -> str:

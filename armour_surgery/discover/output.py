@@ -31,6 +31,8 @@ def find_output(module: nn.Module, call: Call, value: Role) -> OutputProjection 
     modules = dict(module.named_modules())
     graph = trace(module, call, lambda name, child: False).graph
     core = find_core(graph, modules)
+    if core is None:
+        return None
     result, axes = result_of(core)
     flow = follow(graph, result)
     for node in graph.nodes:

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from armour_surgery.discover.layout import find_layout, follow
+from armour_surgery.discover.layout import find_layout, first_alike, follow
 from armour_surgery.discover.match import inputs_of, is_call_of, is_tensor, outputs_of, projection_arguments
+from armour_surgery.discover.nodes import Changes
 from armour_surgery.traced import BiasPiece, Producer, Trace
 
-__all__ = ["extend_by_bias", "find_producers"]
+__all__ = ["extend_by_bias", "find_producers", "rows_in"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONVOLVE = {F.conv1d, F.conv2d, F.conv3d}
@@ -170,7 +171,7 @@ def _functional(node: fx.Node) -> Producer | None:
     source = arguments["input"]
     if pieces is None or not isinstance(source, fx.Node):
         return None
-    turning, out_axes = stored
+    turning, first_row, out_axes = stored
     path = str(turning[0].target)
     # Of a list of parameters each is a projection of its own; a layer's weight stands for the layer.
     owner, _, name = path.rpartition(".")
@@ -189,15 +190,19 @@ def _functional(node: fx.Node) -> Producer | None:
         weight=path,
         plain=node.target is F.linear and not out_axes,
         chain=(*turning, node),
+        first_row=first_row,
         out_axes=out_axes,
     )
 
 
-def _stored(weight: fx.Node) -> tuple[tuple[fx.Node, ...], tuple[int, ...]] | None:
-    """How a weight comes from a parameter, from that on, and which of the parameter's axes run over output channels.
+def _stored(weight: fx.Node) -> tuple[tuple[fx.Node, ...], int, tuple[int, ...]] | None:
+    """How a weight comes from a parameter: the nodes from that on, its first row, and `Producer.out_axes`.
 
-    Those are () where it is the parameter itself. None where it is anything else than all of one, turned around.
+    None where it is anything else than rows of one, or all of it turned around.
     """
+    sliced = rows_in(weight)
+    if sliced is not None:
+        return (sliced[0],), sliced[1], ()
     turning = [weight]
     while turning[0].op != "get_attr":
         sources = inputs_of(turning[0])
@@ -205,8 +210,6 @@ def _stored(weight: fx.Node) -> tuple[tuple[fx.Node, ...], tuple[int, ...]] | No
             return None
         turning.insert(0, sources[0])
     parameter = turning[0]
-    if parameter is weight:
-        return (weight,), ()
     shape = parameter.meta["value"].shape
     flow = follow(weight.graph, parameter)
     if weight not in flow.pure or weight.meta["value"].ndim != 2 or weight.meta["value"].numel() != shape.numel():
@@ -217,14 +220,37 @@ def _stored(weight: fx.Node) -> tuple[tuple[fx.Node, ...], tuple[int, ...]] | No
     if layout is None:
         return None
     axes = tuple(axis for axis in layout[0] if isinstance(axis, int))
-    # A weight that is only merged (`weight.flatten(1)`) has its rows where they always are.
-    return tuple(turning), () if axes == (0,) else axes
+    return tuple(turning), 0, axes
+
+
+def rows_in(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """The parameter or buffer of which a node holds rows, one after the other, and the first of them; or None.
+
+    The parameter itself is all of its rows; `weight.chunk(3)[1]` or `weight[8:16]` are some.
+    """
+    source = node
+    while source.op != "get_attr":
+        first = source.args[0] if source.args else None
+        if not isinstance(first, fx.Node):
+            return None
+        source = first
+    # A view says itself what it is a view of: it has the memory, the strides and, but for the first, the sizes.
+    rows, whole = node.meta["value"], source.meta["value"]
+    if not isinstance(rows, torch.Tensor) or not isinstance(whole, torch.Tensor) or not rows.ndim:
+        return None
+    if rows.untyped_storage()._cdata != whole.untyped_storage()._cdata:
+        return None
+    if rows.shape[1:] != whole.shape[1:] or rows.stride() != whole.stride() or rows.dtype != whole.dtype:
+        return None
+    skipped = int(rows.storage_offset()) - int(whole.storage_offset())
+    return None if skipped % whole.stride(0) else (source, skipped // whole.stride(0))
 
 
 def _bias_pieces(bias: fx.Node, channels: int) -> tuple[BiasPiece, ...] | None:
     """What a bias is concatenated from; None if it is anything but parameters, one after the other."""
-    if bias.op == "get_attr":
-        return (BiasPiece(bias, 0, channels),)
+    single = rows_in(bias)
+    if single is not None:
+        return (_piece(bias, 0),) if bias.meta["value"].shape == (channels,) else None
     if bias.op != "call_function" or bias.target not in (torch.cat, torch.concat) or len(bias.args) != 1 or bias.kwargs:
         return None
     parts = bias.args[0]
@@ -234,15 +260,25 @@ def _bias_pieces(bias: fx.Node, channels: int) -> tuple[BiasPiece, ...] | None:
     for part in parts:
         if not isinstance(part, fx.Node) or not _only_parameters(part) or part.meta["value"].ndim != 1:
             return None
-        stop = start + part.meta["value"].shape[0]
-        pieces.append(BiasPiece(part, start, stop))
-        start = stop
+        pieces.append(_piece(part, start))
+        start = pieces[-1].stop
     return tuple(pieces) if start == channels else None
+
+
+def _piece(node: fx.Node, start: int) -> BiasPiece:
+    """The part of a bias that a node holds, put from channel `start` on."""
+    stop = start + node.meta["value"].shape[0]
+    stored = rows_in(node)
+    if stored is None:
+        return BiasPiece(node, start, stop)
+    return BiasPiece(node, start, stop, str(stored[0].target), stored[1])
 
 
 def _only_parameters(node: fx.Node) -> bool:
     # BEiT and EVA write K's missing bias as `zeros_like(v_bias)`.
-    return node.op == "get_attr" or (node.target is torch.zeros_like and _only_parameters(inputs_of(node)[0]))
+    if rows_in(node) is not None:
+        return True
+    return node.target is torch.zeros_like and _only_parameters(inputs_of(node)[0])
 
 
 def extend_by_bias(producer: Producer) -> Producer:
@@ -274,7 +310,11 @@ def find_producers(
     """
     producers: list[Producer] = []
     opaque: list[str] = []
+    alike = first_alike(trace.graph)
+    by_name = {node.name: node for node in trace.graph.nodes}
+    changes = Changes()
     for node in trace.graph.nodes:
+        changes.note(node)
         if node not in above:
             continue
         if node.op == "call_module":
@@ -289,7 +329,11 @@ def find_producers(
         else:
             producer = _functional(node)
         if producer is not None:
-            producers.append(extend_by_bias(producer))
+            name, *after = producer.reads.split(" ", 1)
+            source = by_name[name]
+            if changes.last(source):  # what was read before that is another tensor than what is read now
+                after.append(f"after {changes.last(source)}")
+            producers.append(extend_by_bias(replace(producer, reads=" ".join([alike[source].name, *after]))))
     return producers, opaque
 
 

@@ -7,27 +7,18 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from armour_surgery.altered import names_below, run_weightless, why_altered
 from armour_surgery.calls import run, without_fast_paths
 from armour_surgery.copies import MetaTwins, alias, copy_of_zeros, floating_weight, has_weights, meta_copy
+from armour_surgery.discover.watch import watched
 from armour_surgery.errors import ArmourError, DiscoveryError, ExampleInputError
+from armour_surgery.examples import on_meta, shapes_of, with_numbers
 from armour_surgery.shapes import RememberedShapes
 from armour_surgery.traced import Call
 
 __all__ = ["Recording", "could_not_run", "is_builtin", "record"]
-
-# What attention cannot do without. Everything else about it is read off the traced graph.
-_CORE_FUNCTIONS = {
-    F.scaled_dot_product_attention,
-    F.softmax,
-    torch.softmax,
-    torch.Tensor.softmax,
-    F.multi_head_attention_forward,
-}
 
 
 @dataclass
@@ -36,12 +27,15 @@ class Recording:
 
     `model` is a copy without weights. `calls` has the calls of every module, in their order. `innermost` lists the
     modules which themselves called a softmax or an attention function, `around` all that were running at such a moment.
+    `unknown` has those which called something that may be attention and cannot be looked into, and the reason that
+    tells of it.
     """
 
     model: nn.Module
     calls: dict[str, list[Call]] = field(default_factory=dict)
     innermost: list[str] = field(default_factory=list)
     around: set[str] = field(default_factory=set)
+    unknown: dict[str, str] = field(default_factory=dict)
 
 
 def could_not_run(model: nn.Module, example: dict[str, Any], error: Exception) -> DiscoveryError:
@@ -52,7 +46,7 @@ def could_not_run(model: nn.Module, example: dict[str, Any], error: Exception) -
         return DiscoveryError(
             f"{type(model).__name__} could not be examined on a copy without weights ({type(error).__name__}): {reason}"
         )
-    shapes = {name: tuple(value.shape) for name, value in example.items()}
+    shapes = shapes_of(example)
     return ExampleInputError(
         f"{type(model).__name__} could not run on inputs of shape {shapes}: {type(error).__name__}: {error}. "
         "Pass example_input= with what its forward takes"
@@ -70,19 +64,6 @@ def is_builtin(module: nn.Module) -> bool:
 def _has_a_forward_of_its_own(module: nn.Module) -> bool:
     # nn.Softmax and its like are how their parent computes attention, not a place of their own.
     return not is_builtin(module) or isinstance(module, nn.MultiheadAttention)
-
-
-class _Watch(TorchFunctionMode):
-    """Tell `seen` each time a function that attention needs is called."""
-
-    def __init__(self, seen: Any) -> None:
-        super().__init__()
-        self.seen = seen
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _CORE_FUNCTIONS:
-            self.seen()
-        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -114,39 +95,27 @@ def record(model: nn.Module, example: dict[str, Any]) -> Recording:
     """Run a weightless copy of `model` in eval mode on `example` (keyword arguments) and note its attention.
 
     Where that fails, since the model looks at numbers (masks, `.item()`, tables that it makes on the CPU), a copy with
-    numbers is run: with the model's own weights, or with zeros if it has none. The model itself is not run and not
-    changed.
+    numbers is run: with the model's own weights, or with zeros if it has none, on the example's own numbers or on
+    noise. The model itself is not run and not changed.
 
     Raises:
         ExampleInputError: the model did not accept the example.
         DiscoveryError: it cannot run without its weights; something was done to its modules.
     """
-    on_meta = {name: value.to("meta") for name, value in example.items()}
+    weightless = on_meta(example)
     try:
-        return run_weightless(partial(meta_copy, model), lambda copied: _record(copied, copied, on_meta))
+        return run_weightless(partial(meta_copy, model), lambda copied: _record(copied, copied, weightless))
     except ArmourError:
         raise
     except Exception:
         copy = alias if has_weights(model) else copy_of_zeros
     try:
         copied = copy(model)
-        return _record(copied, meta_copy(model), _with_numbers(copied, example))
+        weight = floating_weight(copied)
+        numbers = with_numbers(example, "cpu" if weight is None else weight.device)
+        return _record(copied, meta_copy(model), numbers)
     except Exception as error:
         raise could_not_run(model, example, error) from error
-
-
-def _with_numbers(model: nn.Module, example: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Inputs of the example's shapes, where the model is: noise, and zeros for whole numbers and flags."""
-    weight = floating_weight(model)
-    device = torch.device("cpu") if weight is None else weight.device
-    generator = torch.Generator().manual_seed(0)
-    inputs = {}
-    for name, value in example.items():
-        made = torch.zeros(value.shape, dtype=value.dtype)
-        if value.is_floating_point():
-            made = torch.randn(value.shape, generator=generator).to(value.dtype)
-        inputs[name] = made.to(device)
-    return inputs
 
 
 def _record(copied: nn.Module, shown: nn.Module, example: dict[str, Any]) -> Recording:
@@ -157,14 +126,16 @@ def _record(copied: nn.Module, shown: nn.Module, example: dict[str, Any]) -> Rec
     modules = dict(copied.named_modules())
     with _stack_of(copied, recording) as stack:
 
-        def seen() -> None:
+        def seen(unknown: str | None) -> None:
             recording.around.update(stack)
             for fqn in reversed(stack):
                 if _has_a_forward_of_its_own(modules[fqn]):
                     if fqn not in recording.innermost:
                         recording.innermost.append(fqn)
+                    if unknown is not None:
+                        recording.unknown[fqn] = unknown
                     return
 
-        with torch.no_grad(), without_fast_paths(), _Watch(seen), RememberedShapes():
+        with torch.no_grad(), without_fast_paths(), watched(seen), RememberedShapes():
             run(copied, example)
     return recording

@@ -283,7 +283,7 @@ def trace_symbolically(module: nn.Module, call: Call, opaque: Callable[[str, nn.
             one_at_a_time(),
             torch.no_grad(),
             RememberedShapes(),
-            traced_interfaces(),
+            traced_interfaces(shadow),
             followed_functions(),
             _modules_unpatched(),
         ):

@@ -7,7 +7,7 @@ asked for, and not before.
 from armour_surgery.hosts.building import build, compared, describe, mark_converted, outline
 from armour_surgery.hosts.libraries import library_of
 from armour_surgery.hosts.naming import load_model, suggest
-from armour_surgery.hosts.running import example_input, features
+from armour_surgery.hosts.running import example_input, features, writing_parts
 from armour_surgery.hosts.wrappers import refuse_wrapped
 
 __all__ = [
@@ -22,4 +22,5 @@ __all__ = [
     "outline",
     "refuse_wrapped",
     "suggest",
+    "writing_parts",
 ]

@@ -48,8 +48,8 @@ class Adapter(Protocol):
             SchemaError: the name is not registered, or an argument may not be given.
         """
 
-    def example(self, model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Name, shape without batch, and type of what `forward` takes.
+    def example(self, model: nn.Module) -> Mapping[str, tuple[tuple[int, ...], torch.dtype] | torch.Tensor]:
+        """Name, shape without batch, and type of what `forward` takes; or what one image adds to the first axis.
 
         Raises:
             ExampleInputError: the model takes something other than images.

@@ -143,11 +143,12 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _image_size(model: nn.Module, example: Mapping[str, torch.Tensor]) -> tuple[int, int, int]:
-    floats = {name: value for name, value in example.items() if value.is_floating_point()}
+    tensors = {name: value for name, value in example.items() if isinstance(value, torch.Tensor)}
+    floats = {name: value for name, value in tensors.items() if value.is_floating_point()}
     # `pixel_values` of five dimensions is a video, whatever else the model takes.
     image = floats.get("pixel_values", next((value for value in floats.values() if value.ndim == 4), None))
     if image is None or image.ndim != 4:
-        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in example.items())
+        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in tensors.items())
         raise CalibrationError(
             f"{type(model).__qualname__} takes {shapes or 'nothing'}, and calibration knows images [B, C, H, W] alone; "
             'use init="wq"'

@@ -10,9 +10,10 @@ from torch import nn
 from armour_surgery.calls import run
 from armour_surgery.copies import floating_weight
 from armour_surgery.errors import ExampleInputError, UsageError
+from armour_surgery.examples import arguments_of, part_of
 from armour_surgery.hosts.libraries import adapter, library_of
 
-__all__ = ["example_input", "features", "head_size"]
+__all__ = ["example_input", "features", "head_size", "writing_parts"]
 
 
 def head_size(model: nn.Module) -> int:
@@ -27,6 +28,9 @@ def head_size(model: nn.Module) -> int:
 
 def example_input(model: nn.Module, batch_size: int = 2) -> dict[str, torch.Tensor]:
     """Keyword arguments for `model.forward`: meta tensors of the size that the model was built for.
+
+    Whole numbers that say how large images are have their values. For a model that takes images and words, the part of
+    it that sees gets them, by names as `examples.py` tells.
 
     Raises:
         UsageError: batch_size is below 1.
@@ -44,10 +48,24 @@ def example_input(model: nn.Module, batch_size: int = 2) -> dict[str, torch.Tens
     weight = floating_weight(model)
     floating = torch.float32 if weight is None else weight.dtype
     inputs = {}
-    for name, (shape, dtype) in adapter(library).example(model).items():
+    for name, told in adapter(library).example(model).items():
+        if isinstance(told, torch.Tensor):
+            one = told.to(floating) if told.is_floating_point() else told
+            inputs[name] = torch.cat([one] * batch_size)
+            continue
+        shape, dtype = told
         dtype = floating if dtype.is_floating_point else dtype
         inputs[name] = torch.empty(batch_size, *shape, dtype=dtype, device="meta")
     return inputs
+
+
+def writing_parts(model: nn.Module) -> list[str]:
+    """The text models inside of a model that writes about images, by name."""
+    if library_of(model) != "transformers":
+        return []
+    from armour_surgery.hosts import transformers_inputs
+
+    return transformers_inputs.writing_parts(model)
 
 
 def features(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -56,6 +74,7 @@ def features(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> tuple[torc
     timm tells them by `forward_features`, transformers by `last_hidden_state` or the last of `hidden_states`; of any
     other model the first tensor of the output is taken for both.
     """
+    model, inputs = model.get_submodule(part_of(inputs)), arguments_of(inputs)
     library = library_of(model)
     if library == "timm" and hasattr(model, "forward_features"):
         (image,) = inputs.values()

@@ -25,6 +25,9 @@ ARGUMENT_NAMES = {"img_size": "image_size"}
 # Builder arguments that fetch weights, or say how the fetching is shown.
 FORBIDDEN = frozenset(("weights", "weights_backbone", "pretrained", "pretrained_backbone", "progress"))
 
+# Frames of the clips that all its video models can take, and some take no others.
+_FRAMES = 16
+
 
 def owns(model: nn.Module) -> bool:
     """Whether the class of the model, or one it derives from, is torchvision's."""
@@ -107,8 +110,13 @@ def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
 def example(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Name, shape without batch, and type of what `forward` takes."""
     size = getattr(model, "image_size", 224)
-    name = next(iter(inspect.signature(model.forward).parameters))
-    return {name: ((3, size, size), torch.float32)}
+    shape: tuple[int, ...] = (3, size, size)
+    if ".models.video." in type(model).__module__:
+        shape = (3, _FRAMES, size, size)
+    parameters = inspect.signature(model.forward).parameters
+    # All that it cannot do without: RAFT takes two images.
+    needed = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    return dict.fromkeys(needed, (shape, torch.float32))
 
 
 def _make(name: str, arguments: Mapping[str, Any]) -> nn.Module:

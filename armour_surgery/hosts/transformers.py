@@ -1,13 +1,11 @@
 """transformers' models: loading, naming, rebuilding."""
 
-import inspect
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
@@ -17,7 +15,6 @@ from transformers.utils import logging as transformers_logging
 
 from armour_surgery.errors import (
     CheckpointError,
-    ExampleInputError,
     ModelError,
     SchemaError,
     UnknownModelError,
@@ -25,6 +22,7 @@ from armour_surgery.errors import (
 )
 from armour_surgery.hosts.checkpoint import Selection, announce
 from armour_surgery.hosts.hub import hub_or_cache, offline, quiet, unreachable
+from armour_surgery.hosts.transformers_inputs import example
 from armour_surgery.hosts.transformers_weights import WEIGHT_FILES, load_checkpoint, load_published
 from armour_surgery.hosts.untrusted import entries, refuse_reaching
 from armour_surgery.hosts.weights_file import read_weights
@@ -147,33 +145,6 @@ def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
         config._attn_implementation = attention
     model: nn.Module = cls(config)
     return model
-
-
-def example(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Name, shape without batch, and type of what `forward` takes.
-
-    Raises:
-        ExampleInputError: the model's main input is not an image or a video.
-    """
-    if "pixel_values" not in inspect.signature(model.forward).parameters:
-        raise ExampleInputError(
-            f"{type(model).__name__} takes {model.main_input_name} and no pixel_values, and only images are known "
-            "here; pass example_input={name: tensor}"
-        )
-    config: Any = model.config
-    # CLIP and its like keep the image encoder's part of the config apart from the text encoder's.
-    vision = getattr(config, "vision_config", None) or config
-    size = getattr(vision, "image_size", None) or 224
-    height, width = (size, size) if isinstance(size, int) else tuple(size)
-    shape: tuple[int, ...] = (getattr(vision, "num_channels", None) or 3, height, width)
-    if isinstance(frames := getattr(vision, "num_frames", None), int):
-        shape = (frames, *shape)
-    inputs = {"pixel_values": (shape, torch.float32)}
-    if vision is not config and getattr(config, "text_config", None) is not None:
-        # Such a model runs on pairs alone; a few tokens will do, since nothing here looks at the text.
-        words = min(8, getattr(config.text_config, "max_position_embeddings", 8))
-        inputs["input_ids"] = ((words,), torch.int64)
-    return inputs
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from armour_surgery.copies import full_copy, meta_copy
+from armour_surgery.hosts.attention_interface import chunks_in_one_call
 from armour_surgery.initialize.weights import Stored, locate, read, read_output, write, write_output
 from armour_surgery.traced import Call, OutputProjection, Role
 
@@ -89,7 +90,8 @@ class _Trial:
 
 
 def _answer(site: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    with torch.no_grad():
+    # Whole numbers are zeros here, which are no places to cut a sequence at.
+    with torch.no_grad(), chunks_in_one_call(site):
         leaves = pytree.tree_leaves(site(*args, **kwargs))
     return next(leaf for leaf in leaves if isinstance(leaf, Tensor))
 

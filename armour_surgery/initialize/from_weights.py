@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from armour_surgery.altered import run_weightless
-from armour_surgery.copies import meta_copy
+from armour_surgery.copies import alias, meta_copy
 from armour_surgery.initialize.closed_form import Head, Metric, loss, make_metric
 from armour_surgery.initialize.problem import (
     Problem,
@@ -120,7 +120,11 @@ def _norms_before(model: nn.Module, problems: list[Problem], run: Callable[[nn.M
     for problem in problems:
         weight = model.get_submodule(problem.fqn).get_parameter(problem.q.producer.weight)
         widths[problem.fqn] = weight.shape[1]
-    return run_weightless(partial(meta_copy, model), lambda skeleton: _norms_called(skeleton, widths, run))
+    try:
+        return run_weightless(partial(meta_copy, model), lambda skeleton: _norms_called(skeleton, widths, run))
+    except Exception:
+        # It looks at numbers: see `discover/record.py`, which came to the same.
+        return _norms_called(alias(model), widths, run)
 
 
 def _norms_called(skeleton: nn.Module, widths: dict[str, int], run: Callable[[nn.Module], Any]) -> dict[str, str]:

@@ -153,10 +153,11 @@ def _write_grouped(grouped: Any, matrix: Tensor, moment: Tensor) -> None:
     with torch.no_grad():
         weight = full.gather(1, columns)
         grouped.weight[rows] = weight.reshape(grouped.weight.shape).to(grouped.weight)
+        offset = full[:, -1]
         if grouped.norm is not None:
-            normalize(grouped.norm, torch.arange(len(full)), full, moment)
-        elif grouped.bias is not None:
-            grouped.bias.copy_(full[:, -1])
+            offset = normalize(grouped.norm, torch.arange(len(full)), full, moment)
+        if grouped.bias is not None:
+            grouped.bias.copy_(offset)
 
 
 def candidates(

@@ -29,7 +29,7 @@ from armour_surgery.initialize.problem import (
 from armour_surgery.initialize.stream import Branch, as_stream, find_branch, inverse_gain, look, match_width
 from armour_surgery.initialize.taps import Stop, Tap, Taps, tokens
 from armour_surgery.initialize.walk import Store, Walk, first_tensor, with_first_tensor
-from armour_surgery.initialize.weights import batch_norm_affine, read_output, write_output
+from armour_surgery.initialize.weights import applied_weight, batch_norm_affine, read_output, write_output
 from armour_surgery.traced import OutputProjection
 
 __all__ = ["Site", "SiteResult"]
@@ -162,17 +162,20 @@ class Site:
     def _moments(self) -> tuple[Moments, Moments]:
         """Moments of the tokens that Q and K are now made from."""
         queries, keys = Moments(), Moments()
-        watched: dict[Tensor, Moments] = {self.new.get_parameter(self.problem.q.producer.weight): queries}
-        apart = not self.problem.same_tokens and self.problem.key[0][0] == "k"
+        problem = self.problem
+        watched: dict[Tensor, Moments] = {applied_weight(self.new, problem.q.producer, problem.kept): queries}
+        apart = not problem.same_tokens and problem.key[0][0] == "k"
         if apart:
-            watched[self.new.get_parameter(self.problem.k.producer.weight)] = keys
+            watched[applied_weight(self.new, problem.k.producer, problem.kept)] = keys
         for index, image, held in self.data:
             if not held:
                 self._until_stop(_moment_taps(watched, len(image)), index, image)
-        width = queries.moment.shape[0] if queries.count else 0
-        if queries.count <= width:
+        # What V is made of too has to be known in every direction. Where that is K, Q follows from K, however few ask.
+        shared = keys if apart and not self.problem.share("q") else queries
+        width = shared.moment.shape[0] if shared.count else 0
+        if shared.count <= width:
             raise CalibrationError(
-                f"calibration saw {queries.count} tokens at {self.problem.fqn}, too few for its {width} channels; give "
+                f"calibration saw {shared.count} tokens at {self.problem.fqn}, too few for its {width} channels; give "
                 "more images"
             )
         for moments in watched.values():

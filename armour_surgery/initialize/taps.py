@@ -33,7 +33,8 @@ class Taps(TorchFunctionMode):
 
     def __init__(self, taps: dict[Tensor, Tap]) -> None:
         super().__init__()
-        self._taps = {id(weight): tap for weight, tap in taps.items()}
+        # By where its numbers begin: a host may apply a slice of a parameter, which is another object at every call.
+        self._taps = {weight.data_ptr(): tap for weight, tap in taps.items()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -42,7 +43,7 @@ class Taps(TorchFunctionMode):
                 return _attention_in_steps(*args, **kwargs)
         if func in _PRODUCTS:
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
-            tap = self._taps.get(id(weight))
+            tap = self._taps.get(weight.data_ptr()) if isinstance(weight, Tensor) else None
             if tap is not None:
                 source = args[0] if args else kwargs["input"]
                 return tap(source, lambda: func(*args, **kwargs))

@@ -10,6 +10,7 @@ import itertools
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ class _Arrived(Exception):
         self.arguments = arguments
 
 
+@dataclass(frozen=True)
+class _InFile:
+    """A tensor that was written to a file, under this name."""
+
+    name: str
+
+
 class Store:
     """Values by key; in memory up to `budget` bytes, in files of a temporary folder beyond that."""
 
@@ -49,16 +57,12 @@ class Store:
     def __setitem__(self, key: Any, value: Any) -> None:
         self.drop(key)
         leaves, form = pytree.tree_flatten(value)
-        tensors: dict[str, Tensor] = {}
-        size = 0
-        for index, leaf in enumerate(leaves):
-            if isinstance(leaf, Tensor):
-                tensors[str(index)] = leaf
-                size += leaf.numel() * leaf.element_size()
+        tensors = {str(id(leaf)): leaf for leaf in leaves if isinstance(leaf, Tensor)}
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         if self.has_room(size):
             self._memory[key], self._sizes[key] = value, size
             return
-        rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        rest = [_InFile(str(id(leaf))) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._files[key] = (self._write(tensors), rest, form)
 
     def _write(self, tensors: dict[str, Tensor]) -> Path:
@@ -80,11 +84,10 @@ class Store:
         if key in self._memory:
             return self._memory[key]
         path, leaves, form = self._files[key]
-        # A copy: tensors that were read must not stay in memory with the entry.
-        leaves = list(leaves)
-        for index, tensor in load_file(path).items():
-            leaves[int(index)] = tensor
-        return pytree.tree_unflatten(leaves, form)
+        tensors = load_file(path)
+        # What was one tensor, given twice, is one again.
+        whole = [tensors[leaf.name] if isinstance(leaf, _InFile) else leaf for leaf in leaves]
+        return pytree.tree_unflatten(whole, form)
 
     def drop(self, key: Any) -> None:
         """Forget a value, if it is there."""
@@ -242,7 +245,13 @@ class Walk:
         last = number + 1 == len(self.units)
 
         # A host may write into what it is given; what is stored is given more than once.
-        args, kwargs = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, arguments)
+        clones: dict[int, Tensor] = {}
+
+        def clone(leaf: Any) -> Any:
+            # One tensor that is given twice still is: queries that are the keys are other code than equal ones.
+            return clones.setdefault(id(leaf), leaf.clone()) if isinstance(leaf, Tensor) else leaf
+
+        args, kwargs = pytree.tree_map(clone, arguments)
 
         def run(*_: Any, **__: Any) -> Any:
             output = forward(*args, **kwargs)
@@ -281,10 +290,10 @@ def first_tensor(arguments: Any) -> Tensor:
 
 
 def with_first_tensor(arguments: Any, tensor: Tensor) -> Any:
-    """The same arguments or outputs with another tensor in the place of their first."""
+    """The same arguments or outputs with another tensor in the place of their first, wherever that is given."""
     leaves, form = pytree.tree_flatten(arguments)
-    place = next(index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
-    return pytree.tree_unflatten([*leaves[:place], tensor, *leaves[place + 1 :]], form)
+    first = first_tensor(arguments)
+    return pytree.tree_unflatten([tensor if leaf is first else leaf for leaf in leaves], form)
 
 
 @contextmanager

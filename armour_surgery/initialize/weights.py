@@ -1,17 +1,18 @@
 """Read and write the linear maps of an attention as matrices, wherever and however the host stores them."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from armour_surgery.traced import OutputProjection, Role, rows_of
+from armour_surgery.traced import OutputProjection, Producer, Role, rows_of
 
 __all__ = [
     "Stored",
+    "applied_weight",
     "batch_norm_affine",
     "has_bias",
     "locate",
@@ -65,17 +66,27 @@ def locate(
         # A host may add its bias from pieces (BEiT: that of Q, zeros for K, that of V); only parameters can be written.
         for piece in producer.bias:
             if piece.start <= channel < piece.stop:
-                name = str(piece.node.target)
-                is_parameter = piece.node.op == "get_attr" and name in dict(module.named_parameters())
-                return (name, now(name, channel - piece.start)) if is_parameter else None
+                name = piece.tensor
+                if name is None or name not in dict(module.named_parameters()):
+                    return None
+                return name, now(name, piece.first_row + channel - piece.start)
         return (own_bias, now(own_bias, channel)) if own_bias else None
 
     rows, biases = [], []
     for head in role.channels:
         channels = head[start:stop]
-        rows.append([now(producer.weight, channel) for channel in channels])
+        rows.append([now(producer.weight, producer.first_row + channel) for channel in channels])
         biases.append(tuple(map(bias, channels)))
     return Stored(producer.weight, torch.tensor(rows), tuple(biases), norms[0] if norms else None, producer.out_axes)
+
+
+def applied_weight(module: nn.Module, producer: Producer, kept: Mapping[str, tuple[int, ...]]) -> Tensor:
+    """The rows of a weight that a projection applies, as it gets them; `kept` as for `locate`."""
+    weight = module.get_parameter(producer.weight)
+    first, stop = producer.first_row, producer.first_row + producer.channels
+    rows: Sequence[int] = kept.get(producer.weight, range(len(weight)))
+    own = [place for place, row in enumerate(rows) if first <= row < stop]
+    return weight.detach()[own[0] : own[-1] + 1]
 
 
 def has_bias(stored: Stored) -> bool:

@@ -20,7 +20,6 @@ from armour_surgery.records import AttentionSite, Progress, RefusedSite
 from armour_surgery.surgery.new_weights import choose_weights
 from armour_surgery.surgery.operation import operate, prepare
 from armour_surgery.surgery.order import Order
-from armour_surgery.surgery.problems import why_unsolved
 from armour_surgery.surgery.targets import Example, example_of, refuse_converted, select_sites
 from armour_surgery.traced import FoundSite, SeenSite
 
@@ -94,7 +93,7 @@ def compare_layers(
     """
     refuse_converted(model)
     example = example_of(model, example_input)
-    seen = select_sites(find_sites(model, example), include, exclude)
+    seen = [_with_three_weights(site) for site in select_sites(find_sites(model, example), include, exclude)]
     chosen = _choose_layer(seen, layer)
     followed = [site for site in seen if isinstance(site, FoundSite)]
     weights = {site.fqn: _weights(model, site) for site in followed}
@@ -118,6 +117,13 @@ def compare_layers(
     for site in followed:
         compared[site.fqn] = _with_default(site, compared[site.fqn])
     return list(compared.values()), Layer(chosen, weights[chosen])
+
+
+def _with_three_weights(site: SeenSite) -> SeenSite:
+    """The site, refused where there are no weights of Q to compare others with."""
+    if isinstance(site, FoundSite) and site.traced.unprojected:
+        return RefusedSite(site.fqn, site.traced.unprojected)
+    return site
 
 
 def _choose_layer(seen: list[SeenSite], layer: str | None) -> str:
@@ -193,8 +199,6 @@ def _shared(model: nn.Module, sites: list[FoundSite], pair: str, example: dict[s
         elif len(heads) > 1:
             reason = "there is no closed form where several heads of Q share one of K"
             sharing[site.fqn] = _Sharing(fitting[0], refused=reason)
-        elif (unsolved := why_unsolved(found)) is not None:
-            sharing[site.fqn] = _Sharing(fitting[0], refused=f"there is no closed form for a module that {unsolved}")
         else:
             modes[site.fqn] = fitting[0]
     # A copy is converted, on which nobody's hooks matter.

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
@@ -15,6 +15,7 @@ from armour_surgery.altered import run_weightless
 from armour_surgery.calls import run, without_fast_paths
 from armour_surgery.copies import copy_of_zeros, meta_copy
 from armour_surgery.errors import ExampleInputError
+from armour_surgery.examples import batch_of, on_meta, part_of, shapes_of, with_numbers
 from armour_surgery.shapes import RememberedShapes
 
 __all__ = ["CostReport", "count_folded_params", "count_macs", "count_params"]
@@ -55,11 +56,12 @@ def count_folded_params(module: nn.Module) -> int:
     return count_params(module) - sum(_saved_by_folding(parent) for parent in module.modules())
 
 
-def count_macs(model: nn.Module, example: Mapping[str, Tensor]) -> CostReport:
+def count_macs(model: nn.Module, example: Mapping[str, Any]) -> CostReport:
     """Count the multiply-accumulates of a model on an example in eval mode, for one image.
 
     `example` maps argument names to tensors whose first axis is the batch (that of the first tensor is
-    taken). It may be on any device, meta included. The count is made on a copy on the meta device: neither
+    taken), or nested arguments as in `examples.py`. It may be on any device, meta included. The count is made on a
+    copy on the meta device: neither
     weights nor inputs are needed, the model is neither run nor changed, and the result does not depend on
     the attention kernel or the torch version. A model whose control flow needs values is run on the CPU
     instead, on inputs and weights of zero.
@@ -69,14 +71,18 @@ def count_macs(model: nn.Module, example: Mapping[str, Tensor]) -> CostReport:
     """
     if not example:
         raise ExampleInputError("no example input: pass a dictionary from argument names to tensors")
-    batch_size = next(iter(example.values())).shape[0]
+    batch_size = batch_of(example)
     try:
-        inputs = {name: value.to("meta") for name, value in example.items()}
+        inputs = on_meta(example)
         flops = run_weightless(partial(meta_copy, model), lambda copied: _run(copied.eval(), inputs))
     except Exception:
         flops = _run_on_zeros(model, example)
-    # A name arrives as the class of the model, a dot, and the fqn.
-    by_module = {name.partition(".")[2]: count for name, count in flops.items() if name != "Global"}
+    # A name arrives as the class of what ran, a dot, and the fqn inside of it.
+    prefix = part_of(example)
+    by_module = {}
+    for name, count in flops.items():
+        if name != "Global":
+            by_module[".".join(filter(None, (prefix, name.partition(".")[2])))] = count
     return CostReport(
         macs=_per_image(flops.get("Global", 0), batch_size),
         by_module={name: _per_image(count, batch_size) for name, count in by_module.items() if count},
@@ -100,7 +106,7 @@ class _ForwardTracker(ModuleTracker):
         super()._fw_post_hook(mod, (), ())
 
 
-def _run(model: nn.Module, example: Mapping[str, Tensor]) -> dict[str, int]:
+def _run(model: nn.Module, example: Mapping[str, Any]) -> dict[str, int]:
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = _ForwardTracker()
     # The fused CPU kernel has no FLOP formula before torch 2.15; the plain products always have one.
@@ -109,15 +115,13 @@ def _run(model: nn.Module, example: Mapping[str, Tensor]) -> dict[str, int]:
     return {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
 
 
-def _run_on_zeros(model: nn.Module, example: Mapping[str, Tensor]) -> dict[str, int]:
+def _run_on_zeros(model: nn.Module, example: Mapping[str, Any]) -> dict[str, int]:
     try:
         copy = copy_of_zeros(model).eval()
-        inputs = {name: torch.zeros_like(value, device="cpu") for name, value in example.items()}
-        return _run(copy, inputs)
+        return _run(copy, with_numbers(example, "cpu", noise=False))
     except Exception as error:
-        shapes = {name: tuple(value.shape) for name, value in example.items()}
         raise ExampleInputError(
-            f"{type(model).__name__} could not run on inputs of shape {shapes}: "
+            f"{type(model).__name__} could not run on inputs of shape {shapes_of(example)}: "
             f"{type(error).__name__}: {error}; pass as the example what its forward takes"
         ) from error
 

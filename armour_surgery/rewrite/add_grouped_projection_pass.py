@@ -39,7 +39,7 @@ class AddGroupedProjectionPass:
         surgery.blocks[part] = Block(node, producer.axis, 0)
         tensors = tuple(name for name in producer.rows if name != producer.weight)
         # It starts from the rows that it stands in for, so that a group's own share of them is kept.
-        rows = tuple(surgery.channels(part))
+        rows = surgery.rows(part)
         shuffle = part.letter.endswith("shuffled")
         surgery.edits.append(AddGrouped(_NAME, producer.weight, tensors, rows, groups, shuffle, producer.axis))
         return True

@@ -8,10 +8,10 @@ from torch import fx
 
 from armour_surgery.errors import PostconditionError
 from armour_surgery.modes import Mode
-from armour_surgery.rewrite.edits import Edit, KeepAlong, KeepRows
+from armour_surgery.rewrite.edits import Edit
 from armour_surgery.traced import Producer, Results, Role, TracedSite
 
-__all__ = ["Block", "Part", "Pass", "Surgery", "kept_channels", "parts_of", "run_passes", "width_of"]
+__all__ = ["Block", "Part", "Pass", "Surgery", "parts_of", "run_passes", "width_of"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Block:
 class Surgery:
     """One site under rewriting. Passes change `graph`, and list in `edits` what has to happen to the module.
 
-    `results` is there where heads get fewer channels than they had: the way of what they find.
+    `results` is there where heads get fewer channels than they had: the way of what they find. `kept` has, for each
+    projection that lost output channels, those that it still has, in their new order.
     """
 
     traced: TracedSite
@@ -62,7 +63,7 @@ class Surgery:
     results: Results | None = None
     edits: list[Edit] = field(default_factory=list)
     blocks: dict[Part, Block] = field(default_factory=dict)
-    replaced: set[fx.Node] = field(default_factory=set)
+    kept: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)
 
     def role(self, letter: str) -> Role:
         """The role of that letter, as discovered; a grouped part stands in for channels of v.
@@ -83,7 +84,10 @@ class Surgery:
 
     def producers(self) -> list[Producer]:
         """The projections of the site, each once."""
-        by_node = {role.producer.node: role.producer for role in (self.traced.q, self.traced.k, self.traced.v)}
+        by_node: dict[fx.Node, Producer] = {}
+        for role in (self.traced.q, self.traced.k, self.traced.v):
+            if role.producer.rows:  # not where Q is nobody's output
+                by_node[role.producer.node] = role.producer
         return list(by_node.values())
 
     def channels(self, part: Part) -> list[int]:
@@ -92,6 +96,11 @@ class Surgery:
         for head in self.role(part.letter).channels:
             channels += head[part.start : part.stop]
         return channels
+
+    def rows(self, part: Part) -> tuple[int, ...]:
+        """Where the channels of a part are in the tensors of its producer, heads outermost."""
+        first = self.role(part.letter).producer.first_row
+        return tuple(first + channel for channel in self.channels(part))
 
     def parts_in(self, node: fx.Node) -> dict[Part, Block]:
         """The parts whose channels are in the output of a node, and where."""
@@ -124,17 +133,6 @@ def parts_of(names: tuple[str, ...], own: str, sizes: dict[str, int]) -> tuple[P
     if filled < sizes[own]:
         parts.append(Part(own, filled, sizes[own]))
     return tuple(parts)
-
-
-def kept_channels(surgery: Surgery, producer: Producer) -> int:
-    """How many output channels a narrowed projection has left."""
-    for edit in surgery.edits:
-        if isinstance(edit, KeepRows) and edit.tensors == producer.rows:
-            return len(edit.rows)
-        if isinstance(edit, KeepAlong) and edit.tensor == producer.weight:
-            value = next(node for node in producer.chain if node.op == "get_attr").meta["value"]
-            return int(producer.channels // value.shape[edit.axis] * len(edit.kept))
-    return 0
 
 
 def width_of(parts: Iterable[Part]) -> int:

@@ -154,14 +154,17 @@ def _add_grouped(module: nn.Module, edit: AddGrouped) -> None:
     rows = torch.tensor(edit.rows)
     weight = _take(tensor_named(module, edit.weight), rows)
     projection, _ = owner_of(module, edit.weight)
-    tensors: dict[str, torch.Tensor] = {}
+    bias: torch.Tensor | None = None
     norm: nn.Module | None = None
+    norm_tensors: dict[str, torch.Tensor] = {}
     for name in edit.tensors:
         owner, attribute = owner_of(module, name)
-        tensors[attribute] = _take(getattr(owner, attribute), rows)
+        tensor = _take(getattr(owner, attribute), rows)
         # The projection's bias lies beside its weight; rows of any other module are those of the BatchNorm after it.
-        if owner is not projection:
-            norm = owner
+        if owner is projection:
+            bias = tensor
+        else:
+            norm, norm_tensors[attribute] = owner, tensor
     norm = norm if isinstance(norm, nn.modules.batchnorm._BatchNorm) else None
-    grouped = GroupedProjection.from_rows(weight, tensors, norm, edit.groups, edit.shuffle, edit.axis)
+    grouped = GroupedProjection.from_rows(weight, bias, norm, norm_tensors, edit.groups, edit.shuffle, edit.axis)
     setattr(module, edit.name, grouped.train(module.training))

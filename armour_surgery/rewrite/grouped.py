@@ -46,15 +46,16 @@ class GroupedProjection(nn.Module):
     def from_rows(
         cls,
         weight: torch.Tensor,
-        tensors: dict[str, torch.Tensor],
+        bias: torch.Tensor | None,
         norm: _BatchNorm | None,
+        norm_tensors: dict[str, torch.Tensor],
         groups: int,
         shuffle: bool,
         axis: int,
     ) -> "GroupedProjection":
         """Start from rows of a full projection: of each row, keep the entries that its group may read.
 
-        `tensors` are the rows' bias, or weight, bias and statistics of the BatchNorm `norm` that follows.
+        `norm_tensors` are weight, bias and statistics, by name, of these rows in the BatchNorm `norm` that follows.
         """
         channels, width = weight.shape[0], weight.shape[1] // groups
         # Row c of the result is output channel c; the convolution makes it as its row `made[c]`.
@@ -74,13 +75,13 @@ class GroupedProjection(nn.Module):
                 device=weight.device,
                 dtype=weight.dtype,
             )
-            for name, tensor in tensors.items():
+            for name, tensor in norm_tensors.items():
                 getattr(fresh, name).data.copy_(tensor)
             if norm.num_batches_tracked is not None and fresh.num_batches_tracked is not None:
                 fresh.num_batches_tracked.copy_(norm.num_batches_tracked)
             result.norm = fresh
-        elif "bias" in tensors:
-            result.bias = nn.Parameter(tensors["bias"])
+        if bias is not None:
+            result.bias = nn.Parameter(bias)
         return result
 
     def reads(self) -> tuple[torch.Tensor, torch.Tensor]:

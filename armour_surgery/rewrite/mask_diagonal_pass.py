@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from armour_surgery.errors import PostconditionError, TraceError
-from armour_surgery.hosts.attention_interface import is_interface
+from armour_surgery.hosts.attention_interface import attention_of_chunks, is_interface
 from armour_surgery.rewrite.contract import Surgery
 
 __all__ = ["MaskDiagonalPass", "diagonal_mask", "mask_diagonal_of"]
@@ -68,6 +68,8 @@ class MaskDiagonalPass:
 
 def _mask_argument(graph: fx.Graph, node: fx.Node) -> None:
     """Combine the diagonal with the mask that an attention call already has."""
+    if node.target is attention_of_chunks:
+        raise TraceError("its attention takes images packed into one sequence, and no mask of what they attend to")
     interface = is_interface(node.target)
     # The interface takes (default, module, q, k, v, mask), torch's own function (q, k, v, mask, dropout_p, is_causal).
     index, name = (5, "attention_mask") if interface else (3, "attn_mask")

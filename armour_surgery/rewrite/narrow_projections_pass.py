@@ -6,6 +6,7 @@ from torch import fx
 from armour_surgery.errors import PostconditionError, TraceError
 from armour_surgery.rewrite.contract import Block, Part, Surgery, width_of
 from armour_surgery.rewrite.edits import KeepAlong, KeepRows, Remove
+from armour_surgery.rewrite.slices import Slices
 from armour_surgery.traced import BiasPiece, Producer
 
 __all__ = ["NarrowProjectionsPass"]
@@ -25,9 +26,9 @@ class NarrowProjectionsPass:
             TraceError: the host calls one projection more than once.
         """
         # Each call would ask for rows of its own, and there is one weight.
-        called = [producer.fqn for producer in surgery.producers()]
+        called = [(producer.fqn, producer.first_row) for producer in surgery.producers()]
         if len(set(called)) != len(called):
-            raise TraceError(f"its forward calls {called[0]} more than once")
+            raise TraceError(f"its forward calls {surgery.producers()[0].fqn} more than once")
         for letter in "qkv":
             role = surgery.role(letter)
             if max(map(max, role.channels)) >= role.producer.channels:
@@ -35,19 +36,28 @@ class NarrowProjectionsPass:
 
     def __call__(self, surgery: Surgery) -> bool:
         """Rewrite biases, note blocks and edits."""
-        modified = False
+        before = str(surgery.graph)
+        slices = Slices(surgery.graph, surgery.producers())
         for producer in surgery.producers():
             rows, blocks = _new_rows(surgery, producer)
-            if sorted(rows) == list(range(producer.channels)):
+            whole = list(range(producer.channels))
+            if sorted(rows) == whole:
+                # What others lose of a tensor that it has a slice of moves its own rows.
+                slices.keep(producer, whole)
+                for piece in producer.bias:
+                    slices.keep_piece(piece, whole[: piece.stop - piece.start])
                 continue
-            surgery.replaced.add(producer.node)
+            surgery.kept[producer.node] = tuple(rows)
+            slices.keep(producer, rows)
             if not rows:
-                surgery.edits += _removal(producer)
+                surgery.edits += _removal(producer, slices)
                 continue
             surgery.blocks.update(blocks)
-            surgery.edits.append(_narrowing(producer, tuple(rows)))
-            modified = _narrow_bias(surgery, producer, rows) or modified
-        return modified
+            if producer.weight not in slices:
+                surgery.edits.append(_narrowing(producer, tuple(rows)))
+            _narrow_bias(surgery, producer, rows, slices)
+        surgery.edits += slices.cut_anew()
+        return str(surgery.graph) != before
 
     def ensures(self, surgery: Surgery) -> None:
         """No channel is kept twice."""
@@ -138,38 +148,41 @@ def _value_together(surgery: Surgery, parts: list[Part]) -> list[Part]:
     return [part for part in parts if part not in value] + value
 
 
-def _removal(producer: Producer) -> list[KeepRows | Remove]:
+def _removal(producer: Producer, slices: Slices) -> list[KeepRows | Remove]:
     # F.linear on a parameter: the Linear that holds it goes as a whole, where there is one.
-    edits: list[KeepRows | Remove] = [Remove(producer.fqn)]
+    edits: list[KeepRows | Remove] = [] if producer.weight in slices else [Remove(producer.fqn)]
     for piece in producer.bias:
-        if piece.node.op == "get_attr":
-            edits.append(Remove(str(piece.node.target)))
+        slices.keep_piece(piece, [])
+        if piece.tensor is not None and piece.tensor not in slices:
+            edits.append(Remove(piece.tensor))
     return edits
 
 
-def _narrow_bias(surgery: Surgery, producer: Producer, rows: list[int]) -> bool:
+def _narrow_bias(surgery: Surgery, producer: Producer, rows: list[int], slices: Slices) -> None:
     """Put a concatenated bias together from the rows that stay."""
     if not producer.bias:
-        return False
+        return
     runs = _bias_runs(producer, rows)
     kept, gone = [], []
     for piece, local in runs:
         kept.append(piece.node)
+        slices.keep_piece(piece, local)
         # A piece that stays whole, and in its order, needs no edit; zeros that are made on the fly have no rows.
-        if piece.node.op == "get_attr" and local != list(range(piece.stop - piece.start)):
-            surgery.edits.append(KeepRows((str(piece.node.target),), (), tuple(local)))
+        stored = piece.tensor is not None and piece.tensor not in slices
+        if stored and local != list(range(piece.stop - piece.start)):
+            surgery.edits.append(KeepRows((str(piece.tensor),), (), tuple(local)))
     for piece in producer.bias:
-        if piece.node not in kept and piece.node.op == "get_attr":
-            surgery.edits.append(Remove(str(piece.node.target)))
+        if piece.node in kept:
+            continue
+        slices.keep_piece(piece, [])
+        if piece.tensor is not None and piece.tensor not in slices:
+            surgery.edits.append(Remove(piece.tensor))
             gone.append(piece.node)
     _rebase_zeros(kept, gone)
     old = _bias_argument(producer)
     with surgery.graph.inserting_before(producer.node):
         new = kept[0] if len(kept) == 1 else surgery.graph.call_function(torch.cat, (tuple(kept),))
-    if new is old:
-        return False
     producer.node.replace_input_with(old, new)
-    return True
 
 
 def _bias_runs(producer: Producer, rows: list[int]) -> list[tuple[BiasPiece, list[int]]]:

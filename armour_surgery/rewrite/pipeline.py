@@ -100,8 +100,8 @@ def _shares(surgery: Surgery) -> list[Share]:
         for part in parts:
             replaced = Part(letter, filled, filled + part.size)
             filled += part.size
-            rows = tuple(surgery.channels(replaced))
-            source = tuple(surgery.channels(part))
+            rows = surgery.rows(replaced)
+            source = surgery.rows(part)
             maker = surgery.role(part.letter).producer
             edit = grouped.get(source)
             groups, shuffle = (edit.groups, edit.shuffle) if edit else (1, False)

@@ -2,7 +2,9 @@
 
 import itertools
 import operator
+from typing import Any
 
+import torch
 from torch import fx
 
 from armour_surgery.errors import TraceError
@@ -27,6 +29,7 @@ class RemoveDeadNodesPass:
     def __call__(self, surgery: Surgery) -> bool:
         """Remove and reorder."""
         before = str(surgery.graph)
+        _write_sizes_down(surgery)
         erase_unused(surgery.graph, self.acting)
         _mend_order(surgery.graph)
         return str(surgery.graph) != before
@@ -86,6 +89,41 @@ def _refuse_other_readers(surgery: Surgery) -> None:
                 continue
             if not alone:
                 raise TraceError(f"its forward also uses {target} for something other than attention")
+
+
+def _write_sizes_down(surgery: Surgery) -> None:
+    """What the host asks of the sizes of a weight that is narrower now, or gone, it gets told as it was."""
+    edited: set[str] = set()
+    for edit in surgery.edits:
+        edited.update(edited_names(edit))
+    for node in surgery.graph.nodes:
+        if not (node.target is getattr and node.args[1] == "shape") and (node.op, node.target) != (
+            "call_method",
+            "size",
+        ):
+            continue
+        if edited.isdisjoint(_with_owners(_tensor_behind(node.args[0]))):
+            continue
+        size: Any = node.meta["value"]
+        size = tuple(size) if isinstance(size, tuple) else size
+
+        def told(source: fx.Node, asked: fx.Node = node, size: Any = size) -> Any:
+            return size if source is asked else source
+
+        for user in list(node.users):
+            user.args = fx.map_arg(user.args, told)
+
+
+def _tensor_behind(node: Any) -> str:
+    """The parameter or buffer that a node is, or is a view of; empty if it is neither."""
+    held = node.meta.get("value")  # views that the passes wrote carry none
+    while isinstance(node, fx.Node) and node.op != "get_attr":
+        node = node.args[0] if node.args else None
+    whole = node.meta["value"] if isinstance(node, fx.Node) else None
+    if not isinstance(held, torch.Tensor) or not isinstance(whole, torch.Tensor):
+        return ""
+    is_view = held.untyped_storage()._cdata == whole.untyped_storage()._cdata
+    return str(node.target) if is_view else ""
 
 
 def _readers(tensor: fx.Node, chains: set[fx.Node]) -> set[fx.Node]:

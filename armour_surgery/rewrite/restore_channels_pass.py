@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from armour_surgery.errors import PostconditionError
-from armour_surgery.rewrite.contract import Surgery, kept_channels
+from armour_surgery.rewrite.contract import Surgery
 from armour_surgery.rewrite.share_roles_pass import is_expressible, wanted_parts
 from armour_surgery.traced import Producer
 
@@ -107,8 +107,8 @@ def _old_places(surgery: Surgery, producer: Producer, places: dict[tuple[str, in
                 filled += part.size
     others = [channel for channel in range(producer.channels) if channel not in wanted]
     now: Sequence[int] = others
-    if producer.node in surgery.replaced:  # a narrowed projection keeps them behind q, k and v
-        kept = kept_channels(surgery, producer)
+    if producer.node in surgery.kept:  # a narrowed projection keeps them behind q, k and v
+        kept = len(surgery.kept[producer.node])
         now = range(kept - len(others), kept)
     for channel, place in zip(others, now, strict=True):
         wanted[channel] = (producer.node, place)

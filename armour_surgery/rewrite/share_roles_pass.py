@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from armour_surgery.errors import PostconditionError, TraceError
-from armour_surgery.rewrite.contract import Block, Part, Surgery, kept_channels, width_of
+from armour_surgery.rewrite.contract import Block, Part, Surgery, width_of
 from armour_surgery.rewrite.relayout import block_layout, relayout, separate
 from armour_surgery.traced import Anchor, Atom, Layout, Producer
 
@@ -52,7 +52,7 @@ def _can_be_written(surgery: Surgery, layout: Layout | None, runs: list[Run]) ->
 def _holds_others(surgery: Surgery, producer: Producer) -> bool:
     """Whether a narrowed projection also makes channels that are none of q, k and v, such as a gate."""
     parts = list(surgery.parts_in(producer.node))
-    return bool(parts) and sum(_widths(surgery, parts)) != kept_channels(surgery, producer)
+    return bool(parts) and sum(_widths(surgery, parts)) != len(surgery.kept[producer.node])
 
 
 def _widths(surgery: Surgery, parts: Iterable[Part]) -> list[int]:
@@ -63,7 +63,7 @@ def _widths(surgery: Surgery, parts: Iterable[Part]) -> list[int]:
 def _touched(surgery: Surgery, letter: str) -> bool:
     # A role that is made of its own channels is touched too where its projection lost others: they are elsewhere now.
     own = (Part(letter, 0, surgery.role(letter).head_dim),)
-    return surgery.role(letter).producer.node in surgery.replaced or wanted_parts(surgery, letter) != own
+    return surgery.role(letter).producer.node in surgery.kept or wanted_parts(surgery, letter) != own
 
 
 def _runs(surgery: Surgery, parts: tuple[Part, ...]) -> list[Run]:
@@ -98,7 +98,7 @@ def _source(surgery: Surgery, run: Run, target: Layout) -> tuple[fx.Node, Layout
         layout = block_layout(role.producer.node.meta["value"].ndim, block.axis)
         layout = separate(layout) if block.stride else layout
         return (block.node, layout) if relayout(layout, target, sizes) is not None else None
-    if part.size != role.head_dim or role.producer.node in surgery.replaced:
+    if part.size != role.head_dim or role.producer.node in surgery.kept:
         return None
     # Of several anchors, one that has the layout already: it takes no further view.
     for anchor in sorted(role.anchors, key=lambda anchor: anchor.layout != target):
@@ -269,8 +269,8 @@ def _narrowed_values(surgery: Surgery) -> dict[fx.Node, Any]:
     """What every node held in the recorded call, narrowed projections with the channels that they have now."""
     values = {node: node.meta.get("value") for node in surgery.graph.nodes}
     widths: dict[fx.Node, int] = {}
-    for producer in surgery.producers():
-        widths[producer.node] = kept_channels(surgery, producer)
+    for node, channels in surgery.kept.items():
+        widths[node] = len(channels)
     for part, block in surgery.blocks.items():
         # What is no old projection is a grouped one, which makes one part.
         width = widths.setdefault(block.node, part.size * surgery.role(part.letter).num_heads)

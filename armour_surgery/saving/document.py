@@ -12,6 +12,7 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from armour_surgery.errors import SchemaError
+from armour_surgery.examples import rebuilt
 from armour_surgery.hosts.untrusted import entries
 from armour_surgery.records import SurgeryPlan
 from armour_surgery.saving.staging import PLAN, stays_inside
@@ -107,6 +108,10 @@ def _check_plan(surgery: SurgeryPlan) -> None:
             raise ValueError(f"an example {name!r} of shape {shape} is not possible")
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"example type {dtype!r} is unknown")
+    try:
+        rebuilt(surgery.example, surgery.example_values, torch.float32)
+    except (AttributeError, RuntimeError, TypeError, OverflowError) as error:
+        raise ValueError(f"the numbers of its example do not fit their shapes ({error})") from error
     for name, times in Counter(site.fqn for site in surgery.sites).items():
         if times > 1:
             raise ValueError(f"site {name!r} is named twice")

@@ -6,6 +6,7 @@ from torch import nn
 from armour_surgery.copies import floating_weight
 from armour_surgery.discover import find_sites
 from armour_surgery.errors import SchemaError
+from armour_surgery.examples import Example, rebuilt
 from armour_surgery.measure.cost import count_params
 from armour_surgery.modes import MODES, choose_rank
 from armour_surgery.records import RefusedSite, SurgeryPlan
@@ -61,13 +62,9 @@ def _why_not(site: SeenSite | None, mode: str) -> str | None:
     return None if mode in site.site.modes else site.site.refused.get(mode, "there is no such mode")
 
 
-def _example_of(host: nn.Module, surgery: SurgeryPlan) -> dict[str, torch.Tensor]:
-    """What the surgery was done with, on the meta device."""
+def _example_of(host: nn.Module, surgery: SurgeryPlan) -> Example:
+    """What the surgery was done with; on the meta device but for whole numbers."""
     weight = floating_weight(host)
     own = torch.float32 if weight is None else weight.dtype
-    example = {}
-    for name, shape, recorded in surgery.example:
-        # A fresh build is in float32, whatever the converted model was cast to.
-        dtype: torch.dtype = getattr(torch, recorded)
-        example[name] = torch.empty(shape, dtype=own if dtype.is_floating_point else dtype, device="meta")
-    return example
+    # A fresh build is in float32, whatever the converted model was cast to.
+    return rebuilt(surgery.example, surgery.example_values, own)

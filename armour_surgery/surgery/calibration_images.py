@@ -25,7 +25,7 @@ _WITHOUT_END = 2**40
 
 def _images_argument(model: nn.Module, example: dict[str, Tensor]) -> str:
     for name, value in example.items():
-        if value.is_floating_point() and value.ndim == 4:
+        if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 4:
             return name
     raise CalibrationError(
         f"calibration knows models that take images [B, C, H, W], and {type(model).__name__} takes "

@@ -17,7 +17,7 @@ from armour_surgery.altered import has_hooks, names_below
 from armour_surgery.copies import has_weights, meta_copy
 from armour_surgery.discover import find_sites
 from armour_surgery.errors import ArmourError, NothingToConvertError
-from armour_surgery.modes import AUTO, MODES
+from armour_surgery.modes import AUTO, MODES, choose
 from armour_surgery.notes import ArmourWarning
 from armour_surgery.records import AttentionSite, Progress, Sensitivity, Source, SurgeryPlan
 from armour_surgery.surgery.finite import refuse_not_finite
@@ -26,7 +26,14 @@ from armour_surgery.surgery.order import CALIBRATION_IMAGES, SYNTHETIC, Images, 
 from armour_surgery.surgery.perform import perform, surgery_of
 from armour_surgery.surgery.refusals import nothing_fits
 from armour_surgery.surgery.selection import convert_within, measure_sites
-from armour_surgery.surgery.targets import Example, check_names, example_of, refuse_converted, select_sites
+from armour_surgery.surgery.targets import (
+    Example,
+    check_names,
+    example_of,
+    leave_words_alone,
+    refuse_converted,
+    select_sites,
+)
 from armour_surgery.traced import FoundSite, SeenSite
 
 __all__ = ["convert", "inspect", "plan", "sensitivities"]
@@ -46,7 +53,19 @@ def inspect(model: nn.Module, *, example_input: Example | None = None) -> list[A
         NoAttentionError: nothing in it is attention.
     """
     refuse_converted(model)
-    return [_described(model, site) for site in find_sites(model, example_of(model, example_input))]
+    seen = find_sites(model, example_of(model, example_input))
+    # What `auto` would do is tried out as `convert` does: of another mode it is known that its formula fits.
+    left = {site.fqn: site.reason for site in prepare(model, seen, AUTO).refused}
+    return [_kept(_described(model, site), left.get(site.fqn)) for site in seen]
+
+
+def _kept(site: AttentionSite, reason: str | None) -> AttentionSite:
+    """A site without the mode that `auto` takes, if there is a reason why it cannot be done."""
+    mode, _ = choose(site, AUTO)
+    if mode is None or reason is None:
+        return site
+    modes = tuple(other for other in site.modes if other != mode)
+    return replace(site, modes=modes, refused={**site.refused, mode: reason})
 
 
 def _described(model: nn.Module, site: SeenSite) -> AttentionSite:
@@ -118,7 +137,8 @@ def convert(
     done is on `.surgery`.
 
     Args:
-        mode: `auto` (qv where V is as wide as Q, concat-half where it is wider) or a name from `modes.MODES`.
+        mode: `auto` (qv where V is as wide as Q, concat-half where it is wider, kv where only that fits) or a name
+            from `modes.MODES`.
             Sites that the mode does not fit are left alone and listed in `.surgery.refused`.
         init: how the shared weight is chosen. `wq`: it is Q's, everything else as it was, and the model needs training.
             `wq-refit`: the output projection is fitted to it. `joint-svd`: the best weight for both its purposes, from
@@ -140,7 +160,10 @@ def convert(
             activation before the output projection) are left alone and listed in `.surgery.refused`.
         include: patterns of site names (`blocks.0*`, `*.attn`); None takes all. `exclude` wins over it.
         example_input: what to run the (weightless) model on, if it is of no known library: a tensor, a shape
-            with the batch first, or keyword arguments for its forward.
+            with the batch first, or keyword arguments for its forward, nested or not (what a processor gives). Numbers
+            count where the model looks at them. A name like `vision_tower:pixel_values` runs that submodule alone; so
+            do models of transformers that mix images with words, where no example is given. Without `include`, `auto`
+            leaves their text model as it is.
         source: how to build the model again, where the caller knows it (`save` needs it).
         progress: called with what is being done, how much of it is done, and how much there is.
 
@@ -184,6 +207,8 @@ def _prepare(
     """What can be done to a model; its weights are looked at, and nothing is changed."""
     sites = select_sites(find_sites(model, order.example), include, exclude)
     check_names(order.fixed_rank, sites)
+    if order.mode == AUTO and include is None:
+        sites = leave_words_alone(model, sites)
     refit = order.init != "wq"
     prepared = prepare(model, sites, order.mode, order.fixed_rank, refit=refit)
     if not prepared.operations:

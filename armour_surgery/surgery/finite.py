@@ -51,8 +51,8 @@ def _tensors_of(found: FoundSite, computing: bool) -> list[str]:
     for role in found.traced.roles:
         names.update(dict.fromkeys(role.producer.rows))
         for piece in role.producer.bias:
-            if piece.node.op == "get_attr":
-                names[str(piece.node.target)] = None
+            if piece.tensor is not None:
+                names[piece.tensor] = None
     if computing and found.output is not None:
         for name in (found.output.weight, found.output.bias):
             if name is not None:

@@ -4,12 +4,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from armour_surgery.calls import run
-from armour_surgery.copies import alias, copy_weights, full_copy
+from armour_surgery.copies import alias, copy_weights, full_copy, has_weights
+from armour_surgery.examples import Example, on_meta, with_numbers
 from armour_surgery.initialize import Problem, SiteResult, calibrate, from_weights, reconstruct
 from armour_surgery.initialize.batches import Batches
 from armour_surgery.initialize.walk import units_of
@@ -50,7 +53,13 @@ def choose_weights(
         problems = problems_of(before, operations)
         if order.init != "calibrated":
             inputs = _as_precise(order.example, before)
-            return from_weights(before, after, problems, order.init, lambda model: run(model, inputs)), None
+
+            def call(model: nn.Module) -> Any:
+                # Without weights if that will do, and else with the model's own (`from_weights`).
+                moved = with_numbers(inputs, _device(model)) if has_weights(model) else on_meta(inputs)
+                return run(model, moved)
+
+            return from_weights(before, after, problems, order.init, call), None
         data = CalibrationData(before, order.example, order.images, order.progress)
         done = data.counter("calibrating", len(problems))
         results, batches = calibrate(before, after, problems, data.batches(), data.call, done)
@@ -62,13 +71,19 @@ def choose_weights(
         return results, compare_outputs(before, after, reported, data.features, data.source)
 
 
-def _as_precise(example: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def _as_precise(example: Example, model: nn.Module) -> Example:
     """The example in the type that a model computes with."""
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    inputs = {}
-    for name, value in example.items():
-        inputs[name] = value.to(dtype) if value.is_floating_point() else value
+
+    def cast(value: Tensor) -> Tensor:
+        return value.to(dtype) if value.is_floating_point() else value
+
+    inputs: Example = pytree.tree_map_only(Tensor, cast, example)
     return inputs
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _reconstruct(

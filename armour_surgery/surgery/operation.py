@@ -21,6 +21,7 @@ from armour_surgery.surgery.refusals import (
     refuse_hooked,
     refuse_open_end,
     refuse_shared,
+    refuse_without_closed_form,
     try_out,
 )
 from armour_surgery.traced import Call, FoundSite, OutputProjection, SeenSite
@@ -98,6 +99,7 @@ def prepare(
             rank = choose_rank(site.site, mode, ranks)
             if refit or rank is not None:
                 refuse_computed(model, site.fqn)
+                refuse_without_closed_form(site)
             operation = rewrites.operation(site, mode, rank)
             refuse_shared(model, site.fqn, operation.rewritten.edits)
             if hooks:

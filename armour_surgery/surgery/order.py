@@ -4,8 +4,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import Tensor
-
 from armour_surgery.errors import UsageError
 from armour_surgery.modes import AUTO, get_mode
 from armour_surgery.records import Progress, Source
@@ -39,7 +37,7 @@ class Order:
     max_loss: float | None = None
     images: Images = Images(SYNTHETIC, CALIBRATION_IMAGES)
     steps: int = 0
-    example: dict[str, Tensor] = field(default_factory=dict)
+    example: dict[str, Any] = field(default_factory=dict)
     source: Source | None = None
     progress: Progress | None = None
 

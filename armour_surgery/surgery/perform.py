@@ -6,6 +6,7 @@ from torch import nn
 from armour_surgery import hosts
 from armour_surgery.copies import full_copy, has_weights
 from armour_surgery.errors import UsageError
+from armour_surgery.examples import recorded
 from armour_surgery.initialize import SiteResult
 from armour_surgery.measure.cost import CostReport, count_macs, count_params
 from armour_surgery.records import Fidelity, SitePlan, SurgeryPlan
@@ -34,6 +35,7 @@ def perform(model: nn.Module, prepared: Prepared, order: Order, *, inplace: bool
     sites = []
     for operation, change in zip(prepared.operations, changes, strict=True):
         sites.append(_site_plan(operation, change, by_name.get(operation.fqn), order, before, after))
+    shapes, values = recorded(order.example)
     plan = SurgeryPlan(
         mode=order.mode,
         init=order.init,
@@ -43,7 +45,8 @@ def perform(model: nn.Module, prepared: Prepared, order: Order, *, inplace: bool
         params_after=count_params(converted),
         macs_before=before.macs,
         macs_after=after.macs,
-        example=_recorded_example(order),
+        example=shapes,
+        example_values=values,
         source=order.source,
         fidelity=fidelity,
     )
@@ -91,10 +94,3 @@ def _site_plan(
         steps=() if result is None else result.steps,
         rank=operation.rank,
     )
-
-
-def _recorded_example(order: Order) -> tuple[tuple[str, tuple[int, ...], str], ...]:
-    recorded = []
-    for name, value in order.example.items():
-        recorded.append((name, tuple(value.shape), str(value.dtype).removeprefix("torch.")))
-    return tuple(recorded)

@@ -2,7 +2,6 @@
 
 from torch import nn
 
-from armour_surgery.errors import ConversionError
 from armour_surgery.initialize.freedom import Freedom, probe
 from armour_surgery.initialize.problem import Parts, Problem
 from armour_surgery.rewrite import AddGrouped, Edit, KeepRows
@@ -10,35 +9,11 @@ from armour_surgery.rewrite.contract import Part
 from armour_surgery.surgery.operation import Operation
 from armour_surgery.traced import FoundSite
 
-__all__ = ["problems_of", "why_unsolved"]
-
-
-def why_unsolved(found: FoundSite) -> str | None:
-    """What of a site closed forms do not know, which take one attention of layers, head by head; None if nothing."""
-    traced = found.traced
-    if traced.others:
-        return f"holds {len(traced.members)} attentions with projections of their own"
-    for role in traced.roles:
-        if role.producer.out_axes:
-            return f"multiplies by {role.producer.fqn} without a layer"
-    if traced.q.num_heads != traced.k.num_heads:
-        return f"has {traced.q.num_heads} heads of Q for {traced.k.num_heads} of K"
-    return None
+__all__ = ["problems_of"]
 
 
 def problems_of(model: nn.Module, operations: list[Operation]) -> list[Problem]:
-    """The operations as the initializers see them. `model` is the one that is not converted, with its weights.
-
-    Raises:
-        ConversionError: a site is one that closed forms do not know (`why_unsolved`).
-    """
-    for operation in operations:
-        reason = why_unsolved(operation.found)
-        if reason is not None:
-            raise ConversionError(
-                f"{operation.fqn or type(model).__name__} {reason}, and only init 'wq' is there for that; use it and "
-                f"train, or leave the site out with exclude={operation.fqn!r}"
-            )
+    """The operations as the initializers see them. `model` is the one that is not converted, with its weights."""
     # What a basis may be is tried out with numbers, and holds for all sites that are alike.
     freedoms: dict[str, Freedom] = {}
     problems = []

@@ -9,6 +9,7 @@ from torch import nn
 from armour_surgery.altered import names_below, why_computed, why_hooked
 from armour_surgery.copies import meta_copy
 from armour_surgery.errors import NothingToConvertError, PostconditionError, TraceError
+from armour_surgery.hosts.attention_interface import chunks_in_one_call
 from armour_surgery.initialize.freedom import probe, works_narrow
 from armour_surgery.records import RefusedSite
 from armour_surgery.rewrite import Edit, KeepRows, Rewritten, become, edited_names, removed_name
@@ -23,6 +24,7 @@ __all__ = [
     "refuse_hooked",
     "refuse_open_end",
     "refuse_shared",
+    "refuse_without_closed_form",
     "try_out",
 ]
 
@@ -73,6 +75,36 @@ def refuse_computed(model: nn.Module, fqn: str) -> None:
         raise TraceError(reason)
 
 
+def refuse_without_closed_form(found: FoundSite) -> None:
+    """Refuse a site where new weights cannot be chosen head by head from those of its projections.
+
+    Several heads of Q may share one of K, or Q is not what one projection makes; there may be several attentions, or
+    projections that are no layers.
+
+    Raises:
+        TraceError: see above.
+    """
+    q, k, reason = found.traced.q, found.traced.k, found.traced.unprojected
+    if reason:
+        raise TraceError(f"{reason}, and closed forms need those weights; use init 'wq' without a rank and train")
+    if q.num_heads != k.num_heads:
+        raise TraceError(
+            f"it has {q.num_heads} heads of Q for {k.num_heads} of K, and only init 'wq' without a rank is there for "
+            "that; use it and train"
+        )
+    if found.traced.others:
+        raise TraceError(
+            f"it holds {len(found.traced.members)} attentions with projections of their own, and only init 'wq' "
+            "without a rank is there for that; use it and train"
+        )
+    for role in (q, k, found.traced.v):
+        if role.producer.out_axes:
+            raise TraceError(
+                f"it multiplies by {role.producer.fqn} without a layer, and only init 'wq' without a rank is there for "
+                "that; use it and train"
+            )
+
+
 def refuse_hooked(model: nn.Module, fqn: str, edits: list[Edit]) -> None:
     """Refuse a site in which somebody's hook is on a module that gets another width, or goes.
 
@@ -110,12 +142,6 @@ def refuse_open_end(found: FoundSite) -> OutputProjection:
             "the projection that reads its heads' results is not inside this module (or is not a single one), and "
             "with a rank it has to become narrower too; leave out rank"
         )
-    for role in found.traced.roles:
-        if role.producer.out_axes:
-            raise TraceError(
-                f"it multiplies by {role.producer.fqn} without a layer, and a rank is chosen for layers alone; leave "
-                "out rank"
-            )
     return found.output
 
 
@@ -166,11 +192,18 @@ def try_out(skeleton: nn.Module, call: Call, rewritten: Rewritten, cls: type[nn.
     """
     original, converted = meta_copy(skeleton), meta_copy(skeleton)
     become(converted, rewritten, cls)
-    with torch.no_grad(), RememberedShapes():
-        wanted = _shapes(original(*call.args, **call.kwargs))
+    with torch.no_grad(), RememberedShapes(), chunks_in_one_call(original):
+        wanted = _shapes(_on_meta(original, call))
         got = _shapes(converted(*call.args, **call.kwargs))
     if wanted != got:
         raise PostconditionError(f"{cls.__name__} returns {got}, and its original {wanted}")
+
+
+def _on_meta(module: nn.Module, call: Call) -> Any:
+    try:
+        return module(*call.args, **call.kwargs)
+    except Exception as error:
+        raise TraceError(f"it runs with numbers alone ({type(error).__name__}: {error})") from error
 
 
 def _shapes(result: Any) -> list[tuple[int, ...]]:

@@ -16,7 +16,7 @@ from torch import nn
 from armour_surgery.copies import copy_weights, full_copy
 from armour_surgery.errors import NothingToConvertError
 from armour_surgery.measure.cost import count_params
-from armour_surgery.modes import AUTO, choose
+from armour_surgery.modes import AUTO, MODES, choose
 from armour_surgery.records import FrontierPoint, Progress, RefusedSite, Sensitivity
 from armour_surgery.surgery.new_weights import Effect, measure_alone, to_read_again
 from armour_surgery.surgery.operation import Prepared, operate, prepare
@@ -157,7 +157,7 @@ def measure_sites(model: nn.Module, sites: Sequence[SeenSite], order: Order, *, 
     followed = [site for site in sites if isinstance(site, FoundSite)]
     options: list[Sensitivity] = []
     for mode in _modes(followed, order.mode):
-        fitting = [site for site in followed if mode in site.site.modes]
+        fitting = [site for site in followed if mode in _modes_of(site, order.mode)]
         operations = prepare(model, fitting, mode, refit=True).operations
         converted = full_copy(model)
         changes = [operate(converted, operation) for operation in operations]
@@ -174,15 +174,20 @@ def measure_sites(model: nn.Module, sites: Sequence[SeenSite], order: Order, *, 
 
 
 def _modes(sites: list[FoundSite], requested: str) -> list[str]:
-    if requested != AUTO:
-        return [requested]
-    usual: set[str] = set()
+    """The modes that some site is tried in."""
+    modes: set[str] = set()
     for site in sites:
-        mode, _ = choose(site.site, AUTO)
-        if mode is not None:
-            usual.add(mode)
-    wide = ["concat-full"] if "concat-half" in usual else []
-    return [*sorted(usual), *wide]
+        modes.update(_modes_of(site, requested))
+    return [name for name in MODES if name in modes]
+
+
+def _modes_of(found: FoundSite, requested: str) -> list[str]:
+    """The modes that a site is tried in."""
+    mode, _ = choose(found.site, requested)
+    if mode is None:
+        return []
+    wide = requested == AUTO and mode == "concat-half" and "concat-full" in found.site.modes
+    return [mode, "concat-full"] if wide else [mode]
 
 
 def _with_ranks(full: Sensitivity, effect: Effect, size: int) -> list[Sensitivity]:

@@ -3,20 +3,33 @@
 import fnmatch
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 
 from armour_surgery import hosts
 from armour_surgery.calls import first_name
 from armour_surgery.errors import AlreadyConvertedError, AlreadyDeployedError, ExampleInputError, PatternError
+from armour_surgery.examples import on_meta, part_of
+from armour_surgery.records import RefusedSite
 from armour_surgery.rewrite import ArmourAttention
 from armour_surgery.surgery.order import Rank
-from armour_surgery.traced import SeenSite
+from armour_surgery.traced import FoundSite, SeenSite
 
-__all__ = ["Example", "check_names", "example_of", "refuse_converted", "refuse_deployed", "select_sites"]
+__all__ = [
+    "Example",
+    "check_names",
+    "example_of",
+    "leave_words_alone",
+    "plain_example_of",
+    "refuse_converted",
+    "refuse_deployed",
+    "select_sites",
+]
 
-Example = dict[str, torch.Tensor] | torch.Tensor | tuple[int, ...]
+Example = Mapping[str, Any] | torch.Tensor | tuple[int, ...]
 
 
 def refuse_converted(model: nn.Module) -> None:
@@ -50,8 +63,8 @@ def refuse_deployed(model: nn.Module) -> None:
         )
 
 
-def example_of(model: nn.Module, given: Example | None) -> dict[str, torch.Tensor]:
-    """Inputs by name, on the meta device.
+def example_of(model: nn.Module, given: Example | None) -> dict[str, Any]:
+    """Inputs by name: on the meta device, or with the numbers that were given.
 
     Raises:
         UsageError: a wrapper is around the model.
@@ -70,18 +83,74 @@ def example_of(model: nn.Module, given: Example | None) -> dict[str, torch.Tenso
                 "dictionary from argument names to tensors"
             )
         given = {name: given}
-    tensors = isinstance(given, dict) and all(isinstance(value, torch.Tensor) for value in given.values())
-    if not tensors or all(value.ndim == 0 for value in given.values()):
+    tensors = [leaf for leaf in pytree.tree_leaves(_plain(given)) if isinstance(leaf, torch.Tensor)]
+    if not isinstance(given, Mapping) or all(tensor.ndim == 0 for tensor in tensors):
         raise ExampleInputError(
             f"example_input is {given!r}; pass a tensor, a shape (batch, channels, height, width), or a dictionary "
             "from argument names to tensors"
         )
-    example = {}
-    for name, value in given.items():
-        # Axes of size one hide which axis is which; a batch of two costs nothing on the meta device.
-        shape = (max(2, value.shape[0]), *value.shape[1:]) if value.ndim else ()
-        example[name] = torch.empty(shape, dtype=value.dtype, device="meta")
+    _check_part(model, given)
+    # Axes of size one hide which axis is which. Where not all tensors have a single row, rows are not images alone.
+    single = all(tensor.ndim == 0 or tensor.shape[0] == 1 for tensor in tensors)
+    example: dict[str, Any] = pytree.tree_map_only(torch.Tensor, lambda tensor: _example(tensor, single), _plain(given))
     return example
+
+
+def plain_example_of(model: nn.Module, given: Example | None) -> dict[str, torch.Tensor]:
+    """`example_of`, for what runs whole models on tensors by name: on the meta device.
+
+    Raises:
+        UsageError, ExampleInputError: as there; or the example is nested, or for a part of the model alone.
+    """
+    example = example_of(model, given)
+    if part := part_of(example):
+        raise ExampleInputError(
+            f"only {part} of this {type(model).__name__} can be run on images; pass that module alone: "
+            f"model.get_submodule({part!r})"
+        )
+    for name, value in example.items():
+        if not isinstance(value, torch.Tensor):
+            raise ExampleInputError(f"example_input[{name!r}] is {value!r}, and only tensors can be passed here")
+    return on_meta(example)
+
+
+def _example(tensor: torch.Tensor, single: bool) -> torch.Tensor:
+    if tensor.ndim == 0:
+        return tensor.detach()
+    if tensor.is_meta:
+        return torch.empty((max(2, tensor.shape[0]), *tensor.shape[1:]), dtype=tensor.dtype, device="meta")
+    return torch.cat([tensor.detach()] * (2 if single else 1))
+
+
+def _plain(given: Any, name: str = "example_input") -> Any:
+    """The same in plain containers, which can be written down and read again.
+
+    Raises:
+        ExampleInputError: something in it is neither a tensor nor a plain value.
+    """
+    if isinstance(given, Mapping):
+        for key in given:
+            if not isinstance(key, str) or set("[]") & set(key):
+                raise ExampleInputError(f"{name} has the key {key!r}; keys of dictionaries must be names")
+        return {key: _plain(value, f"{name}[{key!r}]") for key, value in given.items()}
+    if isinstance(given, list | tuple):
+        return [_plain(value, f"{name}[{index}]") for index, value in enumerate(given)]
+    if given is None or isinstance(given, torch.Tensor | bool | int | float | str):
+        return given
+    raise ExampleInputError(
+        f"{name} is a {type(given).__name__}; an example is made of tensors, numbers, and lists and dictionaries of "
+        'them (of a processor, ask for return_tensors="pt")'
+    )
+
+
+def _check_part(model: nn.Module, given: Mapping[str, Any]) -> None:
+    parts = {name.rpartition(":")[0] for name in given}
+    if len(parts) > 1:
+        listed = ", ".join(map(repr, sorted(parts)))
+        raise ExampleInputError(f"example_input has arguments of several modules ({listed}); give those of one")
+    for part in parts:
+        if part and part not in dict(model.named_modules()):
+            raise ExampleInputError(f"example_input is for {part!r}, and {type(model).__name__} has no such submodule")
 
 
 def _of_shape(shape: tuple[int, ...]) -> torch.Tensor:
@@ -119,6 +188,20 @@ def select_sites(
             f"{len(names)} attention sites"
         )
     return chosen
+
+
+def leave_words_alone(model: nn.Module, sites: list[SeenSite]) -> list[SeenSite]:
+    """The sites, refused where they are of a text model that writes about what the others see."""
+    parts = hosts.writing_parts(model)
+    left: list[SeenSite] = []
+    for site in sites:
+        part = next((part for part in parts if site.fqn.startswith(f"{part}.")), None)
+        if part is not None and isinstance(site, FoundSite):
+            reason = f"it is of the text model {part}, which mode 'auto' leaves alone; ask for it with include={part!r}"
+            left.append(RefusedSite(site.fqn, reason))
+        else:
+            left.append(site)
+    return left
 
 
 def _patterns(given: str | Iterable[str]) -> list[str]:

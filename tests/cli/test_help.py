@@ -14,7 +14,7 @@ from armour_surgery import __version__
 from armour_surgery.cli import app
 from armour_surgery.modes import MODES
 
-COMMANDS = ("inspect", "convert", "finetune", "eval", "bench", "recipes", "redundancy", "paper", "demo")
+COMMANDS = ("inspect", "convert", "finetune", "eval", "bench", "recipes", "redundancy", "paper", "coverage", "demo")
 
 
 def test_the_command_line_loads_without_the_heavy_libraries() -> None:

@@ -67,5 +67,6 @@ def test_a_model_that_runs_on_neither_tells_what_happened_with_numbers() -> None
                 return super().forward(x)
             raise ValueError("only whole numbers, please")
 
+    shape = torch.empty(2, 6, D, dtype=torch.float64, device="meta")
     with pytest.raises(ExampleInputError, match=r"x': \(2, 6, 20\).*ValueError: only whole numbers, please"):
-        convert(Picky().double(), "qv", example_input=torch.zeros(2, 6, D, dtype=torch.float64))
+        convert(Picky().double(), "qv", example_input=shape)

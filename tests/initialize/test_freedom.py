@@ -51,5 +51,5 @@ class SharedKeys(nn.Module):
 def test_heads_that_share_keys_have_wq_alone(init: str) -> None:
     model, example = nn.Sequential(SharedKeys()), torch.randn(2, 7, 30)
     assert convert(model, "kv", example_input=example)(example).shape == example.shape
-    with pytest.raises(ConversionError, match="0 has 6 heads of Q for 2 of K, and only init 'wq' is there"):
+    with pytest.raises(ConversionError, match="6 heads of Q for 2 of K, and only init 'wq' without a rank is there"):
         convert(model, "kv", init=init, example_input=example)

@@ -9,7 +9,7 @@ from small_models import refused
 from torch import nn
 
 from armour_surgery import convert, inspect, redundancy
-from armour_surgery.errors import ConversionError, NothingToConvertError, TraceError
+from armour_surgery.errors import NothingToConvertError, TraceError
 
 EVERY = [(kind, mode) for kind in FOLLOWED for mode in ("qv", "qk", "kv")]
 
@@ -52,9 +52,9 @@ def test_what_cannot_be_narrowed_is_refused(kind: type[nn.Module]) -> None:
 
 def test_weights_are_not_worked_out_for_them() -> None:
     message = refused(
-        ConversionError, lambda: convert(host(TimesPacked), "qv", init="joint-svd", example_input=tokens())
+        NothingToConvertError, lambda: convert(host(TimesPacked), "qv", init="joint-svd", example_input=tokens())
     )
-    assert "multiplies by weights.0 without a layer, and only init 'wq' is there for that" in message
+    assert "multiplies by weights.0 without a layer, and only init 'wq' without a rank is there for that" in message
 
 
 def test_no_rank_is_chosen_for_them() -> None:

@@ -69,10 +69,11 @@ def test_restoring_is_what_did_it(kind: type[nn.Module]) -> None:
 
 @pytest.mark.parametrize("axis", [-1, -3])
 @pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("norm", [None, nn.BatchNorm1d, nn.BatchNorm2d])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_a_grouped_projection_is_the_masked_dense_one(
-    axis: int, shuffle: bool, norm: type[nn.Module] | None, groups: int
+    axis: int, shuffle: bool, biased: bool, norm: type[nn.Module] | None, groups: int
 ) -> None:
     if norm is not None and (norm is nn.BatchNorm2d) != (axis == -3):
         pytest.skip("tokens have a BatchNorm1d, images a BatchNorm2d")
@@ -88,20 +89,16 @@ def test_a_grouped_projection_is_the_masked_dense_one(
         x = torch.randn(3, inputs, 5, 7, generator=generator, dtype=torch.float64)
         weight = weight[..., None, None]
         keep = keep[..., None, None]
-    host_norm: Any = None
-    if norm is None:
-        tensors = {"bias": torch.randn(channels, generator=generator, dtype=torch.float64)}
-    else:
-        host_norm = randomize(norm(channels, eps=1e-3, momentum=0.3).double())
-        tensors = {name: t.detach() for name, t in host_norm.state_dict().items() if t.ndim}
-    grouped = GroupedProjection.from_rows(weight, tensors, host_norm, groups, shuffle, axis).double()
+    bias = torch.randn(channels, generator=generator, dtype=torch.float64) if biased else None
+    host_norm: Any = None if norm is None else randomize(norm(channels, eps=1e-3, momentum=0.3).double())
+    of_norm = {} if norm is None else {name: t.detach() for name, t in host_norm.state_dict().items() if t.ndim}
+    grouped = GroupedProjection.from_rows(weight, bias, host_norm, of_norm, groups, shuffle, axis).double()
     assert grouped.weight.numel() == weight.numel() // groups
-    dense = F.linear(x, weight * keep) if axis == -1 else F.conv2d(x, weight * keep)
+    dense = F.linear(x, weight * keep, bias) if axis == -1 else F.conv2d(x, weight * keep, bias)
     for training in (False, True):
         grouped.train(training)
-        if norm is None:
-            expected = dense + (tensors["bias"] if axis == -1 else tensors["bias"][:, None, None])
-        else:
+        expected = dense
+        if norm is not None:
             own = copy.deepcopy(host_norm).train(training)
             expected = own(dense.flatten(0, 1)).reshape(dense.shape) if axis == -1 else own(dense)
         got = copy.deepcopy(grouped)(x)

@@ -182,3 +182,18 @@ def test_that_a_model_with_pruned_heads_cannot_be_saved_is_said_at_once(tmp_path
     message = refused(FolderError, lambda: save(converted, tmp_path / "out"))
     assert "blocks.1.attn had 4,728 parameters before its conversion, and has 9,408" in message
     assert "state_dict()" in message
+
+
+def test_inspect_promises_of_auto_what_convert_keeps() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = PerHead(), PerHead()
+            self.second.foo = self.first.foo
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x))
+
+    first, second = inspect(Tied(), example_input=torch.empty(SHAPE, device="meta"))
+    assert "qv" not in first.modes + second.modes
+    assert "is shared with second.foo" in first.refused["qv"]

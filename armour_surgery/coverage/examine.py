@@ -1,0 +1,142 @@
+"""Examine one architecture: its attention, what converts, and whether that is exact."""
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor, nn
+
+from armour_surgery.coverage.oracle import difference
+from armour_surgery.coverage.outcome import Outcome, SiteKind
+from armour_surgery.coverage.softmax import attention_cores
+from armour_surgery.discover import find_sites
+from armour_surgery.errors import NoAttentionError
+from armour_surgery.modes import AUTO, choose
+from armour_surgery.records import RefusedSite
+from armour_surgery.surgery.operation import Prepared, prepare
+from armour_surgery.traced import FoundSite, SeenSite
+
+__all__ = ["Examiner", "plain_reason"]
+
+# Its output differs from the original's also where projections are equal: it masks the diagonal.
+_NOT_COMPARABLE = "qk-diag"
+# What a fingerprint tells by the place in memory of an object, which another model's object may have later.
+_OBJECT = re.compile(r"=(?!function |builtin_function_or_method |type )\w+ \d+$", re.MULTILINE)
+_UNSEEN = "softmax(QK)V happens here, and discovery does not see it"
+
+
+@dataclass
+class Examiner:
+    """Examines one architecture after the other; what was found out of one kind of site is not found out again.
+
+    Architectures of a family have many in common: equal classes, attributes and shapes, called alike.
+    """
+
+    _known: dict[str, SiteKind] = field(default_factory=dict)
+    _programs: set[tuple[str, ...]] = field(default_factory=set)
+
+    def examine(self, library: str, name: str, model: nn.Module, example: dict[str, Tensor]) -> Outcome:
+        """What comes of a model, which may be on the meta device. It is neither run nor changed.
+
+        Raises:
+            ExampleInputError, DiscoveryError: the model does not run.
+        """
+        started = time.perf_counter()
+        try:
+            sites = find_sites(model, example)
+        except NoAttentionError:
+            sites = []
+        found = [site for site in sites if isinstance(site, FoundSite)]
+        refused = [site for site in sites if isinstance(site, RefusedSite)]
+        kinds = self._found_kinds(model, found)
+        if refused or not found:
+            # Discovery is not its own judge. A run with numbers takes long, and is made where it saw a softmax.
+            cores = attention_cores(model, example, numbers=bool(refused))
+            kinds += _refused_kinds(model, sites, refused, cores)
+        return Outcome(library, name, bool(kinds), tuple(kinds), None, round(time.perf_counter() - started, 2))
+
+    def _found_kinds(self, model: nn.Module, found: Sequence[FoundSite]) -> list[SiteKind]:
+        alike: dict[str, list[FoundSite]] = {}
+        for site in found:
+            alike.setdefault(site.fingerprint, []).append(site)
+        kinds = []
+        for fingerprint, sites in alike.items():
+            known = self._known.get(fingerprint) or self._kind(model, sites[0])
+            if not _OBJECT.search(fingerprint):
+                self._known[fingerprint] = known
+            kinds.append(replace(known, fqn=sites[0].fqn, count=len(sites)))
+        return kinds
+
+    def _kind(self, model: nn.Module, first: FoundSite) -> SiteKind:
+        auto, reason = choose(first.site, AUTO)
+        module = model.get_submodule(first.fqn)
+        # Of sites that differ in their sizes alone, one is tried in every mode; the others in the one that matters.
+        program = _program(module, first)
+        tried = first.site.modes if auto is None or program not in self._programs else (auto,)
+        self._programs.add(program)
+        modes: dict[str, float | None] = {}
+        refused = dict(first.site.refused)
+        broken = []
+        failed: dict[str, str] = {}
+        for mode in tried:
+            try:
+                prepared = prepare(model, [first], mode)
+                if prepared.operations:
+                    modes[mode] = None
+                    modes[mode] = _difference(model, prepared)
+                else:
+                    refused[mode] = prepared.refused[0].reason
+                    broken.append(mode)
+            except Exception as error:
+                # Whatever the rewriting, the generated code, or the host's code runs into: it is what is looked for.
+                failed[mode] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if auto is not None and auto not in modes:
+            reason = refused.get(auto) or failed[auto]
+        if auto not in modes:
+            auto, refused[AUTO] = None, reason
+        return SiteKind(type(module).__name__, first.fqn, 1, auto, modes, refused, tuple(broken), failed)
+
+
+def _difference(model: nn.Module, prepared: Prepared) -> float | None:
+    operation = prepared.operations[0]
+    if operation.mode == _NOT_COMPARABLE:
+        return None
+    return difference(model.get_submodule(operation.fqn), operation)
+
+
+def _program(module: nn.Module, found: FoundSite) -> tuple[str, ...]:
+    """What a site computes, without its sizes: its class, and the operations of its graph."""
+    cls = type(module)
+    nodes = [f"{node.op} {node.target}" for node in found.traced.trace.graph.nodes]
+    return f"{cls.__module__}.{cls.__qualname__}", *nodes
+
+
+def _refused_kinds(
+    model: nn.Module,
+    sites: Sequence[SeenSite],
+    refused: Sequence[RefusedSite],
+    cores: list[frozenset[str]] | None,
+) -> list[SiteKind]:
+    """The attention that could not be followed, by class and reason; without softmaxes that are no attention."""
+    hosts = dict(model.named_modules())
+    places: dict[tuple[str, str], list[str]] = {}
+    for site in refused:
+        if cores is None or any(site.fqn in core for core in cores):
+            alike = type(hosts[site.fqn]).__name__, plain_reason(site.reason)
+            places.setdefault(alike, []).append(site.fqn)
+    followed = {site.fqn for site in sites}
+    for core in cores or ():
+        if not followed & core:
+            innermost = max(core, key=len)
+            places.setdefault((type(hosts[innermost]).__name__, _UNSEEN), []).append(innermost)
+    return [
+        SiteKind(host, names[0], len(set(names)), None, {}, {AUTO: reason}) for (host, reason), names in places.items()
+    ]
+
+
+def plain_reason(reason: str) -> str:
+    """A reason without what differs from site to site, so that equal ones can be counted: numbers and names."""
+    plain = re.sub(r"\b[\w-]+(?:\.[\w-]+)+\b", "NAME", reason)
+    plain = re.sub(r"0x[0-9a-f]+|(?<![A-Za-z])\d+(?:\.\d+)?", "N", plain)
+    return re.sub(r"\bN(?:, N)+\b", "N, ...", plain)

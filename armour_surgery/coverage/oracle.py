@@ -1,0 +1,219 @@
+"""The exactness oracle for one module: where the merged projections are equal already, surgery must change nothing.
+
+Only the module has real weights, in float64, and only while it is looked at.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from armour_surgery.copies import copy_with
+from armour_surgery.modes import get_mode
+from armour_surgery.rewrite import become
+from armour_surgery.rewrite.contract import Part, parts_of
+from armour_surgery.surgery.operation import Operation
+from armour_surgery.traced import Call, Producer, Role, TracedSite
+
+__all__ = ["difference", "merge", "real_copy"]
+
+
+def difference(module: nn.Module, operation: Operation, seed: int = 0) -> float:
+    """The largest relative difference that a conversion makes to a module in which it must make none.
+
+    `module` is the site, with or without weights; neither it nor its weights play a part. In eval and in train mode.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    original = real_copy(module, generator)
+    call = _mapped(operation.found.call, partial(_argument, generator))
+    merge(original, operation.found.traced, operation.mode)
+    converted = copy.deepcopy(original)
+    become(converted, operation.rewritten, operation.cls)
+    worst = 0.0
+    for training in (False, True):
+        # Not chained: the train() of some modules returns nothing.
+        original.train(training)
+        converted.train(training)
+        worst = max(worst, _relative(_outputs(original, call, seed), _outputs(converted, call, seed)))
+    return worst
+
+
+def real_copy(module: nn.Module, generator: torch.Generator) -> nn.Module:
+    """A copy on the CPU with random weights in float64. Every bias and scale has a value of its own: zeros and ones
+    would hide mistakes. Tables that a module computed when it was built stay as they are."""
+    copied = copy_with(module, _in_doubles)
+    with torch.no_grad():
+        for name, parameter in copied.named_parameters():
+            if parameter.is_floating_point():
+                parameter.copy_(_weight(name, parameter, generator))
+        for name, buffer in copied.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.copy_(0.3 * _noise(buffer, generator))
+            elif name.endswith("running_var"):
+                buffer.copy_(0.5 + _noise(buffer, generator).abs())
+    for child in copied.modules():
+        if isinstance(child, nn.Dropout):
+            child.p = child.p or 0.1
+    return copied
+
+
+def _in_doubles(tensor: Tensor) -> Tensor:
+    dtype = _double(tensor.dtype)
+    if tensor.is_meta:
+        made = torch.zeros(tensor.shape, dtype=dtype)
+    else:
+        made = tensor.detach().to("cpu", dtype, copy=True)
+    if isinstance(tensor, nn.Parameter):
+        made = nn.Parameter(made, tensor.requires_grad)
+    return made
+
+
+def _double(dtype: torch.dtype) -> torch.dtype:
+    if dtype.is_complex:
+        return torch.complex128
+    return torch.float64 if dtype.is_floating_point else dtype
+
+
+def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype)
+
+
+def _weight(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
+    noise = _noise(like, generator)
+    if like.ndim > 1:
+        # Such that what it is applied to keeps its size.
+        return noise / math.sqrt(max(1, like[0].numel()))
+    # Norms and scales are near one, biases near zero.
+    return 1 + 0.2 * noise if name.endswith(("weight", "scale", "gamma")) else 0.3 * noise
+
+
+def _mapped(call: Call, make: Callable[[Tensor], Tensor]) -> Call:
+    """The call with other tensors; what was one tensor in it stays one."""
+    made: dict[int, Tensor] = {}
+
+    def other(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            made[id(tensor)] = make(tensor)
+        return made[id(tensor)]
+
+    args, kwargs = pytree.tree_map_only(Tensor, other, (call.args, dict(call.kwargs)))
+    return Call(args, kwargs)
+
+
+def _argument(generator: torch.Generator, tensor: Tensor) -> Tensor:
+    dtype = _double(tensor.dtype)
+    if dtype.is_floating_point or dtype.is_complex:
+        return torch.randn(tensor.shape, generator=generator, dtype=dtype)
+    if dtype == torch.bool:
+        # A mask: whichever way round it is meant, nearly every row has something that is seen.
+        return torch.rand(tensor.shape, generator=generator) < 0.5
+    return torch.zeros(tensor.shape, dtype=dtype)
+
+
+def _outputs(module: nn.Module, call: Call, seed: int) -> list[Tensor]:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # of dropout
+        own = _mapped(call, torch.clone)  # a module may write into what it is given
+        result = module(*own.args, **own.kwargs)
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def _relative(wanted: list[Tensor], got: list[Tensor]) -> float:
+    """The largest difference over all outputs, relative to the largest value; infinite where they have other shapes."""
+    if [tensor.shape for tensor in wanted] != [tensor.shape for tensor in got]:
+        return math.inf
+    worst = 0.0
+    for a, b in zip(wanted, got, strict=True):
+        if not a.is_floating_point() or not a.numel():
+            continue
+        finite = a.isfinite()
+        if not torch.equal(finite, b.isfinite()) or not finite.any():
+            return math.inf
+        error = (a - b)[finite].abs().max() / a[finite].abs().max().clamp_min(1e-30)
+        worst = max(worst, float(error))
+    return worst
+
+
+def merge(module: nn.Module, traced: TracedSite, mode: str) -> None:
+    """Make a module's projections such that `mode` takes nothing from it.
+
+    The rows of the role that stays are copied over those of the role that goes.
+    """
+    roles = {"q": traced.q, "k": traced.k, "v": traced.v}
+    sizes = {letter: role.head_dim for letter, role in roles.items()}
+    for letter, names in (("k", get_mode(mode).key), ("v", get_mode(mode).value)):
+        role, filled = roles[letter], 0
+        for part in parts_of(names, letter, sizes):
+            rows = _rows(role, Part(letter, filled, filled + part.size))
+            filled += part.size
+            if part.letter.startswith("grouped"):
+                _keep_own_groups(module, role, rows, shuffled=part.letter.endswith("shuffled"))
+            elif part.letter != letter:
+                source = roles[part.letter]
+                _copy_rows(module, source.producer, _rows(source, part), role.producer, rows)
+
+
+def _rows(role: Role, part: Part) -> list[int]:
+    rows: list[int] = []
+    for head in role.channels:
+        rows += head[part.start : part.stop]
+    return rows
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    owner, _, attribute = name.rpartition(".")
+    tensor: Tensor = getattr(module.get_submodule(owner), attribute)
+    return tensor
+
+
+def _places(module: nn.Module, producer: Producer, rows: list[int]) -> Iterator[tuple[Tensor, int]]:
+    """Where those rows of each of a projection's tensors are stored, tensor by tensor."""
+    for name in producer.rows:
+        for row in rows:
+            yield _tensor(module, name), row
+    for row in rows if producer.bias else ():
+        piece = next(piece for piece in producer.bias if piece.start <= row < piece.stop)
+        yield _tensor(module, str(piece.node.target)), row - piece.start
+
+
+def _copy_rows(module: nn.Module, source: Producer, from_rows: list[int], target: Producer, to_rows: list[int]) -> None:
+    with torch.no_grad():
+        if source is target or (source.bias and target.bias):
+            pairs = zip(_places(module, source, from_rows), _places(module, target, to_rows), strict=True)
+            for (a, i), (b, j) in pairs:
+                b[j] = a[i]
+            return
+        # Separate modules: tensors correspond by their names inside them; a bias that only one has counts as zero.
+        own = {name: _tensor(module, full) for name, full in _names_inside(source).items()}
+        for name, full in _names_inside(target).items():
+            values = own.pop(name, None)
+            _tensor(module, full)[to_rows] = 0.0 if values is None else values[from_rows].clone()
+        for left in own.values():
+            left[from_rows] = 0.0
+
+
+def _names_inside(producer: Producer) -> dict[str, str]:
+    """The tensors of a projection by their names inside it, which may be a convolution and a norm in one container."""
+    owners = [name.split(".")[:-1] for name in producer.rows]
+    depth = 0
+    while all(len(owner) > depth and owner[depth] == owners[0][depth] for owner in owners):
+        depth += 1
+    return {".".join(name.split(".")[depth:]): name for name in producer.rows}
+
+
+def _keep_own_groups(module: nn.Module, role: Role, rows: list[int], *, shuffled: bool) -> None:
+    """Leave of V's rows the part of its input that a grouped projection reads."""
+    weight = _tensor(module, role.producer.weight)
+    channels, inputs = len(rows), weight.shape[1]
+    common = math.gcd(channels, inputs)
+    groups = max(number for number in range(1, role.num_heads + 1) if common % number == 0)
+    with torch.no_grad():
+        for index, row in enumerate(rows):
+            group = index % groups if shuffled else index * groups // channels
+            others = torch.ones(inputs, dtype=torch.bool)
+            others[group * inputs // groups : (group + 1) * inputs // groups] = False
+            weight[row, others] = 0.0

@@ -1,0 +1,42 @@
+"""Every architecture of a library, and how it is built."""
+
+import pytest
+from transformers import CLIPConfig
+
+from armour_surgery.hosts.catalog import architectures, skeleton
+from armour_surgery.hosts.transformers_catalog import cut_config, vision_classes
+
+
+def test_the_names_are_those_of_the_library() -> None:
+    assert "deit_tiny_patch16_224" in architectures("timm")
+    assert "vit_b_16" in architectures("torchvision")
+    names = architectures("transformers")
+    assert {"ViTForImageClassification", "DetrModel", "LlavaForConditionalGeneration"} <= set(names)
+    assert len(names) == len(set(names))
+    assert not [name for name in names if name.startswith("Timm")]
+
+
+def test_no_type_is_there_twice() -> None:
+    # One of the classes of ViT is enough: its attention is the same in all of them.
+    assert [name for name in vision_classes() if name.startswith("ViTFor")] == ["ViTForImageClassification"]
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_skeletons_have_no_weights(library: str) -> None:
+    name = {"timm": "vit_tiny_patch16_224", "torchvision": "vit_b_16"}[library]
+    model, example = skeleton(library, name)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert [tuple(value.shape) for value in example.values()] == [(2, 3, 224, 224)]
+
+
+def test_videos_and_pairs_of_images_are_fed_as_such() -> None:
+    _, example = skeleton("torchvision", "mvit_v1_b")
+    assert {name: tuple(value.shape) for name, value in example.items()} == {"x": (2, 3, 16, 224, 224)}
+    _, example = skeleton("torchvision", "raft_small")
+    assert list(example) == ["image1", "image2"]
+
+
+def test_a_config_that_is_cut_has_two_layers_in_every_part() -> None:
+    entries = cut_config("CLIPModel")
+    assert entries["vision_config"]["num_hidden_layers"] == entries["text_config"]["num_hidden_layers"] == 2
+    assert entries["vision_config"]["hidden_size"] == CLIPConfig().vision_config.hidden_size
