@@ -53,7 +53,8 @@ def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
         refuse_reaching(name, arguments)
     except SchemaError as error:
         raise UsageError(
-            f"--model-kwargs: {error}, and so {name} could not be built again; weights come with --checkpoint FILE"
+            f"--model-kwargs: {error}: {name} could not be built again without files or the network; weights come with "
+            "--checkpoint FILE"
         ) from error
 
 

@@ -107,16 +107,29 @@ def _written(name: str, path: Path) -> str:
     """How to name what the file has to call, or that it has nothing."""
     file, wanted = (name, "") if name.endswith(".py") else name.rsplit(":", 1)
     try:
-        tree = ast.parse(path.read_bytes())
+        tree = ast.parse(path.read_bytes(), path.name)
     except (SyntaxError, ValueError) as error:
         raise ModelError(f"{path} cannot be read as Python: {error}") from error
-    names = [
-        node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name[0] != "_"
-    ]
-    if not names:
+    defined = [node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name[0] != "_"]
+    if not defined:
         return f"a class of modules, or a function that returns one, in {path.name}, which has none"
-    close = difflib.get_close_matches(wanted, names, n=3) or names[:8]
+    fitting = [node.name for node in defined if _may_be_a_model(node)]
+    close = difflib.get_close_matches(wanted, fitting, n=3) or fitting[:8] or [node.name for node in defined[:8]]
     return " or ".join(f"{file}:{known}" for known in close)
+
+
+def _may_be_a_model(node: ast.ClassDef | ast.FunctionDef) -> bool:
+    """Whether a function needs no arguments, or a class that derives from another does not."""
+    if isinstance(node, ast.FunctionDef):
+        return not _arguments_needed(node)
+    makers = [part for part in node.body if isinstance(part, ast.FunctionDef) and part.name == "__init__"]
+    return bool(node.bases) and all(_arguments_needed(maker) <= 1 for maker in makers)  # self is one
+
+
+def _arguments_needed(function: ast.FunctionDef) -> int:
+    given = function.args
+    by_order = len(given.posonlyargs) + len(given.args) - len(given.defaults)
+    return by_order + sum(default is None for default in given.kw_defaults)
 
 
 def _guarded(path: Path, what: str, act: Callable[[], Any]) -> Any:
@@ -210,4 +223,4 @@ def _is_of_a_library(name: str, path: Path) -> bool:
 
 
 def _kind(value: object) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
+    return "None" if value is None else f"an object of type {type(value).__name__}"

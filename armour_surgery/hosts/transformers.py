@@ -20,7 +20,7 @@ from armour_surgery.errors import (
     UnknownModelError,
     UsageError,
 )
-from armour_surgery.hosts.arguments import spelled
+from armour_surgery.hosts.arguments import OPTIONS, spelled
 from armour_surgery.hosts.checkpoint import Selection, announce
 from armour_surgery.hosts.hub import hub_or_cache, offline, quiet, unreachable
 from armour_surgery.hosts.transformers_inputs import example
@@ -213,28 +213,30 @@ def _class_for(config: PreTrainedConfig, name: str, classify: bool) -> type[PreT
 
 def _applied(config: PreTrainedConfig, name: str, sizes: Mapping[str, Any]) -> PreTrainedConfig:
     """The config with what was asked for, as `load` has it."""
-    vision: Any = getattr(config, "vision_config", None) or config
-    others: dict[str, Any] = {}
-    for option, value in sizes.items():
-        key = ENTRIES.get(option, option)
-        if option == "num_classes":
-            if config.num_labels != value:
-                config.num_labels = value
-        elif option not in ENTRIES and key in config.to_dict():
-            others[key] = value
-        elif key in vision.to_dict():
-            setattr(vision, key, value)
-        else:
-            advice = "use --num-classes" if key in ("num_labels", "id2label") else f"leave {spelled(option)} out"
-            raise UsageError(f"hf:{name} takes no {option}: the config of its type has no {key}; {advice}")
-    if not others:
-        return config
+    others = {key: value for key, value in sizes.items() if key not in OPTIONS and key in config.to_dict()}
     # Made anew, for a config computes some of its entries from others.
-    made: PreTrainedConfig = type(config).from_dict({**_entries(config), **others})
-    for origin in ("_name_or_path", "_commit_hash"):
-        if hasattr(config, origin):
-            setattr(made, origin, getattr(config, origin))
-    return made
+    if others and not Path(name).is_dir() and name in CONFIG_MAPPING:
+        config = type(config)(**others)
+    elif others:
+        made: PreTrainedConfig = type(config).from_dict({**_entries(config), **others})
+        for origin in ("_name_or_path", "_commit_hash"):
+            if hasattr(config, origin):
+                setattr(made, origin, getattr(config, origin))
+        config = made
+    vision: Any = getattr(config, "vision_config", None) or config
+    for option in sizes:
+        key = ENTRIES.get(option, option)
+        if option in others:
+            continue
+        if option == "num_classes":
+            if config.num_labels != sizes[option]:
+                config.num_labels = sizes[option]
+        elif key in vision.to_dict():
+            setattr(vision, key, sizes[option])
+        else:
+            advice = "use --num-classes" if key == "num_labels" else f"leave {spelled(option)} out"
+            raise UsageError(f"hf:{name} takes no {option}: the config of its type has no {key}; {advice}")
+    return config
 
 
 def _failed(name: str, pretrained: bool, answers: bool, error: Exception) -> ModelError:
@@ -298,3 +300,5 @@ def mark_config(model: nn.Module) -> None:
         _ARMOUR_CONFIGS[kind] = type(f"Armour{kind.__name__}", (kind,), members)
     # Whoever holds this config (each submodule does) has to see the change; a new object would reach only one of them.
     object.__setattr__(config, "__class__", _ARMOUR_CONFIGS[kind])
+    # A config that was read from JSON has the type on itself as well, where it would hide that of its class.
+    vars(config).pop("model_type", None)
