@@ -68,7 +68,7 @@ class Runner(nn.Module):
         """Keep what those modules give, in `seen`, until the handles are removed.
 
         Raises:
-            TeacherError: there is no such module.
+            TeacherError: there is no such module, or it computes nothing (a ModuleList).
         """
         modules = dict(self.model.named_modules())
         handles = []
@@ -77,6 +77,12 @@ class Runner(nn.Module):
                 raise TeacherError(
                     f"{type(self.model).__name__} has no module {fqn!r}, so what it computes there cannot be compared; "
                     "name the original as --teacher, or set loss.attention=0 and loss.blocks=0"
+                )
+            if type(modules[fqn]).forward is nn.Module.forward:
+                raise TeacherError(
+                    f"the attention of {type(self.model).__name__} lies in {fqn}, a {type(modules[fqn]).__name__} that "
+                    "is never called, so there are no blocks to compare; compare the attention itself: set "
+                    "loss.blocks=0, loss.local=false and loss.attention=1"
                 )
 
             def keep(_: nn.Module, args: Any, output: Any, fqn: str = fqn) -> None:

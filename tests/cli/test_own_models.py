@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command_line import CONVERT_KEYS, bad, document, failed, good
+from command_line import CONVERT_KEYS, bad, document, failed, good, run
 from own_files import EXAMPLE, write_vit
 from PIL import Image
 
@@ -106,6 +106,12 @@ def test_finetune_learns_from_the_original(work: Path) -> None:
     assert "vit.py:trained, is of no library" in message
     assert "--teacher FILE.py:CALLABLE" in message
     teacher = ("--teacher", "vit.py:trained", *EXAMPLE)
+    # Its attentions lie in a list, and in no blocks.
+    message = run("finetune", "saved", *INTO, *teacher, *given, "--out", "out").stderr
+    assert "set loss.blocks=0, loss.local=false and loss.attention=1" in message
+    shutil.rmtree("out")
+    for setting in ("loss.blocks=0", "loss.local=false", "loss.attention=1"):
+        given += ["--set", setting]
     done = document("finetune", "saved", *INTO, *teacher, *given, "--out", "out")
     assert done["steps"] == 2
     fresh = load("out", into=_vit().MyViT())
