@@ -3,16 +3,18 @@
 import difflib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from armour_surgery.errors import ModelError, UnknownModelError, UsageError
+from armour_surgery.errors import FolderError, ModelError, UnknownModelError, UsageError
 from armour_surgery.hosts.arguments import check_arguments, spelled
+from armour_surgery.hosts.building import compared
 from armour_surgery.hosts.checkpoint import Builder, load_checkpoint
 from armour_surgery.hosts.examples import Written, keep_example
-from armour_surgery.hosts.libraries import Library, adapter
+from armour_surgery.hosts.libraries import Library, adapter, is_users_class
 from armour_surgery.hosts.own import is_own, load_own
 from armour_surgery.hosts.weights_file import read_weights
 from armour_surgery.records import Source
@@ -92,6 +94,11 @@ def _own(name: str, checkpoint: str | Path | None, arguments: Mapping[str, Any])
     model, source = load_own(name)
     if checkpoint is not None:
         load_checkpoint(model, read_weights(checkpoint), path=checkpoint, builder=Builder(name))
+    if not is_users_class(model):
+        # A function that fills a library's model: what comes of it is loaded without the user's file.
+        with suppress(FolderError):
+            described, difference = compared(model)
+            return model, source if difference else described
     return model, source
 
 

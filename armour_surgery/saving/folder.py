@@ -112,7 +112,8 @@ def save(model: nn.Module, path: str | Path, *, model_args: Mapping[str, Any] | 
         NotOursError: `path` exists and is not ours.
     """
     hosts.refuse_wrapped(model)
-    refuse_deployed(model)
+    for module in model.modules():
+        refuse_deployed(module)  # a part of it may be
     surgery = surgery_of(model)
     target = Path(path)
     check_output(target)

@@ -120,6 +120,17 @@ def test_what_is_wrong_in_a_file_is_told_with_its_line(tmp_path: Path, text: str
         load_model(f"{tmp_path / 'f.py'}:f")
 
 
+def test_a_library_s_model_that_a_file_makes_needs_no_file_later(tmp_path: Path) -> None:
+    small = "'vit_tiny_patch16_224', depth=1, embed_dim=24, num_heads=2"
+    lines = ["import timm", "def plain():", f"    return timm.create_model({small})"]
+    lines += ["def changed():", "    model = plain()", "    model.norm = timm.layers.RmsNorm(24)", "    return model"]
+    (tmp_path / "f.py").write_text("\n".join(lines))
+    _, source = load_model(f"{tmp_path / 'f.py'}:plain")
+    assert (source.library, source.arguments["embed_dim"]) == ("timm", 24)
+    _, source = load_model(f"{tmp_path / 'f.py'}:changed")
+    assert (source.library, source.name) == ("own", "f.py:changed")
+
+
 def test_files_and_options_that_there_are_not(vit: str, tmp_path: Path) -> None:
     for name in ("nope.py:X", "nope.py", "C:\\folder\\nope.py:X"):
         with pytest.raises(UsageError, match=r"there is no file .*nope\.py"):

@@ -10,8 +10,8 @@ import transformers
 from own_attentions import PerHead
 from torch import nn
 
-from armour_surgery import convert, load, save
-from armour_surgery.errors import AlreadyConvertedError, SchemaError
+from armour_surgery import convert, deploy, load, save
+from armour_surgery.errors import AlreadyConvertedError, AlreadyDeployedError, SchemaError
 from armour_surgery.measure.cost import count_params
 from armour_surgery.notes import ArmourWarning
 from armour_surgery.surgery.perform import surgery_of
@@ -68,6 +68,14 @@ def test_several_parts_and_an_attention_itself(tmp_path: Path) -> None:
     other.mixer = nn.Identity()  # type: ignore[assignment]
     with pytest.raises(SchemaError):
         load(tmp_path / "out", into=other)
+
+
+def test_a_part_that_is_deployed_is_not_saved(tmp_path: Path) -> None:
+    whole = Whole().eval()
+    whole.model.vision_tower = deploy(convert(whole.model.vision_tower))  # type: ignore[arg-type]
+    with pytest.raises(AlreadyDeployedError):
+        save(whole, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("inplace", [False, True])
