@@ -205,7 +205,7 @@ def _module_of(path: Path) -> ModuleType:
         name = f"own_{path.stem}"  # the name stays the library's, for all who import it later on
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise ImportError(f"Python cannot import {path}")
+        raise ModelError(f"Python cannot import {path}; check that it is a file of Python")
     module = importlib.util.module_from_spec(spec)
     # Before it runs: dataclasses, and what is pickled, look their module up there.
     sys.modules[name] = module
