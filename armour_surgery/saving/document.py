@@ -112,8 +112,9 @@ def _check_plan(surgery: SurgeryPlan) -> None:
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"example type {dtype!r} is unknown")
     try:
-        for fed in (surgery, *surgery.parts):
-            rebuilt(fed.example, fed.example_values, torch.float32)
+        rebuilt(surgery.example, surgery.example_values, torch.float32)
+        for part in surgery.parts:
+            rebuilt(part.example, part.example_values, torch.float32)
     except (AttributeError, RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(f"the numbers of its example do not fit their shapes ({error})") from error
     for name, times in Counter(site.fqn for site in surgery.sites).items():
