@@ -11,6 +11,7 @@ from typing import Any
 
 __all__ = [
     "AttentionSite",
+    "ConvertedPart",
     "DeployedPlace",
     "Deployment",
     "Fidelity",
@@ -109,7 +110,8 @@ class Source:
     `library` is timm, transformers or torchvision. `architecture` is a timm or torchvision model name, or a
     transformers class name. `arguments` are the builder's keyword arguments (timm, torchvision) or the config
     (transformers); JSON values only. `attributes` are plain values that differ from a fresh build
-    (`{"blocks.0.attn.attn_drop.p": 0.1}`) and are put back after it.
+    (`{"blocks.0.attn.attn_drop.p": 0.1}`) and are put back after it. A model of no library has the library `own`: its
+    `architecture` is its class, `name` says what made it (`vit.py:MyViT`), and nobody but its user can build it.
     """
 
     library: str
@@ -203,6 +205,15 @@ class FrontierPoint:
 
 
 @dataclass(frozen=True)
+class ConvertedPart:
+    """A module inside of a model that was converted by itself: its name, and what it was fed (as in `SurgeryPlan`)."""
+
+    fqn: str
+    example: tuple[tuple[str, tuple[int, ...], str], ...]
+    example_values: tuple[tuple[str, ExampleValue], ...] = ()
+
+
+@dataclass(frozen=True)
 class SurgeryPlan:
     """Everything that `convert` did (or, from `plan`, would do). It rides on the model as `model.surgery`.
 
@@ -210,6 +221,8 @@ class SurgeryPlan:
     `example` has the (name, shape, type) of every tensor that the model was run on, and `example_values` by name what
     of it counts as numbers: whole numbers in their order, and what is no tensor.
     `trained` is a sentence about the training that came afterwards; `fidelity` then no longer holds and is None.
+    `parts` are the modules that were converted instead of the whole model; `sites` are then named from the model, and
+    MACs, example and fidelity are theirs.
     """
 
     mode: str
@@ -228,6 +241,7 @@ class SurgeryPlan:
     frontier: tuple[FrontierPoint, ...] = ()
     trained: str | None = None
     example_values: tuple[tuple[str, ExampleValue], ...] = ()
+    parts: tuple[ConvertedPart, ...] = ()
 
     @property
     def loss(self) -> float:
@@ -254,12 +268,10 @@ class SurgeryPlan:
         sites = []
         for site in data["sites"]:
             sites.append(SitePlan(**{**site, "steps": tuple(site.get("steps", ()))}))
-        example = []
-        for name, shape, dtype in data["example"]:
-            example.append((name, tuple(shape), dtype))
-        values = []
-        for name, value in data.get("example_values", ()):
-            values.append((name, tuple(value) if isinstance(value, list) else value))
+        parts = []
+        for part in data.get("parts", ()):
+            values = _values(part.get("example_values", ()))
+            parts.append(ConvertedPart(part["fqn"], _examples(part["example"]), values))
         frontier = []
         for point in data.get("frontier", ()):
             frontier.append(FrontierPoint(**{**point, "sites": tuple(map(tuple, point["sites"]))}))
@@ -267,14 +279,23 @@ class SurgeryPlan:
         records = {
             "sites": tuple(sites),
             "refused": tuple(RefusedSite(**site) for site in data["refused"]),
-            "example": tuple(example),
-            "example_values": tuple(values),
+            "example": _examples(data["example"]),
+            "example_values": _values(data.get("example_values", ())),
+            "parts": tuple(parts),
             "source": Source(**source) if source else None,
             "fidelity": Fidelity(**fidelity) if fidelity else None,
             "sensitivities": tuple(Sensitivity(**option) for option in data.get("sensitivities", ())),
             "frontier": tuple(frontier),
         }
         return cls(**{**data, **records})
+
+
+def _examples(entries: Iterable[Any]) -> tuple[tuple[str, tuple[int, ...], str], ...]:
+    return tuple((name, tuple(shape), dtype) for name, shape, dtype in entries)
+
+
+def _values(entries: Iterable[Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in entries)
 
 
 @dataclass(frozen=True)

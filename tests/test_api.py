@@ -111,7 +111,7 @@ def test_the_signature_of_convert() -> None:
         "source",
     }
     assert list(python_inspect.signature(save).parameters)[:2] == ["model", "path"]
-    assert list(python_inspect.signature(load).parameters) == ["path"]
+    assert list(python_inspect.signature(load).parameters) == ["path", "into"]
     with pytest.raises(TypeError):
         convert(vit(), "qv", "wq")  # type: ignore[misc]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from armour_surgery.cli.options import AsJson, Model
+from armour_surgery.cli.options import AsJson, Example, Into, Model, own_models
 from armour_surgery.cli.progress import progress_bar
 from armour_surgery.cli.run import command, console_for, print_json
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from armour_surgery.benchmarking.results import Benchmark
+    from armour_surgery.saving.any_model import OwnModels
 
 __all__ = ["bench"]
 
@@ -26,6 +27,8 @@ def bench(
         list[str] | None,
         typer.Option("--vs", metavar="MODEL", help="Hold this one against MODEL; any number.", show_default=False),
     ] = None,
+    into: Into = None,
+    example: Example = None,
     device: Annotated[str, typer.Option(metavar="D", help="cpu, cuda, or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(metavar="T", help="fp32, bf16 or fp16, for weights and inputs.")] = "fp32",
     batch_size: Annotated[
@@ -77,7 +80,7 @@ def bench(
         # Before the work, whose numbers would be lost.
         check_speed_file(path)
     with console.status("building the models"):
-        models = _load([model, *(vs or ())], pretrained)
+        models = _load([model, *(vs or ())], pretrained, own_models(into, example))
     with progress_bar(console, "counting", still=True) as tell:
         measured = benchmark(
             models,
@@ -105,7 +108,7 @@ def bench(
         console.print(f"Written: {path}", markup=False, soft_wrap=True)
 
 
-def _load(names: Sequence[str], pretrained: bool) -> "dict[str, nn.Module]":
+def _load(names: Sequence[str], pretrained: bool, own: "OwnModels") -> "dict[str, nn.Module]":
     """The models by name; one that is named again gets a number."""
     from armour_surgery.saving.any_model import load_any
 
@@ -115,7 +118,7 @@ def _load(names: Sequence[str], pretrained: bool) -> "dict[str, nn.Module]":
         while label in models:
             number += 1
             label = f"{name} ({number})"
-        models[label], _ = load_any(name, pretrained=pretrained)
+        models[label], _ = load_any(name, pretrained=pretrained, own=own)
     return models
 
 

@@ -1,6 +1,5 @@
 """`armour-surgery convert MODEL`."""
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -11,13 +10,17 @@ import typer
 from armour_surgery.cli.options import (
     AsJson,
     Checkpoint,
+    Example,
     ImgSize,
     InChans,
     Model,
+    ModelKwargs,
     NumClasses,
     Pretrained,
+    Submodule,
     name_for_folder,
     read_model,
+    read_part,
 )
 from armour_surgery.cli.progress import progress_bar
 from armour_surgery.cli.run import command, console_for, print_json
@@ -89,6 +92,9 @@ def convert(
     img_size: ImgSize = None,
     num_classes: NumClasses = None,
     in_chans: InChans = None,
+    model_kwargs: ModelKwargs = None,
+    submodule: Submodule = None,
+    example: Example = None,
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Folder to write. Default: NAME-armour-MODE.", show_default=False),
@@ -109,7 +115,8 @@ def convert(
         from armour_surgery import save
         from armour_surgery.saving.folder import check_output
         from armour_surgery.surgery.order import check_options
-        from armour_surgery.surgery.perform import surgery_of
+        from armour_surgery.surgery.parts import plan_of_whole
+        from armour_surgery.surgery.perform import keep_plan, surgery_of
 
         channels = _rank(rank)
         check_options(mode, init, calib, channels, reconstruct, max_loss)
@@ -121,12 +128,23 @@ def convert(
 
             check_report(report)
         # A plan needs no weights, so none are downloaded for one.
-        host, source = read_model(model, pretrained and not dry_run, checkpoint, img_size, num_classes, in_chans)
-    kind = type(host).__name__
-    options: dict[str, Any] = {"init": init, "include": include, "exclude": exclude, "source": source}
+        given = None if submodule is not None else example
+        whole, source = read_model(
+            model, pretrained and not dry_run, checkpoint, img_size, num_classes, in_chans, model_kwargs, given
+        )
+        host = whole if submodule is None else read_part(whole, submodule, example)
+    kind = type(whole).__name__
+    options: dict[str, Any] = {
+        "init": init,
+        "include": _below(submodule, include),
+        "exclude": _below(submodule, exclude),
+        "source": source,
+    }
     if dry_run:
         with console.status("planning"):
             surgery = plan_conversion(host, mode, rank=None if channels == "auto" else channels, **options)
+        if submodule is not None:
+            surgery = plan_of_whole(whole, {submodule: surgery}, source)
         target = None
     else:
         with progress_bar(console, "rewriting attention") as tell:
@@ -143,9 +161,13 @@ def convert(
                 **options,
             )
         surgery = surgery_of(converted)
+        if submodule is not None:
+            surgery = plan_of_whole(whole, {submodule: surgery}, source)
+            del converted.surgery
+            keep_plan(whole, surgery)
         target = out if out is not None else Path(_default_name(model, surgery))
         with console.status("saving"):
-            save(converted, target)
+            save(whole, target)
     if report is not None:
         folder = str(target) if target is not None else None
         write_html(report, html_report(surgery, model, surgery.sensitivities, surgery.frontier, folder))
@@ -172,6 +194,13 @@ def _rank(given: str | None) -> int | Literal["auto"] | None:
     if not given.isascii() or not given.isdigit():
         raise UsageError(f"--rank {given!r} is neither auto nor a whole number from 1 to key_dim; 48, say")
     return int(given)
+
+
+def _below(submodule: str | None, patterns: list[str] | None) -> list[str] | None:
+    """Patterns of site names as `inspect` shows them, in the names that the submodule's sites have in it."""
+    if submodule is None or patterns is None:
+        return patterns
+    return [pattern.removeprefix(f"{submodule}.") for pattern in patterns]
 
 
 def _default_name(model: str, surgery: "SurgeryPlan") -> str:
@@ -211,6 +240,7 @@ def _tell(console: "Console", model: str, kind: str, surgery: "SurgeryPlan", tar
     from rich.markup import escape
 
     from armour_surgery.cli.tables import cost_table, fidelity_lines, frontier_table, refused_lines
+    from armour_surgery.saving.model_card import how_to_load
 
     verb = "converted" if target is not None else "would be converted"
     total = len(surgery.sites) + len(surgery.refused)
@@ -227,9 +257,8 @@ def _tell(console: "Console", model: str, kind: str, surgery: "SurgeryPlan", tar
     for line in fidelity_lines(surgery):
         console.print(line, markup=False)
     console.print(_advice(surgery), markup=False)
-    # As JSON a string is a string in Python too, whatever the folder is called.
-    load = f"\n    from armour_surgery import load\n    model = load({json.dumps(str(target))})\n"
-    console.print(load, markup=False, soft_wrap=True)
+    for line in ("", *how_to_load(surgery.source, str(target)), ""):
+        console.print(f"    {line}".rstrip(), markup=False, soft_wrap=True)
 
 
 def _advice(surgery: "SurgeryPlan") -> str:

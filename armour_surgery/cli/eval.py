@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from armour_surgery.cli.options import AsJson, Checkpoint, Model, Pretrained
+from armour_surgery.cli.options import AsJson, Checkpoint, Example, Into, Model, Pretrained, own_models
 from armour_surgery.cli.run import command, console_of_first_rank, print_json
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ def evaluate(
         str | None,
         typer.Option("--vs", metavar="MODEL", help="Compare with this one, image by image.", show_default=False),
     ] = None,
+    into: Into = None,
+    example: Example = None,
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = True,
     split: Annotated[
@@ -83,6 +85,7 @@ def evaluate(
             workers=workers,
             pretrained=pretrained,
             checkpoint=checkpoint,
+            own=own_models(into, example),
         )
     with distributed(device) as process, console.status("evaluating"):
         evaluated = run(model, data, process, vs=vs, options=options)

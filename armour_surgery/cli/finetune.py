@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from armour_surgery.cli.options import AsJson, Model, name_for_folder
+from armour_surgery.cli.options import AsJson, Example, Into, Model, name_for_folder, own_models
 from armour_surgery.cli.run import command, console_of_first_rank, print_json
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ def finetune(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: optimizer.lr=1e-4.", show_default=False),
     ] = None,
+    into: Into = None,
+    example: Example = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
     out: Annotated[
         Path | None,
@@ -66,7 +68,17 @@ def finetune(
         from armour_surgery.recover.finetuning import finetune as run
     _announce(console, chosen, recipe, target)
     with distributed(chosen.run.device) as process, _Display(console) as display:
-        done = run(model, chosen, target, process, data=data, teacher=teacher, resume=resume, watch=display.update)
+        done = run(
+            model,
+            chosen,
+            target,
+            process,
+            data=data,
+            teacher=teacher,
+            resume=resume,
+            own=own_models(into, example),
+            watch=display.update,
+        )
     # JSON does not go through the console.
     if console.quiet:
         return

@@ -1,7 +1,7 @@
 """`armour-surgery inspect MODEL`."""
 
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,11 +10,15 @@ import typer
 from armour_surgery.cli.options import (
     AsJson,
     Checkpoint,
+    Example,
     ImgSize,
     InChans,
     Model,
+    ModelKwargs,
     NumClasses,
+    Submodule,
     read_model,
+    read_part,
 )
 from armour_surgery.cli.progress import progress_bar
 from armour_surgery.cli.run import command, console_for, print_json
@@ -55,6 +59,9 @@ def inspect(
     img_size: ImgSize = None,
     num_classes: NumClasses = None,
     in_chans: InChans = None,
+    model_kwargs: ModelKwargs = None,
+    submodule: Submodule = None,
+    example: Example = None,
     as_json: AsJson = False,
 ) -> None:
     """Show every attention of MODEL: its projections and sizes, which modes fit, and why others do not.
@@ -74,10 +81,18 @@ def inspect(
         from armour_surgery import inspect as inspect_model
 
         wanted = calib is not None if pretrained is None else pretrained
-        host, _ = read_model(model, wanted, checkpoint, img_size, num_classes, in_chans)
+        whole = None if submodule is not None else example
+        host, _ = read_model(model, wanted, checkpoint, img_size, num_classes, in_chans, model_kwargs, whole)
+        if submodule is not None:
+            host = read_part(host, submodule, example)
     with console.status("following q, k and v"):
         sites = inspect_model(host)
     measured = _measure(console, host, calib) if calib is not None else []
+    if submodule is not None:
+        from armour_surgery.surgery.parts import name_in_whole
+
+        sites = [replace(site, fqn=name_in_whole(submodule, site.fqn)) for site in sites]
+        measured = [replace(site, fqn=name_in_whole(submodule, site.fqn)) for site in measured]
     if plot is not None:
         from armour_surgery.report.figures import sensitivity_figure
         from armour_surgery.report.style import save_figure
@@ -109,7 +124,12 @@ def inspect(
     if plot is not None:
         console.print(f"Drawn: {plot}", markup=False, soft_wrap=True)
     if any(site.modes for site in sites):
-        console.print(f"\nNext: armour-surgery convert {shlex.quote(model)}", markup=False, soft_wrap=True)
+        given = [model]
+        for option, value in (("--submodule", submodule), ("--example", example)):
+            given += [option, value] if value is not None else []
+        for argument in model_kwargs or ():
+            given += ["--model-kwargs", argument]
+        console.print(f"\nNext: armour-surgery convert {shlex.join(given)}", markup=False, soft_wrap=True)
 
 
 def _measure(console: "Console", model: "nn.Module", calib: str) -> "list[Sensitivity]":

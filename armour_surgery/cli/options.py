@@ -7,28 +7,38 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import nn
 
     from armour_surgery.records import Source
+    from armour_surgery.saving.any_model import OwnModels
 
 __all__ = [
     "AsJson",
     "Checkpoint",
+    "Example",
     "ImgSize",
     "InChans",
+    "Into",
     "Model",
+    "ModelKwargs",
     "NumClasses",
     "Pretrained",
+    "Submodule",
     "name_for_folder",
+    "own_models",
     "read_model",
+    "read_part",
 ]
 
 Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="timm name, timm:NAME, hf-hub:ORG/NAME, local-dir:DIR, hf:ID_OR_DIR, torchvision:NAME; but for inspect "
-        "and convert also a folder saved by this tool.",
+        help="timm name, timm:NAME, hf-hub:ORG/NAME, local-dir:DIR, hf:ID_OR_DIR, torchvision:NAME, or your own "
+        "FILE.py:CALLABLE (a class or a function, called with no arguments); but for inspect and convert also a folder "
+        "saved by this tool.",
         show_default=False,
     ),
 ]
@@ -44,6 +54,43 @@ Pretrained = Annotated[
 ImgSize = Annotated[int | None, typer.Option("--img-size", metavar="N", help="Input height and width.")]
 NumClasses = Annotated[int | None, typer.Option("--num-classes", metavar="N", help="Size of a new head.")]
 InChans = Annotated[int | None, typer.Option("--in-chans", metavar="N", help="Input channels.")]
+ModelKwargs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model-kwargs",
+        metavar="KEY=VALUE",
+        help="An argument of the library's builder (hf: an entry of the config), such as depth=6; any number.",
+        show_default=False,
+    ),
+]
+Example = Annotated[
+    str | None,
+    typer.Option(
+        "--example",
+        metavar="SHAPE",
+        help="What the model takes, where nobody knows that: 1,3,224,224, or 'x=1,3,224,224;ids=1,77:long'.",
+        show_default=False,
+    ),
+]
+Submodule = Annotated[
+    str | None,
+    typer.Option(
+        "--submodule",
+        metavar="FQN",
+        help="Only what is below this module, such as model.vision_tower, which is examined by itself; --example is "
+        "then what it takes.",
+        show_default=False,
+    ),
+]
+Into = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--into",
+        metavar="FILE.py:CALLABLE",
+        help="For a saved folder of your own model: what makes a fresh one, which gets the weights.",
+        show_default=False,
+    ),
+]
 
 
 def read_model(
@@ -53,6 +100,8 @@ def read_model(
     img_size: int | None,
     num_classes: int | None,
     in_chans: int | None,
+    model_kwargs: "Sequence[str] | None" = None,
+    example: str | None = None,
 ) -> "tuple[nn.Module, Source]":
     """Load MODEL; a folder of ours is told from an original.
 
@@ -61,6 +110,8 @@ def read_model(
     """
     from armour_surgery.errors import AlreadyConvertedError
     from armour_surgery.hosts import load_model
+    from armour_surgery.hosts.arguments import read_arguments
+    from armour_surgery.hosts.examples import read_example
     from armour_surgery.saving.folder import is_saved_folder, read_plan
 
     if is_saved_folder(name):
@@ -74,7 +125,43 @@ def read_model(
         img_size=img_size,
         num_classes=num_classes,
         in_chans=in_chans,
+        arguments=read_arguments(model_kwargs or ()),
+        example=read_example(example) if example is not None else (),
     )
+
+
+def read_part(model: "nn.Module", fqn: str, example: str | None) -> "nn.Module":
+    """The module of a model that `--submodule` names, which takes what `--example` says.
+
+    Raises:
+        UsageError: there is no such module; the message lists close names.
+    """
+    import difflib
+
+    from armour_surgery.errors import UsageError
+    from armour_surgery.hosts.examples import keep_example, read_example
+
+    parts = dict(model.named_modules())
+    if not fqn or fqn not in parts:
+        names = [name for name in parts if name]
+        close = (
+            difflib.get_close_matches(fqn, names, n=3, cutoff=0.4) or [name for name in names if "." not in name][:3]
+        )
+        raise UsageError(
+            f"--submodule {fqn!r}: {type(model).__name__} has no such module, but {', '.join(close) or 'none at all'}"
+        )
+    if example is not None:
+        keep_example(parts[fqn], read_example(example))
+    part: nn.Module = parts[fqn]
+    return part
+
+
+def own_models(into: "Sequence[str] | None", example: str | None) -> "OwnModels":
+    """What `--into` and `--example` say."""
+    from armour_surgery.hosts.examples import read_example
+    from armour_surgery.saving.any_model import OwnModels
+
+    return OwnModels(tuple(into or ()), read_example(example) if example is not None else ())
 
 
 def name_for_folder(model: str) -> str:

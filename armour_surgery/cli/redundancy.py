@@ -8,9 +8,11 @@ import typer
 from armour_surgery.cli.options import (
     AsJson,
     Checkpoint,
+    Example,
     ImgSize,
     InChans,
     Model,
+    ModelKwargs,
     NumClasses,
     Pretrained,
     read_model,
@@ -53,6 +55,8 @@ def redundancy(
     img_size: ImgSize = None,
     num_classes: NumClasses = None,
     in_chans: InChans = None,
+    model_kwargs: ModelKwargs = None,
+    example: Example = None,
     as_json: AsJson = False,
 ) -> None:
     """Show how alike the weights of Q, K and V are in every attention of MODEL, and what sharing them costs.
@@ -68,8 +72,10 @@ def redundancy(
     with console.status("loading the model"):
         from armour_surgery.likeness.compare import compare_layers
 
-        host, _ = read_model(model, pretrained, checkpoint, img_size, num_classes, in_chans)
-    if checkpoint is not None:
+        host, source = read_model(model, pretrained, checkpoint, img_size, num_classes, in_chans, model_kwargs, example)
+    if source.library == "own" and checkpoint is None:
+        weights = "own"
+    elif checkpoint is not None:
         weights = str(checkpoint)
     else:
         weights = "pretrained" if pretrained else "random"

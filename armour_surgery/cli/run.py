@@ -3,20 +3,25 @@
 import functools
 import json
 import os
+import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
 from typing import Any, ParamSpec, TextIO
 
 import typer
 from rich.console import Console
 
-from armour_surgery.errors import ArmourError
+from armour_surgery.errors import ArmourError, ExampleInputError
 from armour_surgery.notes import ArmourWarning
 
 __all__ = ["command", "console_for", "console_of_first_rank", "print_json"]
 
 P = ParamSpec("P")
+# Where the JSON document goes while everything else goes to stderr.
+_json_stream: ContextVar[TextIO | None] = ContextVar("_json_stream", default=None)
 
 
 def console_for(as_json: bool) -> Console:
@@ -33,7 +38,21 @@ def console_of_first_rank(as_json: bool) -> Console:
 
 def print_json(document: dict[str, Any]) -> None:
     """One JSON document on stdout, and nothing else."""
-    typer.echo(json.dumps(document, indent=1, allow_nan=False))
+    typer.echo(json.dumps(document, indent=1, allow_nan=False), file=_json_stream.get())
+
+
+@contextmanager
+def _stdout_for_json(as_json: bool) -> Iterator[None]:
+    """While open, whatever else prints to stdout (a user's own model does) prints to stderr."""
+    if not as_json:
+        yield
+        return
+    token = _json_stream.set(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _json_stream.reset(token)
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
@@ -52,11 +71,15 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
                     warnings.simplefilter("ignore")
                 warnings.simplefilter("always", ArmourWarning)
                 warnings.showwarning = _show
-                function(*args, **kwargs)
+                with _stdout_for_json(bool(kwargs.get("as_json"))):
+                    function(*args, **kwargs)
         except (typer.Exit, typer.Abort):
             raise
         except ArmourError as error:
-            raise _failed(str(error), error.exit_code, debug) from error
+            hint = ""
+            if isinstance(error, ExampleInputError) and "example" in kwargs and "--example" not in str(error):
+                hint = " (on the command line: --example 1,3,224,224)"
+            raise _failed(f"{error}{hint}", error.exit_code, debug) from error
         except KeyboardInterrupt as error:
             raise _failed("interrupted; nothing was left half-written", 1, debug) from error
         except MemoryError as error:

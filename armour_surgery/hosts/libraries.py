@@ -10,11 +10,13 @@ from torch import nn
 
 from armour_surgery.records import Source
 
-__all__ = ["LIBRARIES", "Adapter", "Library", "adapter", "library_of"]
+__all__ = ["LIBRARIES", "OWN", "Adapter", "Library", "adapter", "is_users_class", "library_of"]
 
 Library = Literal["transformers", "timm", "torchvision"]
 # transformers first: its TimmWrapper models are transformers' to build, whatever they hold.
 LIBRARIES: tuple[Library, ...] = ("transformers", "timm", "torchvision")
+# The `library` of a Source that none of them can build: only the user has the code.
+OWN = "own"
 
 
 class Adapter(Protocol):
@@ -27,11 +29,15 @@ class Adapter(Protocol):
         """What this version of the library can build without fetching anything."""
 
     def load(
-        self, name: str, *, pretrained: bool, checkpoint: str | Path | None, sizes: Mapping[str, int]
+        self, name: str, *, pretrained: bool, checkpoint: str | Path | None, sizes: Mapping[str, Any]
     ) -> tuple[nn.Module, Source]:
         """The model of that name in the library's own grammar, and how to build it again.
 
-        `sizes` holds those of img_size, num_classes and in_chans that were asked for.
+        `sizes` holds those of img_size, num_classes and in_chans that were asked for, by these names, and whatever
+        else of the builder's arguments (for transformers: of the config) was.
+
+        Raises:
+            UsageError: the builder does not take one of them.
         """
 
     def source_of(self, model: nn.Module, arguments: Mapping[str, Any]) -> Source:
@@ -63,6 +69,11 @@ def library_of(model: nn.Module) -> Library | None:
         if library in sys.modules and adapter(library).owns(model):
             return library
     return None
+
+
+def is_users_class(model: nn.Module) -> bool:
+    """Whether the class of a model is in none of the libraries, though it may derive from one of theirs."""
+    return type(model).__module__.partition(".")[0] not in LIBRARIES
 
 
 def adapter(library: Library) -> Adapter:

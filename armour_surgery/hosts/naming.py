@@ -2,12 +2,21 @@
 
 import difflib
 import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from armour_surgery.errors import ModelError, UnknownModelError, UsageError
-from armour_surgery.hosts.libraries import Library, adapter
+from armour_surgery.errors import FolderError, ModelError, UnknownModelError, UsageError
+from armour_surgery.hosts.arguments import check_arguments, spelled
+from armour_surgery.hosts.building import compared
+from armour_surgery.hosts.checkpoint import Builder, load_checkpoint
+from armour_surgery.hosts.examples import Written, keep_example
+from armour_surgery.hosts.libraries import Library, adapter, is_users_class
+from armour_surgery.hosts.own import is_own, load_own
+from armour_surgery.hosts.weights_file import read_weights
 from armour_surgery.records import Source
 
 __all__ = ["load_model", "suggest"]
@@ -20,7 +29,7 @@ PREFIXES: dict[str, Library] = {
     "hf": "transformers",
     "torchvision": "torchvision",
 }
-GRAMMAR = "NAME or timm:NAME, hf-hub:ORG/NAME, local-dir:DIR, hf:ID_OR_DIR, torchvision:NAME"
+GRAMMAR = "NAME or timm:NAME, hf-hub:ORG/NAME, local-dir:DIR, hf:ID_OR_DIR, torchvision:NAME, FILE.py:CALLABLE"
 
 
 def load_model(
@@ -31,14 +40,19 @@ def load_model(
     img_size: int | None = None,
     num_classes: int | None = None,
     in_chans: int | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    example: Sequence[Written] = (),
 ) -> tuple[nn.Module, Source]:
     """The model that MODEL names, in float32 and eval mode, and how to build it again.
 
     `checkpoint` is a file of weights which replaces the pretrained ones; every key in it has to fit. Weights come from
-    there, from the library's cache, from the hub, or (`pretrained=False`) are random.
+    there, from the library's cache, from the hub, or (`pretrained=False`) are random. A user's own model stays in the
+    type and has the weights that its callable gives it. `arguments` are more of the builder's (for transformers: of the
+    config), and `example` is what the model is to be fed where nobody knows that.
 
     Raises:
-        UsageError: a size is below 1, or the architecture does not take it.
+        UsageError: a size is below 1, the architecture does not take it or one of the arguments, or FILE.py:CALLABLE
+            names what there is not.
         UnknownModelError: no library knows the name; the message suggests up to three.
         HubUnreachableError: config or weights are not on this machine and the hub does not answer.
         CheckpointError: the file is unreadable, could run code, or belongs to another architecture.
@@ -49,14 +63,43 @@ def load_model(
     for option, value in sizes.items():
         if value < 1:
             raise UsageError(f"{option} must be 1 or more, not {value}; see --{option.replace('_', '-')}")
+    for option, value in (arguments or {}).items():
+        if option in sizes:
+            raise UsageError(f"--model-kwargs {option}={value!r} and --{option.replace('_', '-')} say it twice")
+        sizes[option] = value
+    check_arguments(name, sizes)
+    if is_own(name) and name.partition(":")[0] not in PREFIXES:
+        model, source = _own(name, checkpoint, sizes)
+        keep_example(model, example)
+        return model, source
     library, rest = _parse(name)
     try:
-        return adapter(library).load(rest, pretrained=pretrained, checkpoint=checkpoint, sizes=sizes)
+        model, source = adapter(library).load(rest, pretrained=pretrained, checkpoint=checkpoint, sizes=sizes)
     except UnknownModelError as error:
         close = suggest(name)
         if not close:
             raise
         raise UnknownModelError(f"{error}; did you mean {' or '.join(close)}?") from error
+    keep_example(model, example)
+    return model, source
+
+
+def _own(name: str, checkpoint: str | Path | None, arguments: Mapping[str, Any]) -> tuple[nn.Module, Source]:
+    if arguments:
+        option = spelled(next(iter(arguments)))
+        raise UsageError(
+            f"MODEL {name!r} is called with no arguments, so there is nothing that {option} could go to; write a "
+            "function without arguments in the file that passes them"
+        )
+    model, source = load_own(name)
+    if checkpoint is not None:
+        load_checkpoint(model, read_weights(checkpoint), path=checkpoint, builder=Builder(name))
+    if not is_users_class(model):
+        # A function that fills a library's model: what comes of it is loaded without the user's file.
+        with suppress(FolderError):
+            described, difference = compared(model)
+            return model, source if difference else described
+    return model, source
 
 
 def suggest(name: str) -> list[str]:

@@ -9,9 +9,11 @@ from torch import nn
 
 from armour_surgery.calls import run
 from armour_surgery.copies import floating_weight
-from armour_surgery.errors import ExampleInputError, UsageError
-from armour_surgery.examples import arguments_of, part_of
+from armour_surgery.errors import UsageError
+from armour_surgery.examples import arguments_of, part_of, rebuilt
+from armour_surgery.hosts.examples import kept_example, shown_example
 from armour_surgery.hosts.libraries import adapter, library_of
+from armour_surgery.records import SurgeryPlan
 
 __all__ = ["example_input", "features", "head_size", "writing_parts"]
 
@@ -27,36 +29,56 @@ def head_size(model: nn.Module) -> int:
 
 
 def example_input(model: nn.Module, batch_size: int = 2) -> dict[str, torch.Tensor]:
-    """Keyword arguments for `model.forward`: meta tensors of the size that the model was built for.
+    """Keyword arguments for `model.forward`: meta tensors of the size that it was built for, or was said to take.
 
     Whole numbers that say how large images are have their values. For a model that takes images and words, the part of
     it that sees gets them, by names as `examples.py` tells.
 
     Raises:
         UsageError: batch_size is below 1.
-        ExampleInputError: the model is of no known library, or takes something other than images.
+        ExampleInputError: the model is of no known library and does not show what it takes, or it takes something
+            other than images.
     """
     if batch_size < 1:
         raise UsageError(f"batch_size must be 1 or more, not {batch_size}")
-    library = library_of(model)
-    if library is None:
-        raise ExampleInputError(
-            f"{type(model).__module__}.{type(model).__qualname__} is not a model of timm, transformers or torchvision, "
-            "so its input is not known; pass example_input={name: tensor}"
-        )
     # The model may have been cast: images come in the type of its weights, token numbers stay integers.
     weight = floating_weight(model)
     floating = torch.float32 if weight is None else weight.dtype
+    surgery = getattr(model, "surgery", None)
+    if library_of(model) is None and isinstance(surgery, SurgeryPlan) and surgery.example_values:
+        # Numbers that count (which image is where) hold for the images that they were given with.
+        return rebuilt(surgery.example, surgery.example_values, floating)
+    known = _known_inputs(model)
+    images = next((told[0][0] for told in known.values() if isinstance(told, tuple) and told[0]), None)
     inputs = {}
-    for name, told in adapter(library).example(model).items():
+    for name, told in known.items():
         if isinstance(told, torch.Tensor):
             one = told.to(floating) if told.is_floating_point() else told
             inputs[name] = torch.cat([one] * batch_size)
             continue
         shape, dtype = told
         dtype = floating if dtype.is_floating_point else dtype
-        inputs[name] = torch.empty(batch_size, *shape, dtype=dtype, device="meta")
+        # What does not have as many rows as the first input has images is a table, and no batch.
+        sizes = (batch_size, *shape[1:]) if shape and shape[0] == images else shape
+        inputs[name] = torch.empty(sizes, dtype=dtype, device="meta")
     return inputs
+
+
+def _known_inputs(model: nn.Module) -> Mapping[str, torch.Tensor | tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes with the batch first and types, or numbers for one image.
+
+    They are as a user said, else as the library does, else as the model shows.
+    """
+    kept = kept_example(model)
+    if kept is not None:
+        return kept
+    library = library_of(model)
+    if library is None:
+        return shown_example(model)
+    known: dict[str, torch.Tensor | tuple[tuple[int, ...], torch.dtype]] = {}
+    for name, told in adapter(library).example(model).items():
+        known[name] = told if isinstance(told, torch.Tensor) else ((1, *told[0]), told[1])
+    return known
 
 
 def writing_parts(model: nn.Module) -> list[str]:

@@ -13,6 +13,7 @@ from timm.models import get_pretrained_cfg, is_model, is_model_pretrained, split
 from torch import nn
 
 from armour_surgery.errors import CheckpointError, ModelError, SchemaError, UnknownModelError, UsageError
+from armour_surgery.hosts.arguments import refuse_forbidden, spelled
 from armour_surgery.hosts.checkpoint import Builder, load_checkpoint, odd_kinds
 from armour_surgery.hosts.hub import cached_folder, hub_or_cache, quiet, require_url, unreachable
 from armour_surgery.hosts.untrusted import refuse_reaching
@@ -66,12 +67,13 @@ def known_names() -> list[str]:
 
 
 def load(
-    name: str, *, pretrained: bool, checkpoint: str | Path | None, sizes: Mapping[str, int]
+    name: str, *, pretrained: bool, checkpoint: str | Path | None, sizes: Mapping[str, Any]
 ) -> tuple[nn.Module, Source]:
     """A model of timm's own grammar: NAME, NAME.TAG, hf-hub:ORG/NAME or local-dir:DIR.
 
-    `sizes` holds those of img_size, num_classes and in_chans that were asked for.
+    `sizes` holds what was asked for of img_size, num_classes, in_chans and other arguments of the builder.
     """
+    refuse_forbidden(name, sizes, FORBIDDEN)
     weights = read_weights(checkpoint) if checkpoint is not None else None
     pretrained = pretrained and weights is None
     # Of a folder before timm reads it, which has no bounds; of the hub's files once they are here.
@@ -204,7 +206,7 @@ def _require_folder(folder: str) -> None:
         )
 
 
-def _create_from_hub(name: str, repo: str, pretrained: bool, sizes: Mapping[str, int]) -> nn.Module:
+def _create_from_hub(name: str, repo: str, pretrained: bool, sizes: Mapping[str, Any]) -> nn.Module:
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     with hub_or_cache(repo) as answers:
@@ -221,7 +223,7 @@ def _create_from_hub(name: str, repo: str, pretrained: bool, sizes: Mapping[str,
             raise
 
 
-def _create_registered(name: str, repo: str, pretrained: bool, sizes: Mapping[str, int]) -> nn.Module:
+def _create_registered(name: str, repo: str, pretrained: bool, sizes: Mapping[str, Any]) -> nn.Module:
     if not repo:
         return _create(name, pretrained, sizes)
     with hub_or_cache(repo.partition("@")[0]) as answers:
@@ -235,7 +237,7 @@ def _create_registered(name: str, repo: str, pretrained: bool, sizes: Mapping[st
             raise
 
 
-def _create(name: str, pretrained: bool, sizes: Mapping[str, int]) -> nn.Module:
+def _create(name: str, pretrained: bool, sizes: Mapping[str, Any]) -> nn.Module:
     try:
         with quiet():
             model: nn.Module = timm.create_model(name, pretrained=pretrained, **sizes)
@@ -244,7 +246,7 @@ def _create(name: str, pretrained: bool, sizes: Mapping[str, int]) -> nn.Module:
         # timm's builders pass on what they are given, so the error comes from the constructor and names its argument.
         for option in sizes:
             if isinstance(error, TypeError) and f"'{option}'" in text:
-                raise UsageError(f"{name} takes no {option}; leave --{option.replace('_', '-')} out") from error
+                raise UsageError(f"{name} takes no {option}; leave {spelled(option)} out") from error
         if "size mismatch" in text and "img_size" in sizes:
             raise UsageError(
                 f"the pretrained weights of {name} do not fit img_size={sizes['img_size']}; leave --img-size out, or "

@@ -11,6 +11,7 @@ from torch import nn
 from torchvision.models import get_model, get_model_builder, get_model_weights, list_models
 
 from armour_surgery.errors import ModelError, SchemaError, UnknownModelError, UsageError
+from armour_surgery.hosts.arguments import refuse_forbidden, spelled
 from armour_surgery.hosts.checkpoint import Builder, load_checkpoint
 from armour_surgery.hosts.hub import offline, quiet, require_url, unreachable
 from armour_surgery.hosts.skeleton import first_difference, meta_parameters
@@ -41,26 +42,25 @@ def known_names() -> list[str]:
 
 
 def load(
-    name: str, *, pretrained: bool, checkpoint: str | Path | None, sizes: Mapping[str, int]
+    name: str, *, pretrained: bool, checkpoint: str | Path | None, sizes: Mapping[str, Any]
 ) -> tuple[nn.Module, Source]:
-    """A registered model. `sizes` holds those of img_size, num_classes and in_chans that were asked for."""
+    """A registered model. `sizes` holds what was asked for of img_size, num_classes and other builder's arguments."""
     typed = f"torchvision:{name}"
     if name not in list_models():
         raise UnknownModelError(f"torchvision {torchvision.__version__} has no model {name!r}")
     if "in_chans" in sizes:
         raise UsageError(f"torchvision's {name} takes no in_chans; leave --in-chans out, or use a timm model")
+    refuse_forbidden(typed, sizes, FORBIDDEN)
     file_weights = read_weights(checkpoint) if checkpoint is not None else None
     arguments = {ARGUMENT_NAMES.get(option, option): value for option, value in sizes.items()}
     try:
         with quiet():
             model = _make(name, arguments)
-    except TypeError as error:
+    except Exception as error:
         # The builders pass on what they are given, so the error comes from the constructor and names its argument.
         for option in sizes:
-            if f"'{ARGUMENT_NAMES.get(option, option)}'" in str(error):
-                raise UsageError(
-                    f"torchvision's {name} takes no {option}; leave --{option.replace('_', '-')} out"
-                ) from error
+            if isinstance(error, TypeError) and f"'{ARGUMENT_NAMES.get(option, option)}'" in str(error):
+                raise UsageError(f"torchvision's {name} takes no {option}; leave {spelled(option)} out") from error
         raise ModelError(f"torchvision could not make {name} with {arguments}: {error}") from error
     if file_weights is not None:
         load_checkpoint(model, file_weights, path=checkpoint or "", builder=Builder(typed, ("num_classes",)))
@@ -139,7 +139,7 @@ def _read_off(model: nn.Module) -> dict[str, Any]:
     return arguments
 
 
-def _load_published(model: nn.Module, name: str, sizes: Mapping[str, int]) -> None:
+def _load_published(model: nn.Module, name: str, sizes: Mapping[str, Any]) -> None:
     typed = f"torchvision:{name}"
     published = get_model_weights(name)
     if not list(published):

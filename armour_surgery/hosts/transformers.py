@@ -20,6 +20,7 @@ from armour_surgery.errors import (
     UnknownModelError,
     UsageError,
 )
+from armour_surgery.hosts.arguments import OPTIONS, spelled
 from armour_surgery.hosts.checkpoint import Selection, announce
 from armour_surgery.hosts.hub import hub_or_cache, offline, quiet, unreachable
 from armour_surgery.hosts.transformers_inputs import example
@@ -30,6 +31,8 @@ from armour_surgery.records import Source
 
 __all__ = ["build", "example", "known_names", "load", "mark_config", "owns", "source_of"]
 
+# What timm and this tool call an entry of a config.
+ENTRIES = {"img_size": "image_size", "in_chans": "num_channels"}
 # Keys of a config that say where this copy came from.
 VOLATILE = ("_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype")
 # Other names can mean kernels that are downloaded.
@@ -48,11 +51,11 @@ def known_names() -> list[str]:
 
 
 def load(
-    name: str, *, pretrained: bool, checkpoint: str | Path | None, sizes: Mapping[str, int]
+    name: str, *, pretrained: bool, checkpoint: str | Path | None, sizes: Mapping[str, Any]
 ) -> tuple[nn.Module, Source]:
     """A hub id, a folder, or (without weights) a model type.
 
-    `sizes` holds those of img_size, num_classes and in_chans that were asked for.
+    `sizes` holds what was asked for of img_size, num_classes, in_chans and entries of the config.
     """
     tables = read_weights(checkpoint) if checkpoint is not None else None
     pretrained = pretrained and tables is None
@@ -177,15 +180,14 @@ def _require_files(folder: str, pretrained: bool) -> None:
         )
 
 
-def _described(name: str, sizes: Mapping[str, int]) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+def _described(name: str, sizes: Mapping[str, Any]) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
     """The config of a folder, a hub id or a model type, with the sizes that were asked for, and the class for it."""
     if not Path(name).is_dir() and name in CONFIG_MAPPING:
         config: PreTrainedConfig = CONFIG_MAPPING[name]()
     else:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     cls = _class_for(config, name, "num_classes" in sizes)
-    _apply(config, name, sizes)
-    return config, cls
+    return _applied(config, name, sizes), cls
 
 
 def _class_for(config: PreTrainedConfig, name: str, classify: bool) -> type[PreTrainedModel]:
@@ -209,16 +211,32 @@ def _class_for(config: PreTrainedConfig, name: str, classify: bool) -> type[PreT
     raise ModelError(f"hf:{name} has the type {config.model_type!r}, for which transformers has no model class")
 
 
-def _apply(config: PreTrainedConfig, name: str, sizes: Mapping[str, int]) -> None:
-    vision = getattr(config, "vision_config", None) or config
-    for option, key in (("img_size", "image_size"), ("in_chans", "num_channels")):
-        if option not in sizes:
+def _applied(config: PreTrainedConfig, name: str, sizes: Mapping[str, Any]) -> PreTrainedConfig:
+    """The config with what was asked for, as `load` has it."""
+    others = {key: value for key, value in sizes.items() if key not in OPTIONS and key in config.to_dict()}
+    # Made anew, for a config computes some of its entries from others.
+    if others and not Path(name).is_dir() and name in CONFIG_MAPPING:
+        config = type(config)(**others)
+    elif others:
+        made: PreTrainedConfig = type(config).from_dict({**_entries(config), **others})
+        for origin in ("_name_or_path", "_commit_hash"):
+            if hasattr(config, origin):
+                setattr(made, origin, getattr(config, origin))
+        config = made
+    vision: Any = getattr(config, "vision_config", None) or config
+    for option in sizes:
+        key = ENTRIES.get(option, option)
+        if option in others:
             continue
-        if not hasattr(vision, key):
-            raise UsageError(f"hf:{name} takes no {option}; leave --{option.replace('_', '-')} out")
-        setattr(vision, key, sizes[option])
-    if "num_classes" in sizes and config.num_labels != sizes["num_classes"]:
-        config.num_labels = sizes["num_classes"]
+        if option == "num_classes":
+            if config.num_labels != sizes[option]:
+                config.num_labels = sizes[option]
+        elif key in vision.to_dict():
+            setattr(vision, key, sizes[option])
+        else:
+            advice = "use --num-classes" if key == "num_labels" else f"leave {spelled(option)} out"
+            raise UsageError(f"hf:{name} takes no {option}: the config of its type has no {key}; {advice}")
+    return config
 
 
 def _failed(name: str, pretrained: bool, answers: bool, error: Exception) -> ModelError:
@@ -253,7 +271,11 @@ def _entries(config: PreTrainedConfig) -> dict[str, Any]:
 
 def _comparable(entries: Any) -> Any:
     if isinstance(entries, Mapping):
-        return {str(key): _comparable(value) for key, value in entries.items() if key not in VOLATILE}
+        comparable = {str(key): _comparable(value) for key, value in entries.items() if key not in VOLATILE}
+        if isinstance(kind := comparable.get("model_type"), str):
+            # A part that was converted by itself has the mark of `mark_config`, and is to be built as what it was.
+            comparable["model_type"] = kind.removeprefix("armour_")
+        return comparable
     if isinstance(entries, (list, tuple)):
         return [_comparable(value) for value in entries]
     return json.loads(json.dumps(entries))
@@ -271,8 +293,12 @@ def mark_config(model: nn.Module) -> None:
     """
     config: Any = model.config
     kind = type(config)
+    if kind in _ARMOUR_CONFIGS.values():
+        return  # a model and a part of it that was converted may hold one config
     if kind not in _ARMOUR_CONFIGS:
         members = {"model_type": f"armour_{kind.model_type}", "__module__": kind.__module__}
         _ARMOUR_CONFIGS[kind] = type(f"Armour{kind.__name__}", (kind,), members)
     # Whoever holds this config (each submodule does) has to see the change; a new object would reach only one of them.
     object.__setattr__(config, "__class__", _ARMOUR_CONFIGS[kind])
+    # A config that was read from JSON has the type on itself as well, where it would hide that of its class.
+    vars(config).pop("model_type", None)

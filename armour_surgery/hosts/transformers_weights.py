@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 from armour_surgery.errors import CheckpointError, UsageError
+from armour_surgery.hosts.arguments import spelled
 from armour_surgery.hosts.checkpoint import (
     Builder,
     Difference,
@@ -37,7 +38,7 @@ WEIGHT_FILES = (
 
 
 def load_published(
-    cls: type[PreTrainedModel], config: PreTrainedConfig, name: str, sizes: Mapping[str, int]
+    cls: type[PreTrainedModel], config: PreTrainedConfig, name: str, sizes: Mapping[str, Any]
 ) -> nn.Module:
     """The model with the weights of its folder, or of the hub.
 
@@ -64,11 +65,11 @@ def load_published(
         body = f"{model.base_model_prefix}."
         missing = {key for key in missing if key.startswith(body)}
         wrong = {key: shapes for key, shapes in wrong.items() if key.startswith(body)}
-    changed = [option for option in ("img_size", "in_chans") if option in sizes]
+    changed = [option for option in sizes if option != "num_classes"]
     if wrong and changed:
         raise UsageError(
             f"the pretrained weights of hf:{name} do not fit {changed[0]}={sizes[changed[0]]} ({sorted(wrong)[0]} "
-            f"has another shape); leave --{changed[0].replace('_', '-')} out, or pass --no-pretrained"
+            f"has another shape); leave {spelled(changed[0])} out, or pass --no-pretrained"
         )
     if difference := Difference(missing, left_over, wrong):
         # No option helps: a head that is asked for starts with random weights.

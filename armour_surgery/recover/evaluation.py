@@ -18,14 +18,17 @@ from armour_surgery.recover.loading import evaluation_batches
 from armour_surgery.recover.recipe import DataPart
 from armour_surgery.recover.splits import adapted_preprocessing
 from armour_surgery.recover.student import Runner, evaluating
-from armour_surgery.saving.any_model import load_any
+from armour_surgery.saving.any_model import NOTHING_SAID, OwnModels, load_any
 
 __all__ = ["Evaluated", "Options", "evaluate"]
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to evaluate: which split, what to change about the model's preprocessing, what else to count or draw."""
+    """How to evaluate: which split, what to change about the model's preprocessing, what else to count or draw.
+
+    `own` says what makes and feeds models of no library.
+    """
 
     split: str | None = None
     crop_pct: float | None = None
@@ -37,6 +40,7 @@ class Options:
     workers: int = 0
     pretrained: bool = True
     checkpoint: Path | None = None
+    own: OwnModels = NOTHING_SAID
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def evaluate(
 
 def _evaluate(name: str, data: str, process: Process, options: Options) -> tuple[Choices, Evaluated]:
     """What one model chose in this process, and how right it was in all of them."""
-    model, _ = load_any(name, pretrained=options.pretrained, checkpoint=options.checkpoint)
+    model, _ = load_any(name, pretrained=options.pretrained, checkpoint=options.checkpoint, own=options.own)
     part = DataPart(crop_pct=options.crop_pct, mean=options.mean, std=options.std)
     prep = adapted_preprocessing(preprocessing(model), part)
     opened = open_stream(data, "val", named_split=options.split, batch_size=options.batch_size, seed=0)

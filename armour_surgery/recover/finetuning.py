@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from armour_surgery.copies import full_copy
 from armour_surgery.errors import ResumeError, UsageError
+from armour_surgery.hosts.own import is_own
 from armour_surgery.hosts.preprocessing import Preprocessing, preprocessing
 from armour_surgery.hosts.running import head_size
 from armour_surgery.images.sources import Pictures, Stream, check_labels
@@ -31,7 +32,7 @@ from armour_surgery.recover.teacher import Teacher, find_teacher
 from armour_surgery.recover.timm_parts import build_untrained, set_drop_path, training_transform
 from armour_surgery.recover.trainer import Judge, Outcome, Task, Watch, train
 from armour_surgery.recover.training_folder import check_saveable, open_folder, write_result
-from armour_surgery.saving.any_model import load_any
+from armour_surgery.saving.any_model import NOTHING_SAID, OwnModels, load_any
 from armour_surgery.saving.folder import check_output, is_saved_folder
 from armour_surgery.surgery.conversion import convert
 
@@ -58,6 +59,7 @@ def finetune(
     data: str | None = None,
     teacher: str | nn.Module | None = None,
     resume: bool = False,
+    own: OwnModels = NOTHING_SAID,
     watch: Watch | None = None,
 ) -> Finetuned:
     """Train a model by a recipe, and save what is kept to `out`.
@@ -68,6 +70,7 @@ def finetune(
         teacher: MODEL or a module; without it the recipe's, and without that the model that the student was
             converted from.
         resume: go on from the checkpoint in `out`.
+        own: what makes and feeds models of no library.
 
     Raises:
         ArmourError: see `recover.trainer.train`; and whatever loading, converting and saving raise.
@@ -75,11 +78,11 @@ def finetune(
     _check_folder(out, resume)
     # Before the first process writes, all have to have looked.
     process.wait()
-    student = _make_student(model, recipe)
+    student = _make_student(model, recipe, own)
     surgery: SurgeryPlan | None = getattr(student, "surgery", None)
     check_saveable(student)
-    own = preprocessing(student)
-    prep = adapted_preprocessing(own, recipe.data)
+    usual = preprocessing(student)
+    prep = adapted_preprocessing(usual, recipe.data)
     given = data or recipe.data.source
     if given is None:
         raise UsageError("this recipe needs images; name them with --data")
@@ -88,7 +91,7 @@ def finetune(
     for pictures in (training, judged):
         if recipe.labelled and isinstance(pictures, Pictures):
             check_labels(pictures, classes)
-    guide = find_teacher(student, surgery, recipe, own, prep, teacher)
+    guide = find_teacher(student, surgery, recipe, usual, prep, teacher, own)
     if process.first:
         open_folder(out, recipe)
     process.wait()
@@ -115,7 +118,7 @@ def finetune(
     return Finetuned(outcome, out, judged_on)
 
 
-def _make_student(model: str | nn.Module, recipe: Recipe) -> nn.Module:
+def _make_student(model: str | nn.Module, recipe: Recipe, own: OwnModels) -> nn.Module:
     """The model to train, converted if the recipe says so."""
     part, source = recipe.model, None
     torch.manual_seed(recipe.seed)  # random weights are the same in every process
@@ -126,10 +129,15 @@ def _make_student(model: str | nn.Module, recipe: Recipe) -> nn.Module:
                 f"{f' ({recipe.written_for})' if recipe.written_for else ''}, or keep the weights with --set "
                 "model.start=weights --set model.args={}"
             )
+        if part.args and is_own(model):
+            raise UsageError(
+                f"this recipe has arguments for a builder of timm, and {model} is called with none; leave them out "
+                "with --set model.args={}"
+            )
         if part.args:
             model = build_untrained(model.removeprefix("timm:"), part.args)
         else:
-            model, source = load_any(model, pretrained=part.start == "weights")
+            model, source = load_any(model, pretrained=part.start == "weights", own=own)
     if part.mode is None:
         return model
     surgery = getattr(model, "surgery", None)

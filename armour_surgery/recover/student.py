@@ -1,5 +1,6 @@
 """One way to run the models of all libraries: images in; logits, final features and what sites compute out."""
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -36,7 +37,17 @@ class Runner(nn.Module):
         self.model = model
         self.two_heads = two_heads
         example = hosts.example_input(model)
-        self.argument = next(name for name, value in example.items() if value.is_floating_point() and value.ndim == 4)
+        images = [name for name, value in example.items() if value.is_floating_point() and value.ndim == 4]
+        parameters = inspect.signature(model.forward).parameters
+        others = [
+            name for name in example if name in parameters and parameters[name].default is inspect.Parameter.empty
+        ]
+        if not images or others not in ([], images[:1]):
+            raise UsageError(
+                f"{type(model).__name__} takes {', '.join(example)}, and can be trained and evaluated here only if it "
+                "takes images [B, C, H, W] alone"
+            )
+        self.argument = images[0]
 
     def forward(self, images: Tensor, want_features: bool = False) -> Outputs:
         """Run the model, in whatever mode it is in."""
@@ -57,7 +68,7 @@ class Runner(nn.Module):
         """Keep what those modules give, in `seen`, until the handles are removed.
 
         Raises:
-            TeacherError: there is no such module.
+            TeacherError: there is no such module, or it computes nothing (a ModuleList).
         """
         modules = dict(self.model.named_modules())
         handles = []
@@ -66,6 +77,12 @@ class Runner(nn.Module):
                 raise TeacherError(
                     f"{type(self.model).__name__} has no module {fqn!r}, so what it computes there cannot be compared; "
                     "name the original as --teacher, or set loss.attention=0 and loss.blocks=0"
+                )
+            if type(modules[fqn]).forward is nn.Module.forward:
+                raise TeacherError(
+                    f"the attention of {type(self.model).__name__} lies in {fqn}, a {type(modules[fqn]).__name__} that "
+                    "is never called, so there are no blocks to compare; compare the attention itself: set "
+                    "loss.blocks=0, loss.local=false and loss.attention=1"
                 )
 
             def keep(_: nn.Module, args: Any, output: Any, fqn: str = fqn) -> None:

@@ -11,7 +11,7 @@ from armour_surgery.hosts.preprocessing import Preprocessing, preprocessing
 from armour_surgery.records import SurgeryPlan
 from armour_surgery.recover.recipe import Recipe
 from armour_surgery.recover.student import Outputs, Runner
-from armour_surgery.saving.any_model import load_any
+from armour_surgery.saving.any_model import NOTHING_SAID, OwnModels, load_any
 
 __all__ = ["Teacher", "find_teacher"]
 
@@ -49,10 +49,12 @@ def find_teacher(
     own: Preprocessing,
     prep: Preprocessing,
     given: str | nn.Module | None,
+    models: OwnModels = NOTHING_SAID,
 ) -> Teacher | None:
     """The teacher that was given, the recipe's, or the original; None where nothing asks for one.
 
     `own` is the student's preprocessing by itself, `prep` with what the recipe changes: what images come in.
+    `models` is about a teacher of no library.
 
     Raises:
         UsageError: one was given, and the recipe does not ask for any.
@@ -66,7 +68,7 @@ def find_teacher(
     if isinstance(named, nn.Module):
         model = named
     elif named is not None:
-        model, _ = load_any(named)
+        model, _ = load_any(named, own=models)
     else:
         model = _original(student, surgery)
     theirs = preprocessing(model)
@@ -88,6 +90,12 @@ def _original(student: nn.Module, surgery: SurgeryPlan | None) -> nn.Module:
     if surgery is None or surgery.source is None:
         raise TeacherError(f"nobody knows which model {type(student).__name__} was converted from; {advice}")
     source = surgery.source
+    if source.library == hosts.OWN:
+        # Nothing that a folder names is called by itself: it may come from anywhere.
+        raise TeacherError(
+            f"the original, {source.name}, is of no library, and only you can make it with its weights; name what "
+            "does with --teacher FILE.py:CALLABLE"
+        )
     if source.name == "digits_vit":
         from armour_surgery.demo.digits_vit import load_digits_vit
 

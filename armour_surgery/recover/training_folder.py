@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from armour_surgery import hosts
-from armour_surgery.errors import UsageError
+from armour_surgery.errors import FolderError, UsageError
 from armour_surgery.hosts.preprocessing import Preprocessing, preprocessing
+from armour_surgery.records import SurgeryPlan
 from armour_surgery.recover.log import write_text
 from armour_surgery.recover.recipe import Recipe
 from armour_surgery.recover.recipe_files import to_yaml
@@ -35,6 +36,12 @@ def check_saveable(model: nn.Module) -> None:
             f"{type(model).__name__} is not converted, and of such models only timm's and transformers' can be saved; "
             "convert it first, or set model.mode=auto"
         )
+    if not hasattr(model, "surgery") and hosts.library_of(model) == "timm":
+        try:
+            hosts.outline(model, {})
+        except FolderError as error:
+            # A user's own class that derives from one of timm's.
+            raise UsageError(f"{error}; or convert it first, or set model.mode=auto") from error
 
 
 def open_folder(out: Path, recipe: Recipe) -> None:
@@ -71,7 +78,10 @@ def write_result(
         "seconds": round(outcome.seconds, 1),
         "unreadable": len(outcome.broken),
     }
-    library, surgery = hosts.library_of(model), getattr(model, "surgery", None)
+    library: str | None = hosts.library_of(model)
+    surgery: SurgeryPlan | None = getattr(model, "surgery", None)
+    if surgery is not None and (surgery.source is None or surgery.source.library == hosts.OWN):
+        library = None  # a user's own class, though it may derive from one of timm's
     # transformers keeps what it wants done to images in a file of its own, which is not the model's to write.
     overlay = _data_config(model, prep) if library == "timm" else {}
     if surgery is not None:

@@ -102,7 +102,10 @@ def _check_plan(surgery: SurgeryPlan) -> None:
     Raises:
         ValueError: an example that cannot be, or a site that is named twice.
     """
-    for name, shape, dtype in surgery.example:
+    examples = [*surgery.example]
+    for part in surgery.parts:
+        examples += part.example
+    for name, shape, dtype in examples:
         # The example is run, on the meta device, and torch itself stops at sizes beyond what fits an integer.
         if len(shape) > MOST_DIMENSIONS or min(shape, default=1) <= 0 or math.prod(shape) > 2**31:
             raise ValueError(f"an example {name!r} of shape {shape} is not possible")
@@ -110,6 +113,8 @@ def _check_plan(surgery: SurgeryPlan) -> None:
             raise ValueError(f"example type {dtype!r} is unknown")
     try:
         rebuilt(surgery.example, surgery.example_values, torch.float32)
+        for part in surgery.parts:
+            rebuilt(part.example, part.example_values, torch.float32)
     except (AttributeError, RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(f"the numbers of its example do not fit their shapes ({error})") from error
     for name, times in Counter(site.fqn for site in surgery.sites).items():

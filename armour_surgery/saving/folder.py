@@ -20,18 +20,20 @@ from safetensors.torch import save_file
 from torch import nn
 
 from armour_surgery import hosts
+from armour_surgery.copies import meta_copy
 from armour_surgery.errors import (
     ArmourError,
     CorruptFileError,
     FolderError,
-    KeyMismatchError,
     NotOursError,
     SchemaError,
+    UsageError,
 )
 from armour_surgery.hosts.limits import Limits
 from armour_surgery.hosts.skeleton import changed_attributes, first_difference
 from armour_surgery.records import Source, SurgeryPlan
 from armour_surgery.saving.document import LARGEST, SCHEMA_VERSION, TOOL, Document, read_document
+from armour_surgery.saving.filling import fill
 from armour_surgery.saving.model_card import model_card
 from armour_surgery.saving.replay import replay
 from armour_surgery.saving.staging import (
@@ -47,7 +49,7 @@ from armour_surgery.saving.staging import (
     written_aside,
 )
 from armour_surgery.surgery.perform import surgery_of
-from armour_surgery.surgery.targets import refuse_deployed
+from armour_surgery.surgery.targets import refuse_converted, refuse_deployed
 
 __all__ = ["TRAINING", "check_output", "is_saved_folder", "load", "read_plan", "save"]
 
@@ -92,6 +94,9 @@ def check_output(path: str | Path) -> None:
 def save(model: nn.Module, path: str | Path, *, model_args: Mapping[str, Any] | None = None) -> Path:
     """Write a converted model to a folder; `load` gives back a model with bit-identical outputs.
 
+    Modules inside of a model that were converted by themselves and put back are saved with it. A model of no library
+    is saved too; `load` then wants a fresh one to do the surgery on (`into=`).
+
     The folder appears whole or not at all: it is written beside its place and renamed. A folder of ours that is there
     already is replaced, and keeps what else lies in it.
 
@@ -101,13 +106,14 @@ def save(model: nn.Module, path: str | Path, *, model_args: Mapping[str, Any] | 
             entries of transformers).
 
     Raises:
-        UsageError: the model is not converted, or a wrapper is around it.
+        UsageError: the model is not converted, or a wrapper is around it; or `model_args` for a model of no library.
         AlreadyDeployedError: it is deployed; save it first, and deploy it after loading.
         FolderError: it cannot be rebuilt from its library (the message says what differs), or could not be written.
         NotOursError: `path` exists and is not ours.
     """
     hosts.refuse_wrapped(model)
-    refuse_deployed(model)
+    for module in model.modules():
+        refuse_deployed(module)  # a part of it may be
     surgery = surgery_of(model)
     target = Path(path)
     check_output(target)
@@ -142,34 +148,62 @@ def save(model: nn.Module, path: str | Path, *, model_args: Mapping[str, Any] | 
     return target
 
 
-def load(path: str | Path) -> nn.Module:
+def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
     """Rebuild a saved model, in eval mode, with bit-identical outputs.
 
+    Args:
+        path: a folder that `save` wrote.
+        into: a fresh model of the class that was converted, built as it was then; a model of no library needs it. The
+            surgery is done again on it, in place, and it gets the weights; where anything does not fit, it stays as it
+            was.
+
     Raises:
-        SchemaError: no such folder, or `surgery.json` is unreadable, of another schema, or names what it must not.
+        SchemaError: no such folder, or `surgery.json` is unreadable, of another schema, names what it must not, or
+            does not fit `into`.
         CorruptFileError: the weights are truncated or were changed after saving.
         KeyMismatchError: tensors are missing, left over, of the wrong shape or of another kind of numbers.
-        FolderError: there is a link among the unfinished files in it, or somebody writes to it all the time.
+        FolderError: no library builds the model and `into` is missing; or there is a link among the unfinished files
+            in it, or somebody writes to it all the time.
+        UsageError: `into` is wrapped; AlreadyConvertedError: it is converted.
     """
     folder = Path(path)
-    document, weights, tensors = _read_whole(folder)
-    surgery = document.plan
-    if surgery.source is None:
+    if into is not None:
+        if not isinstance(into, nn.Module):
+            raise UsageError(f"into is {into!r}, and has to be a model: a fresh one, such as MyViT()")
+        hosts.refuse_wrapped(into)
+        refuse_converted(into)
+    document, tensors = _read_whole(folder)
+    source = document.plan.source
+    if source is None:
         raise SchemaError(f"{folder / PLAN} does not say how to build the model: its source is missing")
+    if into is None and source.library == hosts.OWN:
+        raise FolderError(
+            f"{folder} holds a {source.architecture} ({source.name}), which no library can build: pass a fresh one, "
+            f"load({str(path)!r}, into={source.architecture}()), or --into FILE.py:CALLABLE on the command line"
+        )
     limits = Limits(sum(tensor.numel() for tensor in tensors.values()), len(tensors) + len(document.tied))
+    blame = f"it does not belong to this {PLAN}"
+    if into is not None:
+        blame = f"pass as into a model like the one that was saved, {source.name}, built with the same arguments"
+        # Tried out on a copy, so that what does not fit leaves the caller's model as it was.
+        copied = meta_copy(into, buffers=False)
+        fill(_replayed(copied, document.plan, folder, limits), tensors, document, folder, blame)
+    model = _replayed(into if into is not None else source, document.plan, folder, limits)
+    fill(model, tensors, document, folder, blame)
+    return model.eval()
+
+
+def _replayed(host: nn.Module | Source, surgery: SurgeryPlan, folder: Path, limits: Limits) -> nn.Module:
+    """A host, or one that is built, with the surgery done again."""
+    given = isinstance(host, nn.Module)
     try:
         with limits.in_time():
-            model = replay(hosts.build(surgery.source, limits), surgery)
+            return replay(host if isinstance(host, nn.Module) else hosts.build(host, limits), surgery)
     except Exception as error:
         # Whatever a plan that was edited makes a host or torch run into, it is the plan that is wrong.
         kind = "" if isinstance(error, ArmourError) else f"{type(error).__name__}: "
-        raise SchemaError(f"{folder / PLAN} does not fit its own model: {kind}{error}") from error
-    _fill(model, tensors, document.tied, weights)
-    _cast_buffers(model, document.buffer_dtypes, folder)
-    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
-    if left:
-        raise KeyMismatchError(f"{weights} leaves {left[0]} and {len(left) - 1} more tensors of the model empty")
-    return model.eval()
+        whose = f"the {type(host).__name__} that was passed as into" if given else "its own model"
+        raise SchemaError(f"{folder / PLAN} does not fit {whose}: {kind}{error}") from error
 
 
 def read_plan(path: str | Path) -> SurgeryPlan:
@@ -183,6 +217,10 @@ def read_plan(path: str | Path) -> SurgeryPlan:
 
 def _rebuildable(model: nn.Module, surgery: SurgeryPlan, model_args: dict[str, Any]) -> Source:
     """A source from which the host is rebuilt, and after the surgery equals the model in all but weights."""
+    if surgery.source is not None and surgery.source.library == hosts.OWN:
+        return _own(model, model_args, surgery.source)
+    if hosts.library_of(model) is None:
+        return _own(model, model_args, hosts.source_of_own(model))
     candidates: list[Source] = []
     base: dict[str, Any] = {}
     if surgery.source is not None:
@@ -193,6 +231,8 @@ def _rebuildable(model: nn.Module, surgery: SurgeryPlan, model_args: dict[str, A
         candidates.append(hosts.outline(model, model_args))
         candidates.append(hosts.outline(model, {**base, **model_args}))
     except FolderError as error:
+        if not candidates and hosts.is_users_class(model):
+            return _own(model, model_args, hosts.source_of_own(model))
         if not candidates:
             raise FolderError(
                 f"{error}; a saved folder could not build it again. Save its state_dict instead"
@@ -212,10 +252,22 @@ def _rebuildable(model: nn.Module, surgery: SurgeryPlan, model_args: dict[str, A
         if difference is None:
             return replace(candidate, attributes=changed_attributes(built, model))
         problem = problem or difference
+    if hosts.is_users_class(model):
+        return _own(model, model_args, hosts.source_of_own(model))
     raise FolderError(
         f"{type(model).__name__} could not be rebuilt from its library: {problem}. Pass model_args={{...}}: the "
         "arguments that the model was built with; if it was changed after that, keep its state_dict()"
     )
+
+
+def _own(model: nn.Module, model_args: dict[str, Any], source: Source) -> Source:
+    """What a folder says of a model that only its user can build."""
+    if model_args:
+        raise UsageError(
+            f"model_args are for the builder of a library, and {type(model).__name__} is of none; leave them out: "
+            "load(path, into=...) takes a fresh model, built with whatever arguments"
+        )
+    return source
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -246,18 +298,6 @@ def _buffer_dtypes(model: nn.Module) -> dict[str, str]:
     return dtypes
 
 
-def _cast_buffers(model: nn.Module, dtypes: Mapping[str, str], folder: Path) -> None:
-    """Give rebuilt buffers the types of `_buffer_dtypes`."""
-    for name, type_name in dtypes.items():
-        owner, _, attribute = name.rpartition(".")
-        buffer, dtype = dict(model.named_buffers()).get(name), getattr(torch, type_name, None)
-        # `type_name` comes from a file, and torch has attributes of many kinds.
-        floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-        if buffer is None or not buffer.is_floating_point() or not floating:
-            raise SchemaError(f"{folder / PLAN} names a buffer {name!r} of type {type_name!r}, which there is not")
-        setattr(model.get_submodule(owner), attribute, buffer.to(dtype))
-
-
 def _versions() -> dict[str, str]:
     """What the folder was written with, for whoever has to load it in some years."""
     versions = {}
@@ -268,21 +308,20 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _read_whole(folder: Path) -> tuple[Document, Path, dict[str, torch.Tensor]]:
-    """A plan, where its weights lie, and these; all of one version, also while somebody writes a new one."""
+def _read_whole(folder: Path) -> tuple[Document, dict[str, torch.Tensor]]:
+    """A plan and its weights; all of one version, also while somebody writes a new one."""
     until = time.monotonic() + PATIENCE
     while time.monotonic() < until:
         before = state_of(folder)
         try:
             document = read_document(folder)
-            weights = _weights_path(folder, document)
-            tensors = _read_weights(weights, document.sha256)
+            tensors = _read_weights(_weights_path(folder, document), document.sha256)
         except CorruptFileError:
             if state_of(folder) == before:
                 raise
         else:
             if state_of(folder) == before:
-                return document, weights, tensors
+                return document, tensors
         time.sleep(0.01)
     raise FolderError(f"{folder} was written again and again for {PATIENCE:.0f} s; load it when nobody writes to it")
 
@@ -321,42 +360,3 @@ def _read_weights(path: Path, digest: str) -> dict[str, torch.Tensor]:
     if found != digest:
         raise CorruptFileError(f"{path} is not the file that was saved (its sha256 differs); copy it again")
     return tensors
-
-
-def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], tied: dict[str, str], path: Path) -> None:
-    """Put the tensors in, all of them and nothing else, and tie again what was tied."""
-    wanted = model.state_dict()
-    wrong, numbers = [], []
-    for name, other in {**{name: name for name in tensors}, **tied}.items():
-        if name not in wanted or other not in tensors:
-            continue
-        tensor, place = tensors[other], wanted[name]
-        said = name if name == other else f"{name}, tied to {other}:"
-        if tensor.shape != place.shape:
-            wrong.append(f"{said} {tuple(tensor.shape)} instead of {tuple(place.shape)}")
-        # A model may have been saved in another precision than it is built in, and never in another kind of number.
-        elif tensor.dtype != place.dtype and not (tensor.is_floating_point() and place.is_floating_point()):
-            numbers.append(f"{said} {tensor.dtype} instead of {place.dtype}")
-    problems: list[str] = []
-    for verb, names in (
-        ("lacks", [name for name in wanted if name not in tensors and name not in tied]),
-        ("has in full what is tied:", [name for name in tied if name in tensors]),
-        ("has left over", [name for name in (*tensors, *tied) if name not in wanted]),
-        ("ties to absent", [name for name in tied.values() if name not in tensors]),
-        ("has the wrong shape for", wrong),
-        ("has the wrong kind of numbers for", numbers),
-    ):
-        if names:
-            problems.append(f"{verb} {', '.join(names[:3])}{' and more' * (len(names) > 3)}")
-    if problems:
-        raise KeyMismatchError(f"{path} {'; '.join(problems)}: it does not belong to this surgery.json")
-    whole = dict(tensors)
-    for name, other in tied.items():
-        whole[name] = tensors[other]
-    # Assigned and not copied: the model's own parameters are on the meta device, and have nowhere to copy to.
-    model.load_state_dict(whole, assign=True)
-    # Loading makes a parameter of its own for each name, so that ties are gone until here.
-    for name, other in tied.items():
-        owner, _, attribute = name.rpartition(".")
-        source, _, original = other.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, getattr(model.get_submodule(source), original))

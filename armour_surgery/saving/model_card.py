@@ -1,12 +1,14 @@
 """The README of a saved folder: where the model came from, what was shared, and how to load it."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 
-from armour_surgery.records import SitePlan, SurgeryPlan
+from armour_surgery.hosts.libraries import OWN
+from armour_surgery.records import SitePlan, Source, SurgeryPlan
 from armour_surgery.report.wording import NEEDS_TRAINING, UNTIL_TRAINED, change, fidelity_clause, needs_training, way
 
-__all__ = ["model_card"]
+__all__ = ["how_to_load", "model_card"]
 
 # Rows that the table of residuals has at most.
 _ROWS = 24
@@ -40,8 +42,7 @@ def model_card(surgery: SurgeryPlan, name: str) -> str:
         "",
         *_advice(surgery),
         "```python",
-        "from armour_surgery import load",
-        f'model = load("{name}")  # a model of the class it was before, in eval mode',
+        *how_to_load(source, name),
         "```",
         "",
         f"Converted: {converted}.",
@@ -53,6 +54,23 @@ def model_card(surgery: SurgeryPlan, name: str) -> str:
         lines.append(f"- `{site.fqn}`: {site.reason}")
     lines += ["", f"License of the base model: {known_license or 'unknown'}.", ""]
     return "\n".join(lines)
+
+
+def how_to_load(source: Source | None, folder: str) -> list[str]:
+    """Lines of Python that load a folder."""
+    # As JSON a string is a string in Python too, whatever the folder is called.
+    path = json.dumps(folder)
+    lines = ["from armour_surgery import load"]
+    if source is None or source.library != OWN:
+        return [*lines, f"model = load({path})  # a model of the class it was before, in eval mode"]
+    file, _, called = source.name.rpartition(":")
+    make = called or source.architecture
+    if file:
+        lines.append(f"from {file.removesuffix('.py')} import {make.partition('.')[0]}  # {file} is the user's own")
+    return [
+        *lines,
+        f"model = load({path}, into={make}())  # no library made this model: the surgery is done on a fresh one",
+    ]
 
 
 def _shared(surgery: SurgeryPlan) -> str:

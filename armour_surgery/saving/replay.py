@@ -1,8 +1,11 @@
 """Do a recorded surgery again."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
+from armour_surgery import hosts
 from armour_surgery.copies import floating_weight
 from armour_surgery.discover import find_sites
 from armour_surgery.errors import SchemaError
@@ -24,6 +27,35 @@ def replay(host: nn.Module, surgery: SurgeryPlan) -> nn.Module:
         SchemaError: the plan names a site that the host does not have, or a mode that does not fit there.
         UsageError: the plan gives a site a rank that it cannot have.
     """
+    for fqn, part in _parts(host, surgery).items():
+        _operate(host.get_submodule(fqn), part)
+        hosts.mark_converted(host.get_submodule(fqn))
+    return keep_plan(host, surgery)
+
+
+def _parts(host: nn.Module, surgery: SurgeryPlan) -> dict[str, SurgeryPlan]:
+    """The plan by the modules that were converted, the model itself ("") or parts of it, in the names of each."""
+    if not surgery.parts:
+        return {"": surgery}
+    parts: dict[str, SurgeryPlan] = {}
+    left = list(surgery.sites)
+    modules = dict(host.named_modules())
+    for part in surgery.parts:
+        if part.fqn not in modules:
+            raise SchemaError(f"the plan converts {part.fqn!r}, and {type(host).__name__} has no such module")
+        below = [site for site in left if f"{site.fqn}.".startswith(f"{part.fqn}.")]
+        left = [site for site in left if site not in below]
+        # A part may be an attention itself, whose own name is empty.
+        named = tuple(replace(site, fqn=site.fqn[len(part.fqn) + 1 :]) for site in below)
+        parts[part.fqn] = replace(
+            surgery, sites=named, parts=(), example=part.example, example_values=part.example_values
+        )
+    if left:
+        raise SchemaError(f"the plan converts {left[0].fqn!r}, which is in none of its parts")
+    return parts
+
+
+def _operate(host: nn.Module, surgery: SurgeryPlan) -> None:
     sites = {site.fqn: site for site in find_sites(host, _example_of(host, surgery))}
     # Whether a rank loses nothing was tried out with numbers when the surgery was recorded; here there are none yet.
     rewrites = SharedRewrites(host, check=False)
@@ -50,7 +82,6 @@ def replay(host: nn.Module, surgery: SurgeryPlan) -> nn.Module:
         operations.append(operation)
     for operation in operations:
         operate(host, operation)
-    return keep_plan(host, surgery)
 
 
 def _why_not(site: SeenSite | None, mode: str) -> str | None:

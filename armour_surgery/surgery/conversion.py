@@ -259,7 +259,7 @@ def sensitivities(
 def _describe(model: nn.Module) -> tuple[Source | None, str | None]:
     """How to build the model again, and why nobody can although its library is known.
 
-    Without either, `save` explains what it needs.
+    Without either it is a model of no library, or `save` explains what it needs.
     """
     try:
         source, difference = hosts.compared(model)
@@ -267,8 +267,11 @@ def _describe(model: nn.Module) -> tuple[Source | None, str | None]:
         return None, None
     if difference is None:
         return source, None
+    if hosts.is_users_class(model):
+        return None, None  # saved as a model of no library
     return None, (
         f"what comes of this {type(model).__name__} cannot be saved, since {source.library} builds another one "
-        f"({source.architecture}): {difference}. If it was built with arguments that it does not show, pass them to "
-        "save as model_args; if it was changed afterwards (pruned heads), keep its state_dict()"
+        f"({source.architecture}): {difference}. If it is a part of a model, put it back and save the whole; if it was "
+        "built with arguments that it does not show, pass them to save as model_args; if it was changed afterwards "
+        "(pruned heads), keep its state_dict()"
     )

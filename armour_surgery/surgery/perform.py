@@ -13,6 +13,7 @@ from armour_surgery.records import Fidelity, SitePlan, SurgeryPlan
 from armour_surgery.surgery.new_weights import choose_weights
 from armour_surgery.surgery.operation import Change, Operation, Prepared, operate
 from armour_surgery.surgery.order import Order
+from armour_surgery.surgery.parts import converted_parts, plan_of_whole
 
 __all__ = ["keep_plan", "perform", "surgery_of"]
 
@@ -61,12 +62,14 @@ def keep_plan(converted: nn.Module, plan: SurgeryPlan) -> nn.Module:
 
 
 def surgery_of(model: nn.Module) -> SurgeryPlan:
-    """What was done to a converted model.
+    """What was done to a converted model, or to modules inside of it that were converted by themselves.
 
     Raises:
         UsageError: the model is not converted.
     """
     surgery = getattr(model, "surgery", None)
+    if surgery is None and (parts := converted_parts(model)):
+        return plan_of_whole(model, parts)
     if not isinstance(surgery, SurgeryPlan):
         raise UsageError(f"this {type(model).__name__} is not converted; pass what convert() returned")
     return surgery

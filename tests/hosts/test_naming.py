@@ -1,6 +1,7 @@
 """A name is a model, a folder or one line that says what was meant; no hub is needed to say it."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def test_library_and_suggestions() -> None:
         ("local-dir:/nope", {}, UnknownModelError, "the folder does not exist"),
         ("hf:/nope", {}, UnknownModelError, "the folder does not exist"),
         ("hf:vit", {}, ModelError, "is a transformers model type.*--no-pretrained"),
-        (__file__, {}, UnknownModelError, "is a file.*--checkpoint"),
+        (sys.executable, {}, UnknownModelError, "is a file.*--checkpoint"),
         (TINY, {"img_size": 0}, UsageError, "img_size must be 1 or more, not 0"),
         (TINY, {"num_classes": -1}, UsageError, "num_classes must be 1 or more"),
         ("resnet18", {"img_size": 64, "pretrained": False}, UsageError, "resnet18 takes no img_size"),

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +12,10 @@ from timm.layers import Attention
 from tiny_hosts import CASES
 from torch import nn
 
-from armour_surgery import AttentionSite, convert, inspect, plan, save
+from armour_surgery import AttentionSite, convert, inspect, plan
 from armour_surgery.errors import (
     AlreadyConvertedError,
     ExampleInputError,
-    FolderError,
     PatternError,
     SpecializationError,
     UsageError,
@@ -123,15 +121,6 @@ def test_several_inputs() -> None:
     converted = convert(TwoInputs().eval(), example_input=example)
     assert surgery_of(converted).params_after < surgery_of(converted).params_before
     assert converted(torch.zeros(1, 3, 32, 32), torch.tensor(2.0)).shape == (1, 5)
-
-
-def test_a_users_own_model_cannot_be_saved_and_is_told_why(tmp_path: Path) -> None:
-    converted = convert(Own(), example_input=(1, 3, 32, 32))
-    assert surgery_of(converted).source is None
-    message = refused(FolderError, lambda: save(converted, tmp_path / "out"))
-    assert "Own" in message
-    assert "state_dict" in message
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_an_example_the_message_asks_for_it() -> None:
