@@ -79,11 +79,13 @@ def _rows(producer, module: nn.Module, name: str, rows: list[int]) -> tuple[torc
 def _tensors(producer, module: nn.Module, rows: list[int]) -> list[tuple[torch.Tensor, tuple[torch.Tensor, ...]]]:
     """Where rows of each of a projection's tensors are stored, tensor by tensor."""
     places = [_rows(producer, module, name, rows) for name in producer.rows]
-    for row in rows if producer.bias else ():
-        piece = next(p for p in producer.bias if p.start <= row < p.stop)
-        place = torch.tensor([piece.first_row + row - piece.start])
-        places.append((_tensor(module, piece.tensor), (place,)))
-    return places
+    return places + [_bias_entry(producer, module, row) for row in rows if producer.bias]
+
+
+def _bias_entry(producer, module: nn.Module, row: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Where the bias of a row is stored."""
+    piece = next(p for p in producer.bias if p.start <= row < p.stop)
+    return _tensor(module, piece.tensor), (torch.tensor([piece.first_row + row - piece.start]),)
 
 
 def _tensor(module: nn.Module, name: str) -> torch.Tensor:
@@ -110,6 +112,10 @@ def _copy(module, source, from_rows, target, to_rows) -> None:
             tensor[places] = 0.0 if values is None else values[0][values[1]].clone()
         for left, places in own.values():
             left[places] = 0.0
+        for producer, rows in ((source, from_rows), (target, to_rows)):
+            for row in rows if producer.bias and not (source.bias and target.bias) else ():
+                tensor, place = _bias_entry(producer, module, row)
+                tensor[place] = 0.0
 
 
 def _keep_own_groups(module, role, rows: list[int], shuffle: bool) -> None:

@@ -153,7 +153,9 @@ def _removal(producer: Producer, slices: Slices) -> list[KeepRows | Remove]:
     edits: list[KeepRows | Remove] = [] if producer.weight in slices else [Remove(producer.fqn)]
     for piece in producer.bias:
         slices.keep_piece(piece, [])
-        if piece.tensor is not None and piece.tensor not in slices:
+        # With its module it is gone already.
+        inside = Remove(producer.fqn) in edits and str(piece.tensor).startswith(f"{producer.fqn}.")
+        if piece.tensor is not None and piece.tensor not in slices and not inside:
             edits.append(Remove(piece.tensor))
     return edits
 
