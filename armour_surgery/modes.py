@@ -5,7 +5,8 @@ still missing), `"grouped"` and `"grouped-shuffled"` make the missing channels w
 `V = concat(Q, V_rest)` is `value=("q", "v")`: the first key_dim channels of each head are Q, the others stay V's own.
 
 Source: Armour paper, eq. 2 (`qv`), Table 1 (`qk`, `qk-diag`, `kv`), Fig. 3 (`concat-half`, `concat-full`),
-section 4, last paragraph (`grouped`).
+section 4, last paragraph (`grouped`). `concat-key` is not in the paper: its first half with K in Q's place, for
+attention in which Q and V are made from different tokens.
 """
 
 from collections.abc import Callable, Mapping
@@ -101,6 +102,15 @@ def _fits_concat_full(site: AttentionSite) -> str | None:
     return _fits_wide_value(site) or _same_tokens(site, "k", "v")
 
 
+def _fits_concat_key(site: AttentionSite) -> str | None:
+    if site.value_dim <= site.key_dim:
+        return (
+            f"V is not wider than K ({site.value_dim} and {site.key_dim} channels a head), so nothing is left to "
+            "concatenate; use kv"
+        )
+    return _same_tokens(site, "k", "v")
+
+
 def _fits_grouped(site: AttentionSite) -> str | None:
     reason = _fits_wide_value(site)
     if reason is None and site.v is not None and not site.plain_value_projection:
@@ -117,6 +127,7 @@ MODES: dict[str, Mode] = {
         Mode("kv", "softmax(Q K^T) K", ("k",), ("k",), _fits_kv),
         Mode("concat-half", "softmax(Q K^T) concat(Q, V_rest)", ("k",), ("q", "v"), _fits_wide_value),
         Mode("concat-full", "softmax(Q K^T) concat(Q, K)", ("k",), ("q", "k", "v"), _fits_concat_full),
+        Mode("concat-key", "softmax(Q K^T) concat(K, V_rest)", ("k",), ("k", "v"), _fits_concat_key),
         Mode("grouped", "softmax(Q K^T) concat(Q, grouped(x))", ("k",), ("q", "grouped"), _fits_grouped),
         Mode(
             "grouped-shuffled",

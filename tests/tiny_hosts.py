@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 __all__ = ["CASES", "HostCase", "case"]
 
 EVEN = ("qv", "qk", "qk-diag", "kv")
-WIDE = ("qk", "qk-diag", "concat-half", "concat-full", "grouped", "grouped-shuffled")
+WIDE = ("qk", "qk-diag", "concat-half", "concat-full", "concat-key", "grouped", "grouped-shuffled")
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def convert(
         str,
         typer.Option(
             help="auto (the first that fits of qv, concat-half and kv), qv, qk, qk-diag, kv, concat-half, concat-full, "
-            "grouped, or grouped-shuffled.",
+            "concat-key, grouped-shuffled, or grouped.",
             metavar="MODE",
         ),
     ] = "auto",

@@ -169,13 +169,14 @@ def bound_values(
     V's channels `[: of_query]` are to be Q's, and `[of_query : of_query + of_key]` K's. Alternating least squares for
     `|T (Wq Wk^T - S P^T) Lc|^2 / a + weight^2 (|T (Wv' - S)|^2 + |T (Wv'' - P)|^2) / b`.
 
-    Needs `of_query` in (0, d) and `of_key` in (0, d), and one metric for Q and K if `of_key` is not 0.
+    Needs `of_query` in (0, d) and `of_key` in (0, d), and one metric for Q and K where neither is 0.
     Returns the site's weights with `query = S`, `key = P` and V's channels replaced; `out` is as it was.
     """
     root = keys.spread.sqrt()[:, None]
     white_q, white_k = queries.whiten @ head.query, keys.whiten @ head.key
-    target_q = queries.whiten @ head.value[..., :of_query]
-    target_k = keys.whiten @ head.value[..., of_query : of_query + of_key]
+    # V is made from the tokens of the role that it shares.
+    white_v = (queries if of_query else keys).whiten @ head.value
+    target_q, target_k = white_v[..., :of_query], white_v[..., of_query : of_query + of_key]
     inner = (white_q.mT @ white_q) @ ((root * white_k).mT @ (root * white_k))
     energy = inner.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].clamp(min=_ZERO)
     bound = target_q.square().sum((-2, -1)) + target_k.square().sum((-2, -1))
@@ -195,8 +196,9 @@ def bound_values(
                 gram + pull * identity
             )
     query, key = queries.color @ s, keys.color @ _keys_for(s, white_q, white_k, target_k, keys.spread, pull)
-    value = torch.cat([query[..., :of_query], key[..., :of_key], head.value[..., of_query + of_key :]], dim=-1)
-    return Head(query, key, value, head.out)
+    shared = [query[..., :of_query]] if of_query else []
+    shared += [key[..., :of_key]] if of_key else []
+    return Head(query, key, torch.cat([*shared, head.value[..., of_query + of_key :]], dim=-1), head.out)
 
 
 def _keys_for(s: Tensor, white_q: Tensor, white_k: Tensor, target: Tensor, spread: Tensor, pull: Tensor) -> Tensor:
@@ -226,15 +228,20 @@ def symmetric(head: Head, tokens: Metric) -> Tensor:
     return shared
 
 
-def loss(new: Head, old: Head, queries: Metric, keys: Metric, weight: float = 1.0) -> float:
-    """What `joint_svd` minimizes, averaged over heads: relative squared errors of logits and values."""
+def loss(
+    new: Head, old: Head, queries: Metric, keys: Metric, weight: float = 1.0, *, tokens: Metric | None = None
+) -> float:
+    """What `joint_svd` minimizes, averaged over heads: relative squared errors of logits and values.
+
+    `tokens` are those that V is made from, Q's by default.
+    """
     root = keys.spread.sqrt()[:, None]
 
     def logits(head: Head) -> Tensor:
         return (queries.whiten @ head.query) @ (root * (keys.whiten @ head.key)).mT
 
     def values(head: Head) -> Tensor:
-        return queries.whiten @ head.value @ head.out
+        return (tokens or queries).whiten @ head.value @ head.out
 
     def error(got: Tensor, wanted: Tensor) -> Tensor:
         return _norm(got - wanted).square() / _norm(wanted).square().clamp(min=_ZERO)

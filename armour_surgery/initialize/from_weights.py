@@ -49,7 +49,8 @@ def from_weights(
         metrics = queries.metric(biases), keys.metric(biases)
         fitted = head if biases else without_biases(head)
         heads = _candidates(problem, fitted, metrics, init)
-        errors = {name: loss(candidate, fitted, *metrics) for name, candidate in heads.items()}
+        tokens = problem.of_values(*metrics)
+        errors = {name: loss(candidate, fitted, *metrics, tokens=tokens) for name, candidate in heads.items()}
         name = min(errors, key=errors.__getitem__)
         best = heads[name] if biases else with_biases(problem, heads[name], head)
         write_head(new, problem, best, (queries.moment, keys.moment))

@@ -76,6 +76,10 @@ class Problem:
         """How many of V's channels a head has from another role."""
         return sum(stop - start for name, start, stop in self.value if name == letter)
 
+    def of_values(self, queries: Metric, keys: Metric) -> Metric:
+        """The metric of the tokens that V is made from: those of the role that it shares."""
+        return queries if self.share("q") else keys
+
 
 def read_head(module: nn.Module, problem: Problem) -> Head:
     """The weights of a site that was not converted, biases in the last rows; `out` is empty where there is none."""
@@ -177,11 +181,11 @@ def candidates(
     elif _is_joint(problem, head):
         for weight in weights:
             heads[f"joint {weight:g}"] = _joint(problem, head, queries, keys, weight)
-    elif from_q or (from_k and problem.same_tokens):
+    elif from_q or from_k:
         for name, ordered in _orders(problem, head, queries, keys).items():
             for weight in weights:
                 bound = bound_values(ordered, queries, keys, weight, of_query=from_q, of_key=from_k)
-                heads[f"{name} {weight:g}"] = _refit(problem, bound, head, keys)
+                heads[f"{name} {weight:g}"] = _refit(problem, bound, head, problem.of_values(queries, keys))
     return heads
 
 
@@ -194,11 +198,14 @@ def _is_joint(problem: Problem, head: Head) -> bool:
 
 
 def _orders(problem: Problem, head: Head, queries: Metric, keys: Metric) -> dict[str, Head]:
-    """The site with V's channels as they are, and, where they may move, with those first that Q replaces best."""
+    """The site with V's channels as they are, and, where they may move, with those first that Q or K replaces best."""
     heads = {"bound": head}
-    count = problem.share("q")
+    count = problem.share("q") or problem.share("k")
     if problem.freedom.values != "fixed" and 0 < count < head.value.shape[-1]:
-        order = pick_columns(head, count, queries, keys)
+        if problem.share("q"):
+            order = pick_columns(head, count, queries, keys)
+        else:
+            order = pick_columns(_turned(head), count, keys, queries)
         value = head.value.gather(-1, order[:, None].expand_as(head.value))
         out = head.out.gather(1, order[..., None].expand_as(head.out))
         heads["ordered"] = replace(head, value=value, out=out)
@@ -209,10 +216,14 @@ def _joint(problem: Problem, head: Head, queries: Metric, keys: Metric, weight: 
     """`joint_svd` for a site where V is all of Q, or all of K."""
     if problem.share("q"):
         return joint_svd(head, queries, keys, weight, problem.rank)
-    # What the closed form calls queries is what V shares, so K goes in as Q, and comes out as K again.
-    turned = Head(head.key, head.query, head.value, head.out)
-    best = joint_svd(turned, keys, queries, weight, problem.rank)
+    # K goes in as Q, and comes out as K again.
+    best = joint_svd(_turned(head), keys, queries, weight, problem.rank)
     return Head(best.key, best.query, best.query, best.out)
+
+
+def _turned(head: Head) -> Head:
+    """The head with Q and K in each other's place: what the closed forms call queries is what V shares."""
+    return Head(head.key, head.query, head.value, head.out)
 
 
 def truncated(problem: Problem, head: Head, queries: Metric, keys: Metric) -> Head:
@@ -233,7 +244,9 @@ def _plain(problem: Problem, head: Head, queries: Metric, keys: Metric) -> Head:
     key = own[problem.key[0][0]]
     # Channels of a grouped projection have a letter of their own, and are fitted to V's.
     pieces = [own.get(letter, head.value)[..., start:stop] for letter, start, stop in problem.value]
-    return _refit(problem, Head(head.query, key, torch.cat(pieces, dim=-1), head.out), head, keys)
+    return _refit(
+        problem, Head(head.query, key, torch.cat(pieces, dim=-1), head.out), head, problem.of_values(queries, keys)
+    )
 
 
 def _refit(problem: Problem, new: Head, old: Head, tokens: Metric) -> Head:

@@ -86,7 +86,7 @@ class Site:
             error = self._fit_output(heads[name], out)
         else:
             # Nothing in the site shows what an error comes to, so that of logits and values stands for it.
-            error = loss(solutions[name], fitted, *metrics) / 2
+            error = loss(solutions[name], fitted, *metrics, tokens=self.problem.of_values(*metrics)) / 2
         for index, _, _ in self.data:
             self.store.drop(("result", index))
             self.store.drop(("start", index))

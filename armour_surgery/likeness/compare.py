@@ -25,8 +25,8 @@ from armour_surgery.traced import FoundSite, SeenSite
 
 __all__ = ["Layer", "compare_layers", "redundancy"]
 
-# The modes that make a pair one, the first that fits: with wide V, Q takes the place of its first channels.
-_MODES = {"qk": ("qk",), "kv": ("kv",), "qv": ("qv", "concat-half")}
+# The modes that make a pair one, the first that fits: with wide V, Q or K takes the place of its first channels.
+_MODES = {"qk": ("qk",), "kv": ("kv", "concat-key"), "qv": ("qv", "concat-half")}
 
 
 @dataclass(frozen=True)

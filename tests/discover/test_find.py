@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from armour_surgery.surgery.conversion import convert, inspect
 
 EVEN = ("qv", "qk", "qk-diag", "kv")
-WIDE = ("qk", "qk-diag", "concat-half", "concat-full", "grouped", "grouped-shuffled")
+WIDE = ("qk", "qk-diag", "concat-half", "concat-full", "concat-key", "grouped", "grouped-shuffled")
 
 
 class Einsum(nn.Module):

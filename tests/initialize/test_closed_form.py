@@ -27,6 +27,8 @@ EXACT = [
     ("hf-dinov2", "qv"),
     ("levit", "concat-half"),
     ("levit-conv", "concat-half"),
+    ("levit", "concat-key"),
+    ("hf-levit", "concat-key"),
 ]
 
 

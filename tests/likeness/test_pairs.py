@@ -53,13 +53,18 @@ def test_levit_is_packed_by_head_with_its_batch_norm(levit: nn.Module) -> None:
     first = sites[0]
     assert (first.key_dim, first.value_dim, first.mode) == (8, 16, "concat-half")
     assert {pair: one.channels for pair, one in first.pairs.items()} == dict.fromkeys(PAIRS, 8)
-    assert {pair: one.mode for pair, one in first.pairs.items()} == {"qk": "qk", "kv": None, "qv": "concat-half"}
-    assert "needs equal sizes" in str(first.pairs["kv"].refused)
-    # The shrinking block: weights can be compared, nothing can be shared.
+    assert {pair: one.mode for pair, one in first.pairs.items()} == {
+        "qk": "qk",
+        "kv": "concat-key",
+        "qv": "concat-half",
+    }
+    # The shrinking block: keys can be the first of the values, and `auto` leaves it alone.
     shrinking = next(site for site in sites if site.kind == "downsampling")
     assert shrinking.mode is shrinking.residual is None
     assert set(shrinking.pairs) == set(PAIRS)
     assert all("downsampling" in str(shrinking.pairs[pair].refused) for pair in ("qk", "qv"))
+    assert shrinking.pairs["kv"].mode == "concat-key"
+    assert shrinking.pairs["kv"].residual > 0
 
 
 def test_roles_that_cannot_meet_say_why() -> None:

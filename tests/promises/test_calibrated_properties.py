@@ -20,7 +20,14 @@ from armour_surgery.surgery.order import INITS
 EVERYWHERE = [(name, mode) for name, one in CASES.items() for mode in one.modes]
 # One host for each answer to which bases are free: both, V's only, neither and V's order.
 SEEN = [("vit", "qv"), ("vit", "kv"), ("vit-qk-norm", "qv"), ("hf-dinov2", "qv"), ("swin", "qv"), ("eva02", "qv")]
-SEEN += [("levit", "concat-half"), ("levit", "concat-full"), ("levit", "grouped"), ("hf-vit", "qk"), ("vit", "qk-diag")]
+SEEN += [
+    ("levit", "concat-half"),
+    ("levit", "concat-full"),
+    ("levit", "concat-key"),
+    ("levit", "grouped"),
+    ("hf-vit", "qk"),
+    ("vit", "qk-diag"),
+]
 
 
 def images(host: HostCase, count: int = 3, batch: int = 8, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -67,7 +67,7 @@ def test_distilled_training_still_gives_two_outputs() -> None:
 
 
 @pytest.mark.parametrize("name", ["levit", "levit-conv"])
-@pytest.mark.parametrize("mode", ["concat-half", "concat-full", "qk", "grouped", "grouped-shuffled"])
+@pytest.mark.parametrize("mode", ["concat-half", "concat-full", "concat-key", "qk", "grouped", "grouped-shuffled"])
 def test_batch_norms_can_still_be_folded(name: str, mode: str) -> None:
     converted = full_copy(converted_host(name, mode)).double()
     # The layers that timm makes for the folded weights have the default type, whatever the model's own is.

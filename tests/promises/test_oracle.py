@@ -71,7 +71,7 @@ def test_the_modes_that_fit(name: str) -> None:
     ("name", "mode"),
     [(name, CASES[name].auto) for name in ("eva", "eva02", "beit", "swin", "hf-vit", "hf-swin", "hf-segformer")]
     + [("vit", mode) for mode in EVEN]
-    + [("levit", mode) for mode in ("qk", "concat-half", "concat-full", "grouped", "grouped-shuffled")],
+    + [("levit", mode) for mode in ("qk", "concat-half", "concat-full", "concat-key", "grouped", "grouped-shuffled")],
 )
 def test_without_equal_projections_surgery_changes_the_output(name: str, mode: str) -> None:
     model, armour = built(name)[0], converted_host(name, mode)

@@ -143,7 +143,10 @@ def test_the_diagonal_is_masked_once() -> None:
 
 
 def test_the_whole_list_of_passes_runs_on_every_mode() -> None:
-    for model, modes in ((Plain, ("qv", "qk", "qk-diag", "kv")), (Wide, ("concat-half", "concat-full", "grouped"))):
+    for model, modes in (
+        (Plain, ("qv", "qk", "qk-diag", "kv")),
+        (Wide, ("concat-half", "concat-full", "concat-key", "grouped")),
+    ):
         for mode in modes:
             result = rewrite(traced_of(model()), get_mode(mode))
             result.graph.lint()

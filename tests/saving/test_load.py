@@ -163,6 +163,7 @@ def test_a_host_that_ties_by_itself(tmp_path: Path) -> None:
         ("vit", "kv", {"exclude": ["blocks.0*"]}),
         ("levit-conv", "grouped-shuffled", {}),
         ("levit", "concat-full", {}),
+        ("levit", "concat-key", {}),
         ("hf-swin", "kv", {}),
     ],
 )
