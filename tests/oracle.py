@@ -10,6 +10,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from armour_surgery.discover import find_sites
+from armour_surgery.discover.match import all_above
 from armour_surgery.modes import get_mode
 from armour_surgery.records import RefusedSite
 from armour_surgery.rewrite.contract import parts_of
@@ -66,6 +67,9 @@ def _merge(module: nn.Module, traced: TracedSite, mode: str) -> None:
                 source = getattr(traced, part.letter)
                 from_rows = [c for head in source.channels for c in head[part.start : part.stop]]
                 _copy(module, source.producer, from_rows, role.producer, rows)
+                if "k" in (letter, part.letter):
+                    _drop_computed_bias(module, source.producer, from_rows)
+                    _drop_computed_bias(module, role.producer, rows)
 
 
 def _rows(producer, module: nn.Module, name: str, rows: list[int]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
@@ -85,7 +89,9 @@ def _tensors(producer, module: nn.Module, rows: list[int]) -> list[tuple[torch.T
 def _bias_entry(producer, module: nn.Module, row: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Where the bias of a row is stored."""
     piece = next(p for p in producer.bias if p.start <= row < p.stop)
-    return _tensor(module, piece.tensor), (torch.tensor([piece.first_row + row - piece.start]),)
+    # A bias that is computed has its rows where the parameter that it is computed from has them.
+    name = piece.tensor or next(str(node.target) for node in all_above(piece.node) if node.op == "get_attr")
+    return _tensor(module, name), (torch.tensor([piece.first_row + row - piece.start]),)
 
 
 def _tensor(module: nn.Module, name: str) -> torch.Tensor:
@@ -94,7 +100,7 @@ def _tensor(module: nn.Module, name: str) -> torch.Tensor:
 
 
 def _short(producer, name: str) -> str:
-    return "weight" if name == producer.weight else name.rpartition(".")[2]
+    return "weight" if name == producer.weight else name.removeprefix(f"{producer.fqn}.")
 
 
 def _copy(module, source, from_rows, target, to_rows) -> None:
@@ -114,6 +120,15 @@ def _copy(module, source, from_rows, target, to_rows) -> None:
             left[places] = 0.0
         for producer, rows in ((source, from_rows), (target, to_rows)):
             for row in rows if producer.bias and not (source.bias and target.bias) else ():
+                tensor, place = _bias_entry(producer, module, row)
+                tensor[place] = 0.0
+
+
+def _drop_computed_bias(module, producer, rows: list[int]) -> None:
+    """Zeros for a bias that is computed at every call: what is computed for K (zeros, mostly) it is for K alone."""
+    if any(piece.tensor is None for piece in producer.bias):
+        with torch.no_grad():
+            for row in rows:
                 tensor, place = _bias_entry(producer, module, row)
                 tensor[place] = 0.0
 

@@ -9,17 +9,19 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from armour_surgery.discover.nodes import value_of
-from armour_surgery.errors import TraceError
+from armour_surgery.errors import PostconditionError, TraceError
 from armour_surgery.hosts.attention_interface import is_interface
 from armour_surgery.traced import Core
 
 __all__ = [
     "MATRIX_PRODUCTS",
+    "all_above",
     "find_core",
     "find_cores",
     "inputs_of",
     "is_call_of",
     "is_tensor",
+    "is_weight",
     "outputs_of",
     "projection_arguments",
     "result_of",
@@ -107,14 +109,49 @@ def _softmax_axis(node: fx.Node, modules: dict[str, nn.Module]) -> int | None:
     return axis - node.meta["value"].ndim if axis is not None and axis >= 0 else axis
 
 
-def _above(node: fx.Node) -> Iterator[fx.Node]:
-    """Everything a node is computed from, nearest first; matrix products end a path."""
-    return _nearest_first(node, inputs_of)
+def _product(softmax: fx.Node, neighbors: Callable[[fx.Node], list[fx.Node]]) -> fx.Node | None:
+    """The matrix product that a softmax takes its logits from, or gives its weights to.
+
+    Of the nearest ones that of two tensors, where there is one: a table of positions may be multiplied beside it
+    (segment-anything), and heads may be mixed by a weight in between (CaiT).
+    """
+    nearest: fx.Node | None = None
+    starts = [softmax]
+    while starts:
+        products: list[fx.Node] = []
+        for start in starts:
+            products += filter(_is_matmul, _nearest_first(start, neighbors))
+        if not products:
+            break
+        nearest = nearest or products[0]
+        for product in products:
+            if not any(isinstance(operand, fx.Node) and is_weight(operand) for operand in _given(product)):
+                return product
+        starts = list(filter(_mixes_heads, products))
+    return nearest
 
 
-def _below(node: fx.Node) -> Iterator[fx.Node]:
-    """Everything that is computed from a node, nearest first; matrix products end a path."""
-    return _nearest_first(node, outputs_of)
+def is_weight(node: fx.Node) -> bool:
+    """Whether a node is made of the module's own tensors alone."""
+    return not any(above.op in ("placeholder", "call_module") for above in all_above(node))
+
+
+def _mixes_heads(product: fx.Node) -> bool:
+    """Whether a product is of `[.., H, N, N]` with a matrix of weights: `einsum("b h i j, h g -> b g i j", ..)`."""
+    ranks = sorted(value_of(operand).ndim for operand in inputs_of(product))
+    return product.target is torch.einsum and ranks[0] == 2 and ranks[-1] >= 4
+
+
+def all_above(node: fx.Node) -> set[fx.Node]:
+    """A node, and all nodes that its tensors are computed from."""
+    above: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        current = waiting.pop()
+        if current not in above:
+            above.add(current)
+            waiting += inputs_of(current)
+    return above
 
 
 def _nearest_first(start: fx.Node, neighbors: Callable[[fx.Node], list[fx.Node]]) -> Iterator[fx.Node]:
@@ -153,9 +190,17 @@ def _shared_axes(term: str, other: str, absent_from: str) -> list[str]:
     return [axis for axis in term if axis in other and axis not in absent_from]
 
 
+def _given(product: fx.Node) -> tuple[Any, Any]:
+    """The two operands of a product, whatever they are."""
+    arguments = product.args[1:] if product.target in _AFTER_ONE else product.args
+    # einsum also takes its operands as one list.
+    given = arguments[0] if len(arguments) == 1 else arguments
+    first, second = given[:2] if isinstance(given, tuple | list) and len(given) >= 2 else (None, None)
+    return first, second
+
+
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
-    arguments = node.args[1:] if node.target in _AFTER_ONE else node.args
-    first, second = arguments[0], arguments[1]
+    first, second = _given(node)
     if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
         raise TraceError(f"its matrix product {node.name} has a constant operand")
     return first, second
@@ -169,11 +214,12 @@ def _product_axes(node: fx.Node) -> tuple[tuple[int, int], tuple[int, int]]:
     contracted = _shared_axes(first, second, output)
     rows = _shared_axes(first, output, second)
     columns = _shared_axes(second, output, first)
-    if (len(contracted), len(rows), len(columns)) != (1, 1, 1):
+    if len(contracted) != 1 or not rows or not columns or min(len(rows), len(columns)) > 1:
         raise TraceError(f"its einsum {node.args[0]!r} is not a batched matrix product")
+    # Where heads of one operand share the other, which lacks their axis, tokens come after heads.
     return (
-        (first.index(rows[0]) - len(first), first.index(contracted[0]) - len(first)),
-        (second.index(columns[0]) - len(second), second.index(contracted[0]) - len(second)),
+        (first.index(rows[-1]) - len(first), first.index(contracted[0]) - len(first)),
+        (second.index(columns[-1]) - len(second), second.index(contracted[0]) - len(second)),
     )
 
 
@@ -188,8 +234,8 @@ def _is_row_axis(product: fx.Node, axis: int) -> bool:
 
 def _softmax_core(node: fx.Node, axis: int) -> Core | None:
     """q and k from the product above a softmax, v from the product below it."""
-    above = next(filter(_is_matmul, _above(node)), None)
-    below = next(filter(_is_matmul, _below(node)), None)
+    above = _product(node, inputs_of)
+    below = _product(node, outputs_of)
     if above is None or below is None or axis not in (-1, -2):
         return None
     first, second = _operands(above)
@@ -210,8 +256,8 @@ def _softmax_core(node: fx.Node, axis: int) -> Core | None:
 
 
 def _comes_from(node: fx.Node, softmax: fx.Node) -> bool:
-    """Whether a node is the softmax, or computed from it without another matrix product."""
-    return node is softmax or softmax in _above(node)
+    """Whether a node is the softmax, or computed from it."""
+    return softmax in all_above(node)
 
 
 def find_cores(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[Core]:
@@ -256,7 +302,9 @@ def result_of(core: Core) -> tuple[fx.Node, tuple[int, int]]:
     if core.kind == "interface":
         # The attention functions of the interface hand back [B, N, H, d].
         return next(user for user in core.node.users if user.target is operator.getitem and user.args[1] == 0), (-3, -1)
-    product = next(filter(_is_matmul, _below(core.node)))
+    product = _product(core.node, outputs_of)
+    if product is None:
+        raise PostconditionError("an attention core was found without its product with the values")
     left, _ = _operands(product)
     weights_left = _comes_from(left, core.node)
     if product.target is torch.einsum:
@@ -264,6 +312,6 @@ def result_of(core: Core) -> tuple[fx.Node, tuple[int, int]]:
         value = second if weights_left else first
         weights = first if weights_left else second
         channel = _shared_axes(output, value, weights)[0]
-        token = _shared_axes(output, weights, value)[0]
+        token = _shared_axes(output, weights, value)[-1]
         return product, (output.index(token) - len(output), output.index(channel) - len(output))
     return product, (-2, -1) if weights_left else (-1, -2)

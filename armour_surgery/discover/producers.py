@@ -1,5 +1,6 @@
 """The projections of a traced attention module: which nodes make channels out of tokens, and what they are made of."""
 
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -8,8 +9,16 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from armour_surgery.discover.layout import find_layout, first_alike, follow
-from armour_surgery.discover.match import inputs_of, is_call_of, is_tensor, outputs_of, projection_arguments
+from armour_surgery.discover.layout import find_layout, first_alike, follow, is_cast
+from armour_surgery.discover.match import (
+    all_above,
+    inputs_of,
+    is_call_of,
+    is_tensor,
+    is_weight,
+    outputs_of,
+    projection_arguments,
+)
 from armour_surgery.discover.nodes import Changes
 from armour_surgery.traced import BiasPiece, Producer, Trace
 
@@ -168,10 +177,17 @@ def _functional(node: fx.Node) -> Producer | None:
         return None
     rows = weight.meta["value"].shape[0]
     pieces = _bias_pieces(bias, rows) if isinstance(bias, fx.Node) else ()
+    turning, first_row, out_axes = stored
+    whole = first_row == 0 and not out_axes
+    factors = _factors(bias, rows) if isinstance(bias, fx.Node) and pieces is None and whole else []
+    if factors:
+        pieces = ()
+    elif pieces is None and isinstance(bias, fx.Node) and is_weight(bias) and bias.meta["value"].shape == (rows,):
+        # Edited before every call (SwinV2 zeroes K's part of a copy): it is edited as before, and then rows are taken.
+        pieces = (BiasPiece(bias, 0, rows),)
     source = arguments["input"]
     if pieces is None or not isinstance(source, fx.Node):
         return None
-    turning, first_row, out_axes = stored
     path = str(turning[0].target)
     # Of a list of parameters each is a projection of its own; a layer's weight stands for the layer.
     owner, _, name = path.rpartition(".")
@@ -184,12 +200,12 @@ def _functional(node: fx.Node) -> Producer | None:
         reads=source.name,
         axis=-1 if node.target is F.linear else -weight.meta["value"].ndim + 1,
         channels=rows,
-        rows=(path,),
+        rows=(path, *dict.fromkeys(str(factor.target) for factor in factors if factor.op == "get_attr")),
         sizes=sizes,
         bias=pieces,
         weight=path,
-        plain=node.target is F.linear and not out_axes,
-        chain=(*turning, node),
+        plain=node.target is F.linear and not out_axes and not factors,
+        chain=(*turning, node, *factors),
         first_row=first_row,
         out_axes=out_axes,
     )
@@ -244,6 +260,16 @@ def rows_in(node: fx.Node) -> tuple[fx.Node, int] | None:
         return None
     skipped = int(rows.storage_offset()) - int(whole.storage_offset())
     return None if skipped % whole.stride(0) else (source, skipped // whole.stride(0))
+
+
+def _factors(bias: fx.Node, channels: int) -> list[fx.Node]:
+    """The nodes of a bias that is a product of the module's tensors, row by row (DINOv3 masks K's); none for others."""
+    above = all_above(bias)
+    for node in above:
+        by_rows = node.op == "get_attr" or is_cast(node) or node.target in (operator.mul, torch.mul, "mul")
+        if not by_rows or node.meta["value"].shape != (channels,):
+            return []
+    return [node for node in bias.graph.nodes if node in above]
 
 
 def _bias_pieces(bias: fx.Node, channels: int) -> tuple[BiasPiece, ...] | None:

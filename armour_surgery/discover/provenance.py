@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 
 from armour_surgery.discover.gates import judge_softmax
-from armour_surgery.discover.match import find_cores, inputs_of
+from armour_surgery.discover.match import all_above, find_cores, inputs_of
 from armour_surgery.discover.producers import TraceInside, find_producers
 from armour_surgery.discover.products import write_as_linear
 from armour_surgery.discover.record import is_builtin
@@ -16,17 +16,6 @@ from armour_surgery.errors import TraceError
 from armour_surgery.traced import Core, Role, Trace, TracedSite
 
 __all__ = ["understand"]
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    ancestors: set[fx.Node] = set()
-    queue = [node]
-    while queue:
-        current = queue.pop()
-        if current not in ancestors:
-            ancestors.add(current)
-            queue += inputs_of(current)
-    return ancestors
 
 
 def understand(
@@ -62,7 +51,7 @@ def understand(
             continue
         above: set[fx.Node] = set()
         for core in cores:
-            above |= _ancestors(core.q) | _ancestors(core.k) | _ancestors(core.v)
+            above |= all_above(core.q) | all_above(core.k) | all_above(core.v)
         producers, opaque = find_producers(trace, modules, above, trace_inside)
         # A module that stays opaque though it was looked into has nothing more to show.
         hidden = set(opaque) - inlined

@@ -62,8 +62,9 @@ def is_builtin(module: nn.Module) -> bool:
 
 
 def _has_a_forward_of_its_own(module: nn.Module) -> bool:
-    # nn.Softmax and its like are how their parent computes attention, not a place of their own.
-    return not is_builtin(module) or isinstance(module, nn.MultiheadAttention)
+    # nn.Softmax and its like, also in an nn.Sequential, are how their parent computes attention, not a place of their
+    # own.
+    return not type(module).__module__.startswith("torch.nn.") or isinstance(module, nn.MultiheadAttention)
 
 
 @contextmanager

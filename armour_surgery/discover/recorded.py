@@ -10,7 +10,7 @@ conditions of the trace.
 import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -19,6 +19,7 @@ import sympy  # type: ignore[import-untyped]
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import LocalSource
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import (
@@ -225,6 +226,12 @@ class _Recorder(TorchFunctionMode):
             return FunctionReference(given)
         if isinstance(given, slice):
             return slice(*map(self._arguments, (given.start, given.stop, given.step)))
+        if is_dataclass(given) and not isinstance(given, type):
+            # A host that returns an object of its own (x-transformers): it is made anew from its fields.
+            named = {field.name: self._arguments(getattr(given, field.name)) for field in fields(given) if field.init}
+            return self.graph.call_function(type(given), (), named)
+        if isinstance(given, tuple) and hasattr(given, "_fields"):
+            return self.graph.call_function(type(given), tuple(map(self._arguments, given)))
         if isinstance(given, tuple | list):
             items = [self._arguments(item) for item in given]
             return items if isinstance(given, list) else tuple(items)
@@ -292,8 +299,8 @@ class _Recorder(TorchFunctionMode):
                 node.meta["value"] = self._value(self._results[node])
             elif node.op == "call_method":
                 node.meta["value"] = value_of(node.args[0]).size(node.args[1])
-            elif node.op == "call_function":  # of sizes
-                node.meta["value"] = node.target(*value_of(node.args))
+            elif node.op == "call_function":  # of sizes, or an object around results
+                node.meta["value"] = node.target(*value_of(node.args), **value_of(node.kwargs))
         return self._conditions()
 
     def _conditions(self) -> tuple[str, ...]:
@@ -338,8 +345,6 @@ def trace_by_running(module: nn.Module, call: Call, opaque: Callable[[str, nn.Mo
     root = copy_with(module, recorder.stand_in)
     recorder.know_modules(root)
     nested = dict(signature.preamble)
-    leaves = [recorder.placeholder(name, nested.get(name, name), value) for name, value in data.items()]
-    args, kwargs = rebuild(tuple(leaves))
     forward = type(module).forward
     for child in list(root.modules()):
         spy(child, recorder.attribute, recorder.call_module)
@@ -348,7 +353,10 @@ def trace_by_running(module: nn.Module, call: Call, opaque: Callable[[str, nn.Mo
         stack.enter_context(followed_functions())
         stack.enter_context(noted_interfaces(recorder.interface))
         try:
-            with recorder.fakes, recorder, torch.no_grad(), _same_cast():
+            leaves = [recorder.placeholder(name, nested.get(name, name), value) for name, value in data.items()]
+            args, kwargs = rebuild(tuple(leaves))
+            # Without torch's Python kernels some functions (F.pad, torch.lerp) take no symbols for sizes.
+            with enable_python_dispatcher(), recorder.fakes, recorder, torch.no_grad(), _same_cast():
                 result = forward(root, *args, **kwargs)
             found = recorder.finish(result)
         except TraceError:

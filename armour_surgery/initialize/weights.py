@@ -49,13 +49,14 @@ def locate(
     producer = role.producer
     owner = producer.weight.rpartition(".")[0]
     # Of the tensors with a row per channel, those beside the weight are its bias, those elsewhere a BatchNorm's.
+    parameters = dict(module.named_parameters())
     own_bias = None
     others = set()
     for name in producer.rows:
         holder = name.rpartition(".")[0]
         if holder != owner:
             others.add(holder)
-        elif name != producer.weight and own_bias is None:
+        elif name != producer.weight and own_bias is None and name in parameters:
             own_bias = name
     norms = [name for name in sorted(others) if isinstance(module.get_submodule(name), _BatchNorm)]
 
@@ -67,7 +68,7 @@ def locate(
         for piece in producer.bias:
             if piece.start <= channel < piece.stop:
                 name = piece.tensor
-                if name is None or name not in dict(module.named_parameters()):
+                if name is None or name not in parameters:
                     return None
                 return name, now(name, piece.first_row + channel - piece.start)
         return (own_bias, now(own_bias, channel)) if own_bias else None

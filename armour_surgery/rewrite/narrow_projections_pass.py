@@ -1,5 +1,7 @@
 """Drop the output channels that nothing will read, and order the others by role."""
 
+import operator
+
 import torch
 from torch import fx
 
@@ -167,11 +169,15 @@ def _narrow_bias(surgery: Surgery, producer: Producer, rows: list[int], slices: 
     runs = _bias_runs(producer, rows)
     kept, gone = [], []
     for piece, local in runs:
-        kept.append(piece.node)
         slices.keep_piece(piece, local)
-        # A piece that stays whole, and in its order, needs no edit; zeros that are made on the fly have no rows.
-        stored = piece.tensor is not None and piece.tensor not in slices
-        if stored and local != list(range(piece.stop - piece.start)):
+        whole = local == list(range(piece.stop - piece.start))
+        # Zeros that are made on the fly have no rows, and take their number from a parameter that has.
+        if piece.tensor is None and piece.node.target is not torch.zeros_like and not whole:
+            kept += _runs_of(surgery, producer, piece, local)
+            continue
+        kept.append(piece.node)
+        # A piece that stays whole, and in its order, needs no edit.
+        if piece.tensor is not None and piece.tensor not in slices and not whole:
             surgery.edits.append(KeepRows((str(piece.tensor),), (), tuple(local)))
     for piece in producer.bias:
         if piece.node in kept:
@@ -185,6 +191,17 @@ def _narrow_bias(surgery: Surgery, producer: Producer, rows: list[int], slices: 
     with surgery.graph.inserting_before(producer.node):
         new = kept[0] if len(kept) == 1 else surgery.graph.call_function(torch.cat, (tuple(kept),))
     producer.node.replace_input_with(old, new)
+
+
+def _runs_of(surgery: Surgery, producer: Producer, piece: BiasPiece, rows: list[int]) -> list[fx.Node]:
+    """Some rows of a bias that is computed at every call, run by run."""
+    starts = [index for index, row in enumerate(rows) if index == 0 or row != rows[index - 1] + 1]
+    taken = []
+    with surgery.graph.inserting_before(producer.node):
+        for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
+            arguments = (piece.node, slice(rows[start], rows[stop - 1] + 1))
+            taken.append(surgery.graph.call_function(operator.getitem, arguments))
+    return taken
 
 
 def _bias_runs(producer: Producer, rows: list[int]) -> list[tuple[BiasPiece, list[int]]]:

@@ -7,7 +7,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from armour_surgery.altered import names_below, why_computed, why_hooked
-from armour_surgery.copies import meta_copy
+from armour_surgery.copies import copy_of_zeros, meta_copy
 from armour_surgery.errors import NothingToConvertError, PostconditionError, TraceError
 from armour_surgery.hosts.attention_interface import chunks_in_one_call
 from armour_surgery.initialize.freedom import probe, works_narrow
@@ -188,22 +188,30 @@ def try_out(skeleton: nn.Module, call: Call, rewritten: Rewritten, cls: type[nn.
     """Run the rewritten module once, without weights: its output must have the original's shapes.
 
     Raises:
+        TraceError: the original ran neither without numbers nor on zeros.
         PostconditionError: it has others.
     """
-    original, converted = meta_copy(skeleton), meta_copy(skeleton)
-    become(converted, rewritten, cls)
-    with torch.no_grad(), RememberedShapes(), chunks_in_one_call(original):
-        wanted = _shapes(_on_meta(original, call))
-        got = _shapes(converted(*call.args, **call.kwargs))
+    on_cpu = Call(*pytree.tree_map(_zeros, (call.args, call.kwargs)))
+    with torch.no_grad(), RememberedShapes(), chunks_in_one_call(skeleton):
+        # Some hosts run on no device without numbers (one that asks autocast about the device, say).
+        for copy, given in ((meta_copy, call), (copy_of_zeros, on_cpu)):
+            try:
+                wanted = _shapes(copy(skeleton)(*given.args, **given.kwargs))
+            except Exception as error:
+                reason = f"it runs with numbers alone ({type(error).__name__}: {error})"
+                continue
+            converted = copy(skeleton)
+            become(converted, rewritten, cls)
+            got = _shapes(converted(*given.args, **given.kwargs))
+            break
+        else:
+            raise TraceError(reason)
     if wanted != got:
         raise PostconditionError(f"{cls.__name__} returns {got}, and its original {wanted}")
 
 
-def _on_meta(module: nn.Module, call: Call) -> Any:
-    try:
-        return module(*call.args, **call.kwargs)
-    except Exception as error:
-        raise TraceError(f"it runs with numbers alone ({type(error).__name__}: {error})") from error
+def _zeros(leaf: Any) -> Any:
+    return torch.zeros(leaf.shape, dtype=leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _shapes(result: Any) -> list[tuple[int, ...]]:
