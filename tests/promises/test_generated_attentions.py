@@ -32,8 +32,8 @@ def fitting(recipe: Recipe) -> set[str]:
     """The modes of which the formula can be written down with these sizes."""
     equal = recipe.key_dim == recipe.value_dim
     if recipe.groups > 1:
-        return {"kv"} if equal else set()
-    modes = {"qk", "qk-diag"} | ({"qv", "kv"} if equal else {"concat-half"})
+        return {"kv"} if equal else {"concat-key"}
+    modes = {"qk", "qk-diag"} | ({"qv", "kv"} if equal else {"concat-half", "concat-key"})
     if not equal and recipe.value_dim >= 2 * recipe.key_dim:
         modes.add("concat-full")
     return modes
