@@ -128,15 +128,19 @@ def _stand_in(tensor: Tensor, buffers: bool) -> Tensor:
     return plain.requires_grad_(tensor.requires_grad)
 
 
-def copy_of_zeros(module: nn.Module) -> nn.Module:
-    """A copy on the CPU in which parameters are zero and buffers keep their values, where they have any.
+def copy_of_zeros(module: nn.Module, part: str = "") -> nn.Module:
+    """A copy in which the submodule `part`, which will run alone, is on the CPU; by default it is all of it.
+
+    Parameters there are zero and buffers keep their values, where they have any. The others stay without numbers: the
+    text model behind a tower may not fit into memory.
 
     For models that look at numbers: what they look at are tables more than weights.
     """
     copied = meta_copy(module, buffers=False)
-    values = {name: buffer for name, buffer in copied.named_buffers() if not buffer.is_meta}
-    copied.to_empty(device="cpu")
-    for name, tensor in (*copied.named_parameters(), *copied.named_buffers()):
+    filled = copied.get_submodule(part)
+    values = {name: buffer for name, buffer in filled.named_buffers() if not buffer.is_meta}
+    filled.to_empty(device="cpu")
+    for name, tensor in (*filled.named_parameters(), *filled.named_buffers()):
         tensor.detach().copy_(values.get(name, torch.zeros(())))
     return copied
 

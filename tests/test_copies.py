@@ -12,7 +12,7 @@ from tiny_hosts import CASES
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from armour_surgery.copies import alias, meta_copy
+from armour_surgery.copies import alias, copy_of_zeros, meta_copy
 
 
 def test_meta_copy_keeps_structure_and_no_numbers_unless_those_of_buffers() -> None:
@@ -132,3 +132,12 @@ def test_a_copy_of_transformers_collects_hidden_states_too() -> None:
     got = twin(**weightless, output_hidden_states=True).hidden_states
     assert [state.shape for state in got] == [state.shape for state in wanted]
     assert users.count == 1
+
+
+def test_zeros_are_made_for_the_part_that_runs_alone() -> None:
+    model = nn.ModuleDict({"tower": nn.BatchNorm1d(3), "text": nn.Linear(5, 7)})
+    model["tower"].running_var.fill_(2.0)
+    copied = copy_of_zeros(model, "tower")
+    assert torch.equal(copied["tower"].weight, torch.zeros(3))
+    assert torch.equal(copied["tower"].running_var, torch.full((3,), 2.0))
+    assert copied["text"].weight.is_meta

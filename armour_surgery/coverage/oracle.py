@@ -21,6 +21,9 @@ from armour_surgery.traced import Call, Producer, Role, TracedSite
 
 __all__ = ["difference", "merge", "real_copy"]
 
+# What transformers' attentions call the places where a packed sequence begins anew.
+_PLACES = "cu_seqlens"
+
 
 def difference(module: nn.Module, operation: Operation, seed: int = 0) -> float:
     """The largest relative difference that a conversion makes to a module in which it must make none.
@@ -30,6 +33,8 @@ def difference(module: nn.Module, operation: Operation, seed: int = 0) -> float:
     generator = torch.Generator().manual_seed(seed)
     original = real_copy(module, generator)
     call = _mapped(operation.found.call, partial(_argument, generator))
+    core = operation.found.traced.core
+    _cut_evenly(call, core.q.meta["value"].shape[core.q_axes[0]])
     merge(original, operation.found.traced, operation.mode)
     converted = copy.deepcopy(original)
     become(converted, operation.rewritten, operation.cls)
@@ -112,6 +117,13 @@ def _argument(generator: torch.Generator, tensor: Tensor) -> Tensor:
         # A mask: whichever way round it is meant, nearly every row has something that is seen.
         return torch.rand(tensor.shape, generator=generator) < 0.5
     return torch.zeros(tensor.shape, dtype=dtype)
+
+
+def _cut_evenly(call: Call, tokens: int) -> None:
+    """Give the places where a packed sequence is cut into images their numbers: zeros would be images of no size."""
+    places = call.kwargs.get(_PLACES)
+    if isinstance(places, Tensor):
+        places.copy_(torch.linspace(0, tokens, len(places)))
 
 
 def _outputs(module: nn.Module, call: Call, seed: int) -> list[Tensor]:

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from armour_surgery.calls import run, without_fast_paths
 from armour_surgery.copies import alias, copy_of_zeros, has_weights, meta_copy
+from armour_surgery.examples import part_of
 
 __all__ = ["attention_cores"]
 
@@ -144,7 +145,7 @@ def attention_cores(model: nn.Module, example: dict[str, Tensor], *, numbers: bo
         if not numbers:
             return None
         # It looks at numbers; what fails here once more is told by discovery.
-        copied = alias(model) if has_weights(model) else copy_of_zeros(model)
+        copied = alias(model) if has_weights(model) else copy_of_zeros(model, part_of(example))
     try:
         inputs = {name: torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value
                   for name, value in example.items()}  # fmt: skip

@@ -20,6 +20,7 @@ from armour_surgery.discover.provenance import understand
 from armour_surgery.discover.record import Recording, record
 from armour_surgery.discover.trace import trace
 from armour_surgery.errors import NoAttentionError, TraceError
+from armour_surgery.hosts.attention_interface import attention_of_chunks
 from armour_surgery.modes import judge
 from armour_surgery.records import AttentionSite, Projection, RefusedSite
 from armour_surgery.traced import Call, FoundSite, OutputProjection, Role, SeenSite, Trace, TracedSite
@@ -110,6 +111,12 @@ def _describe(fqn: str, traced: TracedSite) -> AttentionSite:
             reason = (
                 f"{asking} tokens ask {asked} keys (some of either are pooled, or added to them), so there is no "
                 "diagonal to take out; use qk"
+            )
+            site = _without(site, {"qk-diag": reason})
+        elif core.node.target is attention_of_chunks:
+            reason = (
+                "its attention takes images packed into one sequence, and no mask that the diagonal could be taken out "
+                "with; use qk"
             )
             site = _without(site, {"qk-diag": reason})
     return site

@@ -14,7 +14,7 @@ from armour_surgery.calls import run, without_fast_paths
 from armour_surgery.copies import MetaTwins, alias, copy_of_zeros, floating_weight, has_weights, meta_copy
 from armour_surgery.discover.watch import watched
 from armour_surgery.errors import ArmourError, DiscoveryError, ExampleInputError
-from armour_surgery.examples import on_meta, shapes_of, with_numbers
+from armour_surgery.examples import on_meta, part_of, shapes_of, with_numbers
 from armour_surgery.shapes import RememberedShapes
 from armour_surgery.traced import Call
 
@@ -109,10 +109,10 @@ def record(model: nn.Module, example: dict[str, Any]) -> Recording:
     except ArmourError:
         raise
     except Exception:
-        copy = alias if has_weights(model) else copy_of_zeros
+        part = part_of(example)
     try:
-        copied = copy(model)
-        weight = floating_weight(copied)
+        copied = alias(model) if has_weights(model) else copy_of_zeros(model, part)
+        weight = floating_weight(copied.get_submodule(part))
         numbers = with_numbers(example, "cpu" if weight is None else weight.device)
         return _record(copied, meta_copy(model), numbers)
     except Exception as error:

@@ -13,11 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from armour_surgery.errors import SchemaError
 from armour_surgery.patching import patched
 
 __all__ = ["changed_attributes", "first_difference", "meta_parameters", "restore_attributes", "to_meta"]
+
+_FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
+# Numbers of one tensor.
+_LARGE = 2**28
 
 
 @contextmanager
@@ -28,22 +34,34 @@ def meta_parameters() -> Iterator[None]:
     are whole.
     """
     register = nn.Module.register_parameter
-    # Holding the originals keeps their ids unique for as long as the table is in use.
-    moved: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    # By identity, and only for as long as somebody holds the original: all of them together may not fit into memory.
+    moved = WeakTensorKeyDictionary()
 
     def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         register(module, name, param)
         if param is None or param.device.type == "meta" or is_lazy(param):
             return
-        if id(param) not in moved:
+        if param not in moved:
             twin = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
             # Libraries hang marks on their parameters (`_no_weight_decay`), which a model keeps.
             twin.__dict__.update(param.__dict__)
-            moved[id(param)] = (param, twin)
-        module._parameters[name] = moved[id(param)][1]
+            moved[param] = twin
+        module._parameters[name] = moved[param]
 
-    with patched(nn.Module, "register_parameter", register_on_meta):
+    with patched(nn.Module, "register_parameter", register_on_meta), _LargeOnMeta():
         yield
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Makes on the meta device at once what may not fit into memory even alone: a language model's table of words."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _FACTORIES and kwargs.get("device") is None:
+            sizes = args[0] if args and not isinstance(args[0], int) else args
+            if math.prod(sizes) > _LARGE:
+                kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
 
 
 def to_meta(model: nn.Module) -> nn.Module:

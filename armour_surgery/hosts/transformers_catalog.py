@@ -63,18 +63,42 @@ def cut_config(name: str) -> dict[str, Any]:
     config: Any = getattr(transformers, name).config_class()
     _cut(config)
     entries: dict[str, Any] = config.to_dict()
+    _drop_layers(entries)
     return entries
+
+
+def _drop_layers(entries: dict[str, Any]) -> None:
+    """Take out what a config says of single layers that there are no longer."""
+    depth = entries.get("num_hidden_layers")
+    alone = entries.get("per_layer_config")
+    if isinstance(alone, dict) and isinstance(depth, int):
+        entries["per_layer_config"] = {key: value for key, value in alone.items() if int(key) < depth}
+    for value in entries.values():
+        if isinstance(value, dict):
+            _drop_layers(value)
 
 
 def _cut(config: Any) -> None:
     depth = getattr(config, "num_hidden_layers", None)
+    # A backbone whose stages are its layers has as many as what is built upon it reads.
+    stages = [f"stage{number}" for number in range(1, depth + 1)] if isinstance(depth, int) else []
+    read = len(config.out_indices or ()) if getattr(config, "stage_names", None) == ["stem", *stages] else 0
+    kept = max(_LAYERS, read)
     for key in _DEPTHS:
-        if isinstance(value := getattr(config, key, None), int) and value > _LAYERS:
-            setattr(config, key, _LAYERS)
-    # Lists with an entry for each layer; the last layers are often of the other kind.
+        if isinstance(value := getattr(config, key, None), int) and value > kept:
+            setattr(config, key, kept)
+    if read:
+        config.stage_names = ["stem", *stages[:kept]]
+        config._out_indices, config._out_features = list(range(kept - read + 1, kept + 1)), stages[kept - read : kept]
     for key, value in list(vars(config).items()):
-        if isinstance(value, list) and isinstance(depth, int) and len(value) == depth > _LAYERS:
-            setattr(config, key, [value[0], *value[1 - _LAYERS :]])
+        if not isinstance(value, list) or not isinstance(depth, int):
+            continue
+        if len(value) == depth > kept:
+            # An entry for each layer; the last layers are often of the other kind.
+            setattr(config, key, [value[0], *value[1 - kept :]])
+        elif key.endswith(("indices", "indexes")) and key != "_out_indices":
+            # Numbers of layers.
+            setattr(config, key, [min(number, kept - 1) if isinstance(number, int) else number for number in value])
     for key in getattr(config, "sub_configs", None) or {}:
         if getattr(config, key, None) is not None:
             _cut(getattr(config, key))

@@ -1,5 +1,6 @@
 """What transformers' models are fed: images, and what tells how large those are, from their configs."""
 
+import contextlib
 import inspect
 import math
 from collections.abc import Mapping
@@ -8,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_KEYPOINT_MATCHING_MAPPING
 
+from armour_surgery.copies import meta_copy
 from armour_surgery.errors import ExampleInputError
 
 __all__ = ["example", "writing_parts"]
@@ -31,11 +34,12 @@ def example(model: nn.Module) -> Told:
     """
     name, part = _seeing_part(model)
     names = list(inspect.signature(part.forward).parameters)
-    config: Any = part.config
+    config: Any = getattr(part, "config", None) or model.config
     # CLIP and its like keep the image encoder's part of the config apart from the text encoder's.
     vision = getattr(config, "vision_config", None) or config
+    inputs: Told
     if any(grid in names for grid in _GRIDS):
-        inputs = _in_a_grid(names, vision)
+        inputs = _in_a_grid(part, names, vision)
     elif "spatial_shapes" in names:
         inputs = _in_shapes(vision)
     elif "aspect_ratio_ids" in names:
@@ -53,7 +57,13 @@ def example(model: nn.Module) -> Told:
                 f"{type(model).__name__} takes {getattr(model, 'main_input_name', names[0])} and no pixel_values, and "
                 "only images are known here; pass example_input={name: tensor}"
             )
-        inputs = {image: (_image(vision, image == "pixel_values_videos"), torch.float32), **_words(names, config)}
+        shape = _image(vision, image == "pixel_values_videos")
+        # A type may have models of videos besides (Perceiver).
+        shape = shape[-3:] if "ForImage" in type(part).__name__ else shape
+        # Two images, in which the same points are looked for.
+        pair = (2,) if type(config) in MODEL_FOR_KEYPOINT_MATCHING_MAPPING else ()
+        inputs = {image: ((*pair, *shape), torch.float32)}
+    inputs = {**inputs, **_words(names, config)}
     return {f"{name}:{key}" if name else key: value for key, value in inputs.items()}
 
 
@@ -91,6 +101,7 @@ def _seeing_part(model: nn.Module) -> tuple[str, nn.Module]:
         part = encoder
     if part is model:
         part = _first_that_sees(model)
+    part = _that_runs(part)
     return next((name, module) for name, module in model.named_modules() if module is part)
 
 
@@ -104,6 +115,16 @@ def _first_that_sees(model: nn.Module) -> Any:
     return model
 
 
+def _that_runs(part: Any) -> Any:
+    """The part itself, or what is inside of one that has no forward (a tokenizer of images: Apertus 1.5, Emu 3)."""
+    if type(part).forward is not nn.Module.forward:
+        return part
+    for module in part.modules():
+        if "pixel_values" in inspect.signature(module.forward).parameters:
+            return module
+    return part
+
+
 def _image(vision: Any, video: bool) -> tuple[int, ...]:
     backbone = getattr(vision, "backbone_config", None)
     size = None
@@ -113,6 +134,12 @@ def _image(vision: Any, video: bool) -> tuple[int, ...]:
     if isinstance(size, dict):
         size = (size["height"], size["width"])
     height, width = (size, size) if isinstance(size, int) else tuple(size)
+    # Where an image is cut into as many windows as a config says, each has as many patches (RF-DETR).
+    windowed = backbone or vision
+    windows = getattr(windowed, "num_windows_side", None) or getattr(windowed, "num_windows", None)
+    if isinstance(windows, int):
+        step = windows * windowed.patch_size
+        height, width = math.ceil(height / step) * step, math.ceil(width / step) * step
     shape = (_channels(vision), height, width)
     frames = getattr(vision, "num_frames", None)
     if video and frames is None:
@@ -147,19 +174,44 @@ def _words(names: list[str], config: Any) -> Told:
     return words
 
 
-def _in_a_grid(names: list[str], vision: Any) -> Told:
+def _in_a_grid(part: nn.Module, names: list[str], vision: Any) -> Told:
     """Images as rows of patches, one after the other (Qwen-VL); a grid tells frames, rows and columns of each."""
     merged = getattr(vision, "spatial_merge_size", None) or getattr(vision, "merge_size", None) or 2
     merged = merged if isinstance(merged, int) else max(merged)
     rows, columns = 2 * merged, 3 * merged
     grid = next(name for name in _GRIDS if name in names)
     inputs = {
-        names[0]: torch.empty(rows * columns, _patch(vision), device="meta"),
+        names[0]: _rows_of_patches(part, names[0], grid, rows * columns, vision),
         grid: torch.tensor([[1, rows, columns]]),
     }
     if "merge_sizes" in names:
         inputs["merge_sizes"] = torch.tensor([merged])
     return inputs
+
+
+def _rows_of_patches(part: nn.Module, name: str, grid: str, count: int, vision: Any) -> torch.Tensor:
+    """Patches as the numbers that they have; where a plain convolution is applied to them as they come, as images."""
+    patches = torch.empty(count, _patch(vision), device="meta")
+    first = next((layer for layer in part.modules() if isinstance(layer, nn.Conv2d | nn.Conv3d | nn.Linear)), None)
+    if not isinstance(first, nn.Conv2d) or first.in_channels * math.prod(first.kernel_size) != patches.shape[1]:
+        return patches
+    images = patches.reshape(count, first.in_channels, *first.kernel_size)
+    for told in (patches, images, images[None]):
+        if _reaches_a_layer(part, {name: told, grid: None}):
+            return told
+    return patches
+
+
+def _reaches_a_layer(part: nn.Module, inputs: dict[str, Any]) -> bool:
+    """Whether the first convolution can be applied to what comes to it; what the part does later is not looked at."""
+    copied = meta_copy(part)
+    reached = []
+    for layer in copied.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda *_: reached.append(True))
+    with contextlib.suppress(Exception), torch.no_grad():
+        copied(**inputs)
+    return bool(reached)
 
 
 def _in_shapes(vision: Any) -> Told:
@@ -182,16 +234,17 @@ def _in_tiles(vision: Any) -> Told:
     }
 
 
-def _places() -> torch.Tensor:
-    """Row and column of every patch."""
-    return torch.cartesian_prod(torch.arange(_ROWS), torch.arange(_COLUMNS))
+def _places(pooled: int = 1) -> torch.Tensor:
+    """Row and column of every patch; squares of `pooled` by `pooled` of them become one."""
+    return torch.cartesian_prod(torch.arange(_ROWS * pooled), torch.arange(_COLUMNS * pooled))
 
 
 def _at_positions(vision: Any) -> Told:
     """Patches, and where each of them is (Gemma 4)."""
+    places = _places(getattr(vision, "pooling_kernel_size", 1))
     return {
-        "pixel_values": ((_ROWS * _COLUMNS, _patch(vision)), torch.float32),
-        "pixel_position_ids": _places()[None],
+        "pixel_values": ((len(places), _patch(vision)), torch.float32),
+        "pixel_position_ids": places[None],
     }
 
 

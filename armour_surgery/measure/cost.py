@@ -117,7 +117,7 @@ def _run(model: nn.Module, example: Mapping[str, Any]) -> dict[str, int]:
 
 def _run_on_zeros(model: nn.Module, example: Mapping[str, Any]) -> dict[str, int]:
     try:
-        copy = copy_of_zeros(model).eval()
+        copy = copy_of_zeros(model, part_of(example)).eval()
         return _run(copy, with_numbers(example, "cpu", noise=False))
     except Exception as error:
         raise ExampleInputError(

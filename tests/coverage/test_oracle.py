@@ -8,10 +8,13 @@ import pytest
 import torch
 from own_attentions import D, Hidden, PerHead, Wide
 from torch import nn
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
 from armour_surgery.copies import meta_copy
 from armour_surgery.coverage.oracle import difference, merge, real_copy
 from armour_surgery.discover import find_sites
+from armour_surgery.hosts import example_input
 from armour_surgery.surgery.operation import Operation, prepare
 from armour_surgery.traced import FoundSite
 
@@ -55,6 +58,22 @@ def test_a_module_that_returns_another_shape_is_seen() -> None:
             return super().forward(x)[:, 1:]
 
     assert difference(model.inner, replace(operation, cls=Shorter)) == math.inf
+
+
+def packed_tower() -> nn.Module:
+    """Two images in one sequence, which the places where it is cut keep apart."""
+    config = Qwen2VLVisionConfig(depth=1, embed_dim=16, num_heads=2, patch_size=4, hidden_size=24)
+    return Qwen2VisionTransformerPretrainedModel(config)
+
+
+def test_a_packed_sequence_is_cut_into_images() -> None:
+    model = packed_tower()
+    (found,) = find_sites(model, example_input(model))
+    assert isinstance(found, FoundSite)
+    (operation,) = prepare(model, [found], "qv").operations
+    assert difference(model.get_submodule(found.fqn), operation) < 1e-12
+    # No mask says what is beside the diagonal, so that nothing promises to take it out.
+    assert "packed" in found.site.refused["qk-diag"]
 
 
 def test_nothing_happens_to_the_module_itself() -> None:

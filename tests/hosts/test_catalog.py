@@ -36,6 +36,17 @@ def test_videos_and_pairs_of_images_are_fed_as_such() -> None:
     assert list(example) == ["image1", "image2"]
 
 
+def test_what_reads_the_layers_of_a_config_that_is_cut_reads_those_that_are_left() -> None:
+    entries = cut_config("MllamaVisionModel")
+    assert max(entries["intermediate_layers_indices"]) < entries["num_hidden_layers"] == 2
+    # Four stages are read, so that there are four.
+    backbone = cut_config("CHMv2ForDepthEstimation")["backbone_config"]
+    assert (backbone["num_hidden_layers"], backbone["out_indices"]) == (4, [1, 2, 3, 4])
+    assert backbone["out_features"] == ["stage1", "stage2", "stage3", "stage4"]
+    text = cut_config("Gemma4ForConditionalGeneration")["text_config"]
+    assert all(int(number) < 2 for number in text["per_layer_config"])
+
+
 def test_a_config_that_is_cut_has_two_layers_in_every_part() -> None:
     entries = cut_config("CLIPModel")
     assert entries["vision_config"]["num_hidden_layers"] == entries["text_config"]["num_hidden_layers"] == 2

@@ -1,0 +1,129 @@
+"""What models of transformers are fed by default: such that each of them runs, and its attention is found."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from armour_surgery.discover.record import record
+from armour_surgery.hosts import example_input
+from armour_surgery.hosts.transformers_inputs import _that_runs
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 24,
+    "intermediate_size": 28,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 3,
+}
+TEXT: dict[str, Any] = {**SMALL, "vocab_size": 31, "num_key_value_heads": 3, "head_dim": 8, "pad_token_id": 2}
+
+
+def weightless(cls: Any, config: Any) -> Any:
+    with torch.device("meta"):
+        model: nn.Module = cls(config)
+    return model.eval()
+
+
+def siglip2() -> nn.Module:
+    """It takes patches, and words besides."""
+    vision = {**SMALL, "patch_size": 4, "num_patches": 16}
+    text = {**SMALL, "vocab_size": 31, "max_position_embeddings": 9}
+    config = transformers.Siglip2Config(vision_config=vision, text_config=text)
+    torch.manual_seed(0)
+    return transformers.Siglip2Model(config).eval()
+
+
+def gemma4_vision() -> nn.Module:
+    """It makes one of every three by three patches."""
+    config = transformers.Gemma4VisionConfig(**{**SMALL, "num_key_value_heads": 3, "head_dim": 8}, patch_size=4)
+    return weightless(transformers.Gemma4VisionModel, config)
+
+
+def superglue() -> nn.Module:
+    """It looks for the points of one image in another one."""
+    detector = transformers.SuperPointConfig(
+        encoder_hidden_sizes=[4, 4, 4, 8], decoder_hidden_size=8, keypoint_decoder_dim=65, descriptor_decoder_dim=8
+    )
+    config = transformers.SuperGlueConfig(
+        keypoint_detector_config=detector,
+        hidden_size=8,
+        keypoint_encoder_sizes=[4, 8],
+        gnn_layers_types=["self", "cross"],
+        num_attention_heads=2,
+    )
+    return weightless(transformers.SuperGlueForKeypointMatching, config)
+
+
+def perceiver() -> nn.Module:
+    """Its type has models of videos too, and so its config has a number of frames."""
+    config = transformers.PerceiverConfig(
+        num_latents=5, d_latents=24, num_blocks=1, num_self_attends_per_block=1, num_self_attention_heads=2,
+        num_cross_attention_heads=2, image_size=8,
+    )  # fmt: skip
+    return weightless(transformers.PerceiverForImageClassificationLearned, config)
+
+
+def rf_detr() -> nn.Module:
+    """Three windows a side do not fit the five patches that its image has a side."""
+    config = transformers.RfDetrDinov2Config(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=3, mlp_ratio=1, image_size=20, patch_size=4,
+        num_windows=3,
+    )  # fmt: skip
+    return weightless(transformers.RfDetrDinov2Backbone, config)
+
+
+@pytest.mark.parametrize(
+    ("make", "shapes"),
+    [
+        (siglip2, {"pixel_values": (2, 24, 48), "input_ids": (2, 8)}),
+        (gemma4_vision, {"pixel_values": (2, 216, 48), "pixel_position_ids": (2, 216, 2)}),
+        (perceiver, {"pixel_values": (2, 3, 8, 8)}),
+        (rf_detr, {"pixel_values": (2, 3, 24, 24)}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_model_runs_on_its_own_example(make: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+    model = make()
+    example = example_input(model)
+    told = {name: tuple(value.shape) for name, value in example.items()}
+    assert {name: told[name] for name in shapes} == shapes
+    assert record(model, example).innermost
+
+
+def test_models_that_match_points_get_two_images() -> None:
+    assert [tuple(value.shape) for value in example_input(superglue()).values()] == [(2, 2, 3, 224, 224)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [("Kimi_K25", (48, 3, 4, 4)), ("PaddleOCRVL", (2, 24, 3, 4, 4)), ("Qwen2VL", (48, 96))],
+)
+def test_patches_have_the_shape_that_a_tower_takes_them_in(kind: str, shape: tuple[int, ...]) -> None:
+    sizes = {"patch_size": 4, "merge_kernel_size": (2, 2), "num_hidden_layers": 1, "num_attention_heads": 2}
+    if kind == "Qwen2VL":
+        config: Any = transformers.models.qwen2_vl.configuration_qwen2_vl.Qwen2VLVisionConfig(
+            depth=1, embed_dim=16, num_heads=2, patch_size=4
+        )
+        tower = weightless(transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel, config)
+    elif kind == "Kimi_K25":
+        config = transformers.Kimi_K25VisionConfig(**sizes, hidden_size=16, intermediate_size=20)
+        tower = weightless(transformers.Kimi_K25VisionModel, config)
+    else:
+        config = transformers.PaddleOCRVisionConfig(
+            hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2, patch_size=4,
+            image_size=16,
+        )  # fmt: skip
+        tower = weightless(transformers.PaddleOCRVisionModel, config)
+    assert tuple(next(iter(example_input(tower).values())).shape) == shape
+
+
+def test_a_tokenizer_of_images_without_a_forward_runs_by_its_encoder() -> None:
+    vision = transformers.Apertus1p5VisionTokenizerConfig(
+        base_channels=32, channel_multiplier=[1, 1], num_res_blocks=1, attn_resolutions=[], latent_channels=4,
+        embed_dim=4, codebook_size=7, resolution=16,
+    )  # fmt: skip
+    tokenizer = weightless(transformers.Apertus1p5VisionTokenizerModel, vision)
+    assert _that_runs(tokenizer) is tokenizer.encoder
+    assert _that_runs(tokenizer.encoder) is tokenizer.encoder
