@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 
 from armour_surgery.discover.gates import judge_softmax
-from armour_surgery.discover.match import all_above, find_cores, inputs_of
+from armour_surgery.discover.match import all_above, find_cores
 from armour_surgery.discover.producers import TraceInside, find_producers
 from armour_surgery.discover.products import write_as_linear
 from armour_surgery.discover.record import is_builtin
