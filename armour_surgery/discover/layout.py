@@ -14,6 +14,7 @@ from torch import fx
 from armour_surgery.discover.channels import Channels
 from armour_surgery.discover.match import inputs_of, is_tensor
 from armour_surgery.discover.nodes import Changes, value_of
+from armour_surgery.discover.separable import Separable, are_separable
 from armour_surgery.traced import Layout
 
 __all__ = ["OTHER", "Flow", "find_layout", "first_alike", "follow", "is_cast"]
@@ -48,11 +49,12 @@ class Flow(dict[fx.Node, Any]):
 
     `pure` are the nodes that layout alone leads to. At the others something acted on the values (a norm, a rotation, a
     scale), element by element as far as positions go. `others` are the numbers of further elements that went into the
-    same positions: `a * cos - b * sin` holds those of a, and b's are others.
+    same positions: `a * cos - b * sin` holds those of a, and b's are others. `start` are the producer's own numbers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, start: torch.Tensor) -> None:
         super().__init__()
+        self.separable = Separable(start)
         self.pure: set[fx.Node] = set()
         # The first node that holds the same elements, each as often, in whatever order.
         self.first_with: dict[fx.Node, fx.Node] = {}
@@ -144,11 +146,12 @@ def follow(
     they are followed through what makes other tokens of a channel's tokens, too, and through a concatenation with
     something else: what stands there then is any number of the channel, or `OTHER` where nothing of the producer is.
     """
-    flow = Flow()
     shape = producer.meta["value"].shape
     # There may be tens of millions, and every pass over them costs: the small type halves it.
     small = shape.numel() < torch.iinfo(torch.int32).max
-    flow[producer] = torch.arange(shape.numel(), dtype=torch.int32 if small else torch.int64).reshape(shape)
+    start = torch.arange(shape.numel(), dtype=torch.int32 if small else torch.int64).reshape(shape)
+    flow = Flow(start)
+    flow[producer] = start
     flow.pure.add(producer)
     flow.first_with[producer] = producer
     started = False
@@ -232,28 +235,24 @@ def find_layout(
     numbers: torch.Tensor,
     coordinates: Callable[[torch.Tensor], dict[Any, torch.Tensor]],
     sizes: dict[Any, int],
+    separable: Callable[[torch.Tensor], bool] = are_separable,
 ) -> Layout | None:
     """Read off which atoms each axis of a tensor runs over, in order; None if its axes do not split that way.
 
     `numbers` are the elements that the tensor holds; `coordinates` tells each atom's index for elements; `sizes` is
-    how far each atom runs.
+    how far each atom runs. `separable` tells whether axes do not depend on each other; a flow's own one knows of views.
     """
     layout: list[tuple[Any, ...]] = []
     used: set[Any] = set()
-    # What each number is if the axes do not depend on each other.
-    separable = torch.zeros((), dtype=numbers.dtype)
     for axis, size in enumerate(numbers.shape):
         along = numbers[tuple(slice(None) if other == axis else 0 for other in range(numbers.ndim))]
-        shape = [1] * numbers.ndim
-        shape[axis] = -1
-        separable = separable + (along if axis == 0 else along - along[0]).reshape(shape)
         atoms = _atoms_of_line(coordinates(along), sizes, size)
         if atoms is None or not used.isdisjoint(atoms):
             return None
         used.update(atoms)
         layout.append(atoms)
     # Only then do single lines speak for the whole tensor.
-    if not torch.equal(separable, numbers):
+    if not separable(numbers):
         return None
     return _with_atoms_of_one(layout, [atom for atom in sizes if atom not in used], sizes)
 

@@ -78,7 +78,7 @@ def operands_of(core: Core, followed: list[Followed]) -> tuple[dict[str, Operand
 def _operand(core: Core, letter: str, followed: list[Followed]) -> Operand:
     target: fx.Node = getattr(core, letter)
     maker = _maker_of(target, followed, _NAMES[letter])
-    heads, places = _heads(maker.flow[target], getattr(core, f"{letter}_axes"), maker, letter)
+    heads, places = _heads(target, getattr(core, f"{letter}_axes"), maker, letter)
     return Operand(maker, heads, places)
 
 
@@ -135,10 +135,14 @@ def _maker_of(target: fx.Node, followed: list[Followed], name: str) -> Followed:
 
 
 def _heads(
-    numbers: torch.Tensor, axes: tuple[int, int], followed: Followed, letter: str
+    target: fx.Node, axes: tuple[int, int], followed: Followed, letter: str
 ) -> tuple[list[tuple[int, ...]], torch.Tensor]:
     """Channels of each head in order of appearance, and for each leading position of the core which head it is."""
-    channel = followed.channels.of(numbers).movedim(axes, (-2, -1))
+    numbers, channels = followed.flow[target], followed.channels
+    shape = numbers.movedim(axes, (-2, -1)).shape
+    fewer = followed.flow.separable.one_of_each(numbers, channels.inner, channels.count)
+    channel = channels.of(fewer).movedim(axes, (-2, -1))
+    channel = channel.expand(*channel.shape[:-1], shape[-1])
     # Tokens that were padded, or that stand beside these (registers, a learned bias), have none and stay what they are.
     line = channel.amax(-2, keepdim=True)
     # A dimension of a head must be the same channel at every token; in cross-covariance attention (XCiT) it is not.
@@ -149,7 +153,7 @@ def _heads(
     lines = line.reshape(-1, channel.shape[-1])
     order: dict[tuple[int, ...], int] = {}
     places = [order.setdefault(tuple(line), len(order)) for line in lines.tolist()]
-    return list(order), torch.tensor(places).reshape(channel.shape[:-2])
+    return list(order), torch.tensor(places).reshape(channel.shape[:-2]).expand(shape[:-2])
 
 
 def _inner(producer: Producer) -> int:
@@ -158,7 +162,7 @@ def _inner(producer: Producer) -> int:
     return shape[producer.axis % len(shape) + 1 :].numel()
 
 
-def _layout(numbers: torch.Tensor, producer: Producer, heads: list[tuple[int, ...]]) -> Layout | None:
+def _layout(node: fx.Node, flow: Flow, producer: Producer, heads: list[tuple[int, ...]]) -> Layout | None:
     """The layout of an anchor: its axes in terms of the producer's other axes, heads and dimensions."""
     shape = producer.node.meta["value"].shape
     axis = producer.axis % len(shape)
@@ -175,7 +179,8 @@ def _layout(numbers: torch.Tensor, producer: Producer, heads: list[tuple[int, ..
 
     sizes: dict[Any, int] = dict(enumerate(shape))
     del sizes[axis]
-    return find_layout(numbers, coordinates, sizes | {"h": len(heads), "j": len(heads[0])})
+    sizes |= {"h": len(heads), "j": len(heads[0])}
+    return find_layout(flow[node], coordinates, sizes, flow.separable)
 
 
 def _counting(flow: Flow, producer: Producer, channels: Channels) -> Callable[[fx.Node], torch.Tensor | None]:
@@ -190,7 +195,9 @@ def _counting(flow: Flow, producer: Producer, channels: Channels) -> Callable[[f
             return None
         first = flow.first_with[node]
         if first not in counts:
-            counts[first] = torch.bincount(channels.of(numbers).flatten(), minlength=producer.channels)
+            fewer = flow.separable.one_of_each(numbers, channels.inner, channels.count)
+            held = torch.bincount(channels.of(fewer).flatten(), minlength=producer.channels)
+            counts[first] = held * (numbers.numel() // max(fewer.numel(), 1))
         return counts[first]
 
     return count
@@ -233,7 +240,7 @@ def _anchors(
         elif some and node.users.keys() - flow.pure:
             # Something reads the packed tensor, or its size, before the roles part.
             whole = False
-    placed = tuple(Anchor(node, _layout(flow[node], producer, heads)) for node in anchors)
+    placed = tuple(Anchor(node, _layout(node, flow, producer, heads)) for node in anchors)
     return placed, whole and bool(placed)
 
 
@@ -249,5 +256,5 @@ def _ends(
         if some and any(map(flow.leaves_layout, node.users)):
             if not exactly:
                 return ()
-            ends.append(Anchor(node, _layout(flow[node], producer, heads)))
+            ends.append(Anchor(node, _layout(node, flow, producer, heads)))
     return tuple(ends)
