@@ -28,7 +28,7 @@ class Separable:
 
     def _is_view(self, numbers: torch.Tensor) -> bool:
         # A view takes equal steps in memory along an axis, and there every element's number is its place.
-        return numbers.untyped_storage()._cdata == self._start.untyped_storage()._cdata
+        return bool(numbers.untyped_storage()._cdata == self._start.untyped_storage()._cdata)
 
     def one_of_each(self, numbers: torch.Tensor, inner: int, count: int) -> torch.Tensor:
         """The numbers at the first index alone of every axis along which no element's channel changes.
