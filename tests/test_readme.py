@@ -3,9 +3,11 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
+import torch
 from command_line import good
 from timm.models import save_for_hf
 from torchvision.transforms.functional import to_pil_image
@@ -63,7 +65,7 @@ def test_commands_with_names_of_the_users_own(tmp_path: Path, monkeypatch: pytes
     seen = 0
     for command in commands():
         own = "MODEL" in command or "deit-armour" in command or "recovered" in command or "bench" in command
-        if not own and not command.endswith("recipes ls"):
+        if "my_vit" in command or (not own and not command.endswith("recipes ls")):
             continue
         words = command.replace("deit_tiny_patch16_224-armour", "mine-armour")
         words = words.replace("MODEL", "local-dir:mine").replace("deit_tiny_patch16_224", "local-dir:mine")
@@ -81,6 +83,35 @@ def test_commands_with_names_of_the_users_own(tmp_path: Path, monkeypatch: pytes
     assert seen == 7
     for made in ("sites.png", "report.html", "mine-armour-qv/surgery.json", "recovered/surgery.json"):
         assert (tmp_path / made).is_file(), made
+
+
+MY_VIT = """
+from timm.models.vision_transformer import Attention
+from torch import nn
+
+class MyViT(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 24, 56, 56)
+        self.attention = Attention(24, num_heads=3)
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, images):
+        tokens = self.patches(images).flatten(2).transpose(1, 2)
+        return self.head((tokens + self.attention(tokens)).mean(1))
+"""
+
+
+def test_commands_with_a_model_of_the_users_own(tmp_path: Path) -> None:
+    (tmp_path / "my_vit.py").write_text(MY_VIT, encoding="utf-8")
+    made: dict[str, Any] = {}
+    exec(MY_VIT, made)
+    torch.save(made["MyViT"]().state_dict(), tmp_path / "weights.pt")
+    own = [command for command in commands() if "my_vit" in command]
+    for command in own:
+        run(command + " --batch-size 2 --budget 1" if "bench" in command else command)
+    assert len(own) == 2
+    assert (tmp_path / "my-vit-armour" / "surgery.json").is_file()
 
 
 def test_python(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from armour_surgery.benchmarking.speed import compare, keep_memory, many_compile
 from armour_surgery.calls import given_in_order
 from armour_surgery.copies import full_copy
 from armour_surgery.deployment.pipeline import deploy
-from armour_surgery.errors import BenchmarkError, NothingToDeployError, UsageError
+from armour_surgery.errors import BenchmarkError, ExampleInputError, NothingToDeployError, UsageError
 from armour_surgery.hosts.wrappers import refuse_wrapped
 from armour_surgery.measure.cost import count_macs, count_params
 from armour_surgery.records import Progress
@@ -97,7 +97,8 @@ def benchmark(
         rounds: an even number, at most so many at each batch size.
         budget_s: seconds of timing at each batch size.
         threads: torch's threads inside an operator while it runs; as many as before if it is not given.
-        example_input: what all models take, for models of your own; see `convert`.
+        example_input: what all models take, for models of your own; see `convert`. Where it is not given, and a model's
+            input is not known, it gets what the first one takes.
         keep_freed_memory: change this process for good, so that freed memory is not given back; see
             `speed.keep_memory`. The ratios are much steadier.
         inplace: use the models themselves instead of copies.
@@ -105,7 +106,7 @@ def benchmark(
 
     Raises:
         UsageError: there is no model, a wrapper is around one, or a number, dtype or device is none that there is.
-        ExampleInputError: nobody knows what to feed a model.
+        ExampleInputError: nobody knows what to feed the first model.
         BenchmarkError: a model does not compile or run with this dtype, device and batch size; the message names it.
     """
     tell = progress or (lambda what, done, total: None)
@@ -120,7 +121,10 @@ def benchmark(
     # A copy in any case: that it has memory of its own is what the double is for.
     given[double] = full_copy(models[first])
     with _threads(threads), many_compiled() if compile else nullcontext():
-        everyone = [_subject(name, model, settings, place, example_input) for name, model in given.items()]
+        everyone: list[_Subject] = []
+        for name, model in given.items():
+            takes = _example_of(model, example_input, everyone[0].example if everyone else None)
+            everyone.append(_subject(name, model, settings, place, takes))
         # The double is timed and nothing else.
         subjects = everyone[:-1]
         costs = []
@@ -168,10 +172,19 @@ def _check(
     return place
 
 
+def _example_of(model: nn.Module, given: Example | None, of_first: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """What a model takes; where nobody knows, what the first one takes: they are held against each other."""
+    try:
+        return plain_example_of(model, given)
+    except ExampleInputError:
+        if of_first is None:
+            raise
+        return of_first
+
+
 def _subject(
-    name: str, model: nn.Module, settings: Settings, device: torch.device, example_input: Example | None
+    name: str, model: nn.Module, settings: Settings, device: torch.device, example: dict[str, Tensor]
 ) -> _Subject:
-    example = plain_example_of(model, example_input)
     if settings.deployed:
         model = _deployed(model, settings.compiled, example)
     dtype = DTYPES[settings.dtype]

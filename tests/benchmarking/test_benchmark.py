@@ -19,7 +19,7 @@ from armour_surgery.benchmarking import benchmark as benchmarking
 from armour_surgery.benchmarking.intervals import FASTER, NO_DIFFERENCE, SLOWER, TOO_FEW
 from armour_surgery.benchmarking.operators import OperatorTime, Profile, side_by_side
 from armour_surgery.cli.bench_tables import model_table, pair_table, size_table
-from armour_surgery.errors import BenchmarkError, UsageError
+from armour_surgery.errors import BenchmarkError, ExampleInputError, UsageError
 from armour_surgery.measure.cost import count_macs, count_params
 
 pytestmark = pytest.mark.usefixtures("short_turns")
@@ -218,3 +218,11 @@ def test_deployed_models() -> None:
     assert found.settings.deployed
     assert found.costs[0].params < count_params(model)
     assert found.costs[1].params < found.costs[0].params
+
+
+def test_what_is_not_known_of_a_model_is_what_the_first_one_takes() -> None:
+    unknown = nn.Sequential(nn.Conv2d(3, 5, 7), nn.Flatten(), nn.Linear(5 * 26 * 26, 6))
+    measured = quick({"known": vit(), "own": unknown})
+    assert [cost.name for cost in measured.costs] == ["known", "own"]
+    with pytest.raises(ExampleInputError, match="its input is not known"):
+        quick({"own": unknown, "known": vit()})
