@@ -179,7 +179,8 @@ def _example_of(model: nn.Module, given: Example | None, of_first: dict[str, Ten
     except ExampleInputError:
         if of_first is None:
             raise
-        return of_first
+        # One tensor goes to whatever a forward calls its first argument.
+        return plain_example_of(model, of_first if len(of_first) > 1 else next(iter(of_first.values())))
 
 
 def _subject(
