@@ -75,6 +75,12 @@ def _einops_hosts() -> dict[str, Host]:
         "simple_vit_specialized_cls": "simple_vit_with_specialized_cls:SimpleViT",
         "simple_vit_patch_dropout": "simple_vit_with_patch_dropout:SimpleViT",
         "simple_vit_sparse_gating": "simple_vit_with_sparse_gating:SimpleViTWithSparseGating",
+        "simple_flash_attn_vit": "simple_flash_attn_vit:SimpleViT",
+        "simple_vit_attn_residual": "simple_vit_attn_residual:SimpleViTAttnResidual",
+        "simple_vit_cross_depth": "attn_residual_with_dca_simple_vit:SimpleViT",
+        "simple_vit_orthogonal_residual": "simple_vit_orthog_residual_update:SimpleViT",
+        "mp3": "mp3:ViT",
+        "vit_detpool": "vit_detpool:ViTDetPool",
     }
     hosts = {f"vit-pytorch {name}": _vit_pytorch(path) for name, path in plain.items()}
     others = {
@@ -108,6 +114,14 @@ def _einops_hosts() -> dict[str, Host]:
         "simple_vit_3d": ("simple_vit_3d:SimpleViT", {**CLIP, "depth": 2}, VIDEO),
         "vit_3d": ("vit_3d:ViT", {**CLIP, "depth": 2}, VIDEO),
         "vivit": ("vivit:ViViT", {**CLIP, "spatial_depth": 1, "temporal_depth": 1}, VIDEO),
+        "vivit_moss": ("vivit_with_moss:ViViT", {**CLIP, "spatial_depth": 1, "temporal_depth": 1}, VIDEO),
+        "max_vit_registers": ("max_vit_with_registers:MaxViT", {"num_classes": 10, "dim": 64, "depth": (1, 1)},
+                              (3, 112, 112)),
+        "jet_vit": ("jet_vit:JetViT", {**VIT, "dim_head": 32}, IMAGE),
+        "looped_vit": ("looped_vit:LoopedViT", {**_without("depth"), "pre_loop_depth": 1, "num_looped_blocks": 1,
+                                                "post_loop_depth": 1, "loop_depth": 2}, IMAGE),
+        "vat_siglip": ("vat_siglip:SigLIP", {"image_size": 64, "patch_size": 8, "dim": 96, "depth": 2, "heads": 3,
+                                             "mlp_dim": 128}, IMAGE),
         "t2t": ("t2t:T2TViT", _without("patch_size", image_size=64), IMAGE),
         "twins_svt": ("twins_svt:TwinsSVT", {"num_classes": 10, "s3_depth": 1, "s4_depth": 1}, (3, 224, 224)),
         "xcit": ("xcit:XCiT", {**VIT, "cls_depth": 1}, IMAGE),
@@ -149,6 +163,36 @@ HOSTS: dict[str, Host] = {
     "kornia MobileViT": Host("kornia", "kornia.models.vit_mobile:MobileViT", {}, (3, 256, 256)),
     "kornia TinyViT": Host("kornia", "kornia.models.tiny_vit:TinyViT", {"img_size": 224}, (3, 224, 224)),
     "x-transformers ViT": Host("x-transformers", "third_party_hosts:x_transformer_vit"),
+    "x-transformers flash": Host("x-transformers", "third_party_hosts:x_transformer_vit", {"attn_flash": True}),
+    "x-transformers rotary": Host("x-transformers", "third_party_hosts:x_transformer_vit", {"rotary_pos_emb": True}),
+    "x-transformers q/k-norm": Host("x-transformers", "third_party_hosts:x_transformer_vit", {"attn_qk_norm": True}),
+    "x-transformers one head of keys": Host("x-transformers", "third_party_hosts:x_transformer_vit",
+                                            {"attn_kv_heads": 1}),
+    "x-transformers talking heads": Host("x-transformers", "third_party_hosts:x_transformer_vit",
+                                         {"attn_pre_talking_heads": True}),
+    "x-transformers memory keys": Host("x-transformers", "third_party_hosts:x_transformer_vit",
+                                       {"attn_num_mem_kv": 2}),
+    "x-transformers gated values": Host("x-transformers", "third_party_hosts:x_transformer_vit",
+                                        {"attn_gate_values": True}),
+    "kornia SAM encoder": Host("kornia", "kornia.models.sam.architecture.image_encoder:ImageEncoderViT",
+                               {"img_size": 128, "patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 3,
+                                "use_rel_pos": True, "window_size": 7, "global_attn_indexes": (1,)}, (3, 128, 128)),
+    "monai ViT 2-D with a class": Host("monai", "monai.networks.nets:ViT",
+                                       {"in_channels": 3, "img_size": (64, 64), "patch_size": (8, 8), "num_heads": 3,
+                                        "hidden_size": 96, "mlp_dim": 128, "num_layers": 2, "spatial_dims": 2,
+                                        "classification": True, "qkv_bias": True}),
+    "monai SwinUNETR 2-D": Host("monai", "monai.networks.nets:SwinUNETR",
+                                {"in_channels": 1, "out_channels": 2, "feature_size": 24, "spatial_dims": 2},
+                                (1, 64, 64)),
+    "monai masked autoencoder": Host("monai", "monai.networks.nets:MaskedAutoEncoderViT",
+                                     {"in_channels": 1, "img_size": (16, 16, 16), "patch_size": (4, 4, 4),
+                                      "hidden_size": 96, "mlp_dim": 128, "num_layers": 2, "num_heads": 3,
+                                      "decoder_hidden_size": 48, "decoder_num_heads": 3, "decoder_num_layers": 1,
+                                      "decoder_mlp_dim": 64}, (1, 16, 16, 16)),
+    "segment-anything decoder": Host("segment-anything", "segment_anything.modeling:TwoWayTransformer",
+                                     {"depth": 1, "embedding_dim": 96, "num_heads": 3, "mlp_dim": 128},
+                                     {"image_embedding": (96, 8, 8), "image_pe": (96, 8, 8),
+                                      "point_embedding": (5, 96)}),
     "segment-anything encoder": Host("segment-anything", "segment_anything.modeling:ImageEncoderViT",
                                      {"img_size": 128, "patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 3,
                                       "use_rel_pos": True, "window_size": 7, "global_attn_indexes": (1,)},
@@ -165,6 +209,34 @@ HOSTS: dict[str, Host] = {
     "vformer VanillaViT": Host("vformer", "vformer.models.classification:VanillaViT",
                                {"img_size": 64, "patch_size": 8, "embedding_dim": 96, "depth": 2, "num_heads": 3,
                                 "n_classes": 10}),
+    "vformer CCT": Host("vformer", "vformer.models.classification:CCT",
+                        {"img_size": 64, "patch_size": 4, "embedding_dim": 96, "num_layers": 2, "num_heads": 3,
+                         "head_dim": 32, "decoder_config": (96,), "n_classes": 10}),
+    "vformer CrossViT": Host("vformer", "vformer.models.classification:CrossViT",
+                             {"img_size": 64, "patch_size_s": 8, "patch_size_l": 16, "n_classes": 10, "depth_s": 1,
+                              "depth_l": 1, "latent_dim_s": 48, "latent_dim_l": 96, "cross_dim_head_s": 16,
+                              "cross_dim_head_l": 16}),
+    "vformer ConvVT": Host("vformer", "vformer.models.classification:ConvVT",
+                           {"img_size": 64, "embedding_dim": [32, 48, 96], "num_heads": [1, 2, 3],
+                            "depth": [1, 1, 1], "n_classes": 10}),
+    "vformer PVTv2": Host("vformer", "vformer.models.classification:PVTClassificationV2",
+                          {"img_size": 64, "embedding_dims": [16, 32, 48, 64], "num_heads": [1, 2, 3, 4],
+                           "depths": [1, 1, 1, 1], "n_classes": 10, "qk_scale": None}),
+    "vformer Swin": Host("vformer", "vformer.models.classification:SwinTransformer",
+                         {"img_size": 64, "patch_size": 4, "in_channels": 3, "n_classes": 10, "embedding_dim": 48,
+                          "depths": [2, 1], "num_heads": [3, 4], "window_size": 4}),
+    "vformer ViViT": Host("vformer", "vformer.models.classification:ViViTModel2",
+                          {"img_size": 64, "in_channels": 3, "patch_size": 8, "embedding_dim": 96, "num_frames": 4,
+                           "depth": 1, "num_heads": 3, "head_dim": 32, "n_classes": 10, "mlp_dim": 128},
+                          (4, 3, 64, 64)),
+    "self-attention-cv UNETR": Host("self-attention-cv", "self_attention_cv:UNETR",
+                                    {"img_shape": (32, 32, 32), "input_dim": 1, "output_dim": 2, "embed_dim": 96,
+                                     "patch_size": 16, "num_heads": 3, "base_filters": 4, "ext_layers": [1, 2, 3, 4],
+                                     "dim_linear_block": 128}, (1, 32, 32, 32)),
+    "rfdetr backbone": Host("rfdetr pydeprecate supervision", "third_party_hosts:windowed_dinov2"),
+    "segmentation-models DPT": Host("segmentation-models-pytorch", "segmentation_models_pytorch:DPT",
+                                    {"encoder_name": "tu-vit_tiny_patch16_224", "encoder_weights": None,
+                                     "dynamic_img_size": True}, (3, 128, 128)),
     "segmentation-models mit_b0": Host("segmentation-models-pytorch", "segmentation_models_pytorch:Segformer",
                                        {"encoder_name": "mit_b0", "encoder_weights": None}, (3, 128, 128)),
     "lightly MAE decoder": Host("lightly", "lightly.models.modules:MAEDecoderTIMM",
@@ -178,17 +250,30 @@ HOSTS: dict[str, Host] = {
                                 (3, 128, 128)),
     "ultralytics YOLO12n": Host("ultralytics", "ultralytics.nn.tasks:DetectionModel", {"cfg": "yolo12n.yaml"},
                                 (3, 128, 128)),
+    "ultralytics YOLOv10n": Host("ultralytics", "ultralytics.nn.tasks:DetectionModel", {"cfg": "yolov10n.yaml"},
+                                 (3, 128, 128)),
+    "ultralytics YOLO26n": Host("ultralytics", "ultralytics.nn.tasks:DetectionModel", {"cfg": "yolo26n.yaml"},
+                                (3, 128, 128)),
     "ultralytics RT-DETR": Host("ultralytics", "ultralytics.nn.tasks:RTDETRDetectionModel",
                                 {"cfg": "rtdetr-l.yaml"}, (3, 256, 256)),
 }  # fmt: skip
 
 
-def x_transformer_vit() -> nn.Module:
-    """x-transformers takes its layers as an object."""
+def x_transformer_vit(**options: Any) -> nn.Module:
+    """x-transformers takes its layers as an object; `options` are theirs."""
     from x_transformers import Encoder, ViTransformerWrapper
 
-    layers = Encoder(dim=96, depth=2, heads=3, attn_dim_head=32)
+    layers = Encoder(dim=96, depth=2, heads=3, attn_dim_head=32, **options)
     return ViTransformerWrapper(image_size=64, patch_size=8, num_classes=10, attn_layers=layers)
+
+
+def windowed_dinov2() -> nn.Module:
+    """RF-DETR takes its backbone's sizes as an object."""
+    from rfdetr.models.backbone import dinov2_with_windowed_attn as written
+
+    sizes = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 64, "patch_size": 8}
+    config = written.WindowedDinov2WithRegistersConfig(**sizes, num_windows=2, num_register_tokens=0)
+    return written.WindowedDinov2WithRegistersModel(config)
 
 
 def requirements() -> list[str]:
