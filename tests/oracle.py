@@ -76,7 +76,7 @@ def _rows(producer, module: nn.Module, name: str, rows: list[int]) -> tuple[torc
     """A view of a tensor, and where in it these rows are, whichever axes run over a projection's channels."""
     tensor, axes = _tensor(module, name), producer.out_axes or (0,)
     front = tensor.movedim(axes, tuple(range(len(axes))))
-    places = torch.tensor(rows) + producer.first_row
+    places = torch.tensor(rows, dtype=torch.long) + producer.first_row
     return front, torch.unravel_index(places, front.shape[: len(axes)])
 
 

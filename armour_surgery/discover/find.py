@@ -227,6 +227,13 @@ def _follow(recording: Recording, fqn: str, known: dict[str, _Followed | TraceEr
         place = place.rpartition(".")[0]
         while place not in recording.calls:  # a ModuleList or ModuleDict is never called
             place = place.rpartition(".")[0]
+        # Where other modules attend too, it is no part of one attention any more, but of a model.
+        if any(other != fqn and _lies_in(other, place) for other in recording.innermost):
+            return RefusedSite(fqn, reason or str(followed))
+
+
+def _lies_in(name: str, place: str) -> bool:
+    return not place or name == place or name.startswith(f"{place}.")
 
 
 def _fitting_both(site: AttentionSite, other: AttentionSite, why: str) -> AttentionSite:

@@ -126,7 +126,8 @@ def build(source: Source, limits: Limits | None = None) -> nn.Module:
         # The builders draw initial weights; the caller's random numbers must not depend on that.
         with torch.random.fork_rng(devices=[]), offline(), quiet(), limits.builds() if limits else nullcontext():
             try:
-                with meta_parameters():
+                # What a folder says is charged for what it would take, and on meta it would take nothing.
+                with meta_parameters(huge=limits is None):
                     model = library.build(source.architecture, source.arguments)
                 whole = not any(buffer.is_meta for buffer in model.buffers())
             except NotImplementedError:

@@ -7,7 +7,7 @@ constructor knows their values.
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,11 +27,11 @@ _LARGE = 2**28
 
 
 @contextmanager
-def meta_parameters() -> Iterator[None]:
+def meta_parameters(*, huge: bool = True) -> Iterator[None]:
     """Inside, every Parameter that a module registers moves to the meta device at once; buffers stay real.
 
     Ties survive: one Parameter registered twice becomes one meta Parameter. Modules that other threads build meanwhile
-    are whole.
+    are whole. `huge` tensors are never made at all.
     """
     register = nn.Module.register_parameter
     # By identity, and only for as long as somebody holds the original: all of them together may not fit into memory.
@@ -48,7 +48,7 @@ def meta_parameters() -> Iterator[None]:
             moved[param] = twin
         module._parameters[name] = moved[param]
 
-    with patched(nn.Module, "register_parameter", register_on_meta), _LargeOnMeta():
+    with patched(nn.Module, "register_parameter", register_on_meta), _LargeOnMeta() if huge else nullcontext():
         yield
 
 

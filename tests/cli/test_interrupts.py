@@ -35,7 +35,7 @@ from armour_surgery.saving import folder
 from armour_surgery.cli import main
 def slow(tensors, path, **options):
     Path(path).write_bytes(b"half")
-    print("saving", flush=True)
+    print("saving", flush=True, file=sys.__stdout__)
     time.sleep(60)
 folder.save_file = slow
 sys.argv = ["armour-surgery", *sys.argv[1:]]

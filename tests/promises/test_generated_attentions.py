@@ -10,7 +10,7 @@ from torch import nn
 
 from armour_surgery import inspect
 
-EXAMPLES = int(os.environ.get("ARMOUR_TEST_EXAMPLES", "10"))
+EXAMPLES = int(os.environ.get("ARMOUR_TEST_EXAMPLES", "6"))
 
 
 class Host(nn.Module):
