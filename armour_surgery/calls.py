@@ -1,8 +1,12 @@
-"""How a model is given its inputs: by the names that its forward has for them, or in their order where it has none."""
+"""How a model is given its inputs: by the names that its forward has for them, or in their order where it has none.
+
+And which of its modules are running meanwhile.
+"""
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +15,7 @@ from torch import nn
 from armour_surgery.examples import arguments_of, part_of
 from armour_surgery.patching import one_at_a_time
 
-__all__ = ["first_name", "given_in_order", "run", "without_fast_paths"]
+__all__ = ["first_name", "given_in_order", "run", "running", "without_fast_paths"]
 
 
 def run(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
@@ -46,6 +50,40 @@ def first_name(model: nn.Module) -> str | None:
     for name, parameter in _parameters(model).items():
         return None if parameter.kind is inspect.Parameter.VAR_KEYWORD else name
     return None
+
+
+@contextmanager
+def running(
+    model: nn.Module,
+    entered: Callable[[str, tuple[Any, ...], dict[str, Any]], None] | None = None,
+    left: Callable[[str, Any], None] | None = None,
+) -> Iterator[list[str]]:
+    """The fully qualified names of the modules that are running, outermost first, while the context is open.
+
+    `entered` is told of every call and what it is given, `left` of what came of it.
+    """
+    stack: list[str] = []
+
+    def enter(fqn: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stack.append(fqn)
+        if entered is not None:
+            entered(fqn, args, kwargs)
+
+    def leave(fqn: str, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        stack.pop()
+        if left is not None:
+            left(fqn, output)
+
+    handles = []
+    for fqn, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(partial(enter, fqn), with_kwargs=True))
+        # Also after an error, which a host may catch and go on: the stack has to stay in step.
+        handles.append(module.register_forward_hook(partial(leave, fqn), always_call=True))
+    try:
+        yield stack
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -85,13 +85,17 @@ def _fits_kv(site: AttentionSite) -> str | None:
     return _same_tokens(site, "k", "v") or _same_size(site, "k", "v", "")
 
 
-def _fits_wide_value(site: AttentionSite) -> str | None:
+def _is_wide(site: AttentionSite, than: str, otherwise: str) -> str | None:
     if site.value_dim <= site.key_dim:
         return (
-            f"V is not wider than Q ({site.value_dim} and {site.key_dim} channels a head), so nothing is left to "
-            "concatenate; use qv"
+            f"V is not wider than {than} ({site.value_dim} and {site.key_dim} channels a head), so nothing is left to "
+            f"concatenate; use {otherwise}"
         )
-    return _same_tokens(site, "q", "v")
+    return None
+
+
+def _fits_wide_value(site: AttentionSite) -> str | None:
+    return _is_wide(site, "Q", "qv") or _same_tokens(site, "q", "v")
 
 
 def _fits_concat_full(site: AttentionSite) -> str | None:
@@ -103,12 +107,7 @@ def _fits_concat_full(site: AttentionSite) -> str | None:
 
 
 def _fits_concat_key(site: AttentionSite) -> str | None:
-    if site.value_dim <= site.key_dim:
-        return (
-            f"V is not wider than K ({site.value_dim} and {site.key_dim} channels a head), so nothing is left to "
-            "concatenate; use kv"
-        )
-    return _same_tokens(site, "k", "v")
+    return _is_wide(site, "K", "kv") or _same_tokens(site, "k", "v")
 
 
 def _fits_grouped(site: AttentionSite) -> str | None:

@@ -134,6 +134,11 @@ def _einops_hosts() -> dict[str, Host]:
     return hosts
 
 
+def _ultralytics(name: str) -> Host:
+    return Host("ultralytics", "ultralytics.nn.tasks:DetectionModel", {"cfg": f"{name}.yaml", "verbose": False},
+                (3, 128, 128))  # fmt: skip
+
+
 HOSTS: dict[str, Host] = {
     **_einops_hosts(),
     "open_clip ViT-B-32": Host("open_clip_torch", "open_clip:create_model", {"model_name": "ViT-B-32"},
@@ -246,16 +251,12 @@ HOSTS: dict[str, Host] = {
                               "create_multiscale_vision_transformers",
                               {"spatial_size": 64, "temporal_size": 8, "depth": 2, "head_num_classes": 10},
                               (3, 8, 64, 64)),
-    "ultralytics YOLO11n": Host("ultralytics", "ultralytics.nn.tasks:DetectionModel", {"cfg": "yolo11n.yaml"},
-                                (3, 128, 128)),
-    "ultralytics YOLO12n": Host("ultralytics", "ultralytics.nn.tasks:DetectionModel", {"cfg": "yolo12n.yaml"},
-                                (3, 128, 128)),
-    "ultralytics YOLOv10n": Host("ultralytics", "ultralytics.nn.tasks:DetectionModel", {"cfg": "yolov10n.yaml"},
-                                 (3, 128, 128)),
-    "ultralytics YOLO26n": Host("ultralytics", "ultralytics.nn.tasks:DetectionModel", {"cfg": "yolo26n.yaml"},
-                                (3, 128, 128)),
+    "ultralytics YOLO11n": _ultralytics("yolo11n"),
+    "ultralytics YOLO12n": _ultralytics("yolo12n"),
+    "ultralytics YOLOv10n": _ultralytics("yolov10n"),
+    "ultralytics YOLO26n": _ultralytics("yolo26n"),
     "ultralytics RT-DETR": Host("ultralytics", "ultralytics.nn.tasks:RTDETRDetectionModel",
-                                {"cfg": "rtdetr-l.yaml"}, (3, 256, 256)),
+                                {"cfg": "rtdetr-l.yaml", "verbose": False}, (3, 256, 256)),
 }  # fmt: skip
 
 

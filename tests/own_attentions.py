@@ -1,5 +1,6 @@
 """Attention of users' own, in no library, and what discovery and surgery make of it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,9 +26,11 @@ __all__ = [
     "Shuffles",
     "UsesPacked",
     "Wide",
+    "alone",
     "example",
     "model_of",
     "surgery_on",
+    "tokens",
     "traced_of",
 ]
 
@@ -61,6 +64,17 @@ class PerHead(nn.Module):
 
 
 SHAPE = (2, 6, D)
+
+
+def alone(kind: Callable[[], nn.Module]) -> nn.Module:
+    """An attention with nothing around it, in float64 and eval mode."""
+    return randomize(kind()).double().eval()
+
+
+def tokens(batch: int = 2, count: int = 6) -> torch.Tensor:
+    """Tokens [batch, count, D], the same ones every time."""
+    generator = torch.Generator().manual_seed(batch + 10 * count)
+    return torch.randn(batch, count, D, generator=generator, dtype=torch.float64)
 
 
 def model_of(kind: type[nn.Module]) -> nn.Module:

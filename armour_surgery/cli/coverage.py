@@ -1,13 +1,12 @@
 """`armour-surgery coverage`: how much of the installed libraries can be converted, and whether that is exact."""
 
 import random
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from armour_surgery.cli.options import AsJson
+from armour_surgery.cli.options import AsJson, MarkdownPage, check_page, page_option
 from armour_surgery.cli.progress import progress_bar
 from armour_surgery.cli.run import command, console_for, print_json
 from armour_surgery.errors import UsageError
@@ -43,9 +42,7 @@ def coverage(
     timeout: Annotated[
         float, typer.Option(metavar="SECONDS", min=1.0, help="Give an architecture up after this time.")
     ] = _TIMEOUT,
-    markdown: Annotated[
-        Path | None, typer.Option(metavar="FILE.md", help="Also write it as a page.", show_default=False)
-    ] = None,
+    markdown: MarkdownPage = None,
     as_json: AsJson = False,
 ) -> None:
     """Find and convert the attention of every architecture that the installed libraries have.
@@ -56,12 +53,7 @@ def coverage(
     console = console_for(as_json)
     for unknown in set(library or ()) - set(_LIBRARIES):
         raise UsageError(f"--library {unknown!r} is unknown; choose one of {', '.join(_LIBRARIES)}")
-    if markdown is not None:
-        from armour_surgery.report.whole_file import check_target
-
-        if markdown.suffix.lower() != ".md":
-            raise UsageError(f"--markdown: the page is Markdown, and {str(markdown)!r} does not end in .md; name it so")
-        check_target(markdown, "page")
+    check_page(markdown)
     with console.status("reading the libraries"):
         from armour_surgery.coverage.summary import Coverage
         from armour_surgery.coverage.survey import survey
@@ -108,9 +100,7 @@ def _command_line(
         words.append(f"--jobs {jobs}")
     if timeout != _TIMEOUT:
         words.append(f"--timeout {timeout:g}")
-    # Where the page lay on this machine is nobody's business.
-    shown = markdown.name if markdown.is_absolute() else str(markdown)
-    words.append(f"--markdown {shlex.quote(shown)}")
+    words.append(page_option(markdown))
     return " ".join(words)
 
 

@@ -1,6 +1,7 @@
 """The options that several commands have, spelled and explained once."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,13 +22,16 @@ __all__ = [
     "ImgSize",
     "InChans",
     "Into",
+    "MarkdownPage",
     "Model",
     "ModelKwargs",
     "NumClasses",
     "Pretrained",
     "Submodule",
+    "check_page",
     "name_for_folder",
     "own_models",
+    "page_option",
     "read_model",
     "read_part",
 ]
@@ -71,6 +75,9 @@ Example = Annotated[
         help="What the model takes, where nobody knows that: 1,3,224,224, or 'x=1,3,224,224;ids=1,77:long'.",
         show_default=False,
     ),
+]
+MarkdownPage = Annotated[
+    Path | None, typer.Option("--markdown", metavar="FILE.md", help="Also write it as a page.", show_default=False)
 ]
 Submodule = Annotated[
     str | None,
@@ -126,7 +133,7 @@ def read_model(
         num_classes=num_classes,
         in_chans=in_chans,
         arguments=read_arguments(model_kwargs or ()),
-        example=read_example(example) if example is not None else (),
+        example=read_example(example),
     )
 
 
@@ -150,9 +157,8 @@ def read_part(model: "nn.Module", fqn: str, example: str | None) -> "nn.Module":
         raise UsageError(
             f"--submodule {fqn!r}: {type(model).__name__} has no such module, but {', '.join(close) or 'none at all'}"
         )
-    if example is not None:
-        keep_example(parts[fqn], read_example(example))
     part: nn.Module = parts[fqn]
+    keep_example(part, read_example(example))
     return part
 
 
@@ -161,7 +167,28 @@ def own_models(into: "Sequence[str] | None", example: str | None) -> "OwnModels"
     from armour_surgery.hosts.examples import read_example
     from armour_surgery.saving.any_model import OwnModels
 
-    return OwnModels(tuple(into or ()), read_example(example) if example is not None else ())
+    return OwnModels(tuple(into or ()), read_example(example))
+
+
+def check_page(markdown: Path | None) -> None:
+    """Refuse a page for `--markdown` that could not be written, before the work.
+
+    Raises:
+        UsageError: it is no Markdown, or there is no such folder.
+    """
+    if markdown is None:
+        return
+    from armour_surgery.errors import UsageError
+    from armour_surgery.report.whole_file import check_target
+
+    if markdown.suffix.lower() != ".md":
+        raise UsageError(f"--markdown: the page is Markdown, and {str(markdown)!r} does not end in .md; name it so")
+    check_target(markdown, "page")
+
+
+def page_option(markdown: Path) -> str:
+    """How the option is written in the page itself: where it lay on this machine is nobody's business."""
+    return f"--markdown {shlex.quote(markdown.name if markdown.is_absolute() else str(markdown))}"
 
 
 def name_for_folder(model: str) -> str:

@@ -1,15 +1,13 @@
 """`armour-surgery paper`: the paper's Tables 1 to 4, counted and timed again."""
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from armour_surgery.cli.options import AsJson
+from armour_surgery.cli.options import AsJson, MarkdownPage, check_page, page_option
 from armour_surgery.cli.progress import progress_bar
 from armour_surgery.cli.run import command, console_for, print_json
-from armour_surgery.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,9 +27,7 @@ def paper(
     budget: Annotated[
         float, typer.Option(metavar="SECONDS", min=1.0, help="How long to measure throughput; counting comes on top.")
     ] = _BUDGET,
-    markdown: Annotated[
-        Path | None, typer.Option(metavar="FILE.md", help="Also write it as a page.", show_default=False)
-    ] = None,
+    markdown: MarkdownPage = None,
     as_json: AsJson = False,
 ) -> None:
     """Regenerate the paper's Tables 1 to 4 beside the printed numbers: parameters and MACs exactly, throughput here.
@@ -39,12 +35,7 @@ def paper(
     Needs no network. Accuracy is the paper's own, with the recipe that would repeat it.
     """
     console = console_for(as_json)
-    if markdown is not None:
-        from armour_surgery.report.whole_file import check_target
-
-        if markdown.suffix.lower() != ".md":
-            raise UsageError(f"--markdown: the page is Markdown, and {str(markdown)!r} does not end in .md; name it so")
-        check_target(markdown, "page")
+    check_page(markdown)
     with progress_bar(console, "counting") as tell:
         from armour_surgery.benchmarking.speed import keep_memory
         from armour_surgery.paper import throughput, views
@@ -82,9 +73,7 @@ def _command_line(speed: bool, budget: float, markdown: Path) -> str:
         words.append("--no-speed")
     elif budget != _BUDGET:
         words.append(f"--budget {budget:g}")
-    # Where the page lay on this machine is nobody's business.
-    shown = markdown.name if markdown.is_absolute() else str(markdown)
-    words.append(f"--markdown {shlex.quote(shown)}")
+    words.append(page_option(markdown))
     return " ".join(words)
 
 

@@ -5,7 +5,8 @@ Only the module has real weights, in float64, and only while it is looked at.
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -13,13 +14,14 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from armour_surgery.copies import copy_with
+from armour_surgery.discover.match import all_above
 from armour_surgery.modes import get_mode
 from armour_surgery.rewrite import become
 from armour_surgery.rewrite.contract import Part, parts_of
 from armour_surgery.surgery.operation import Operation
 from armour_surgery.traced import Call, Producer, Role, TracedSite
 
-__all__ = ["difference", "merge", "real_copy"]
+__all__ = ["Place", "difference", "merge", "places_of", "real_copy"]
 
 # What transformers' attentions call the places where a packed sequence begins anew.
 _PLACES = "cu_seqlens"
@@ -153,9 +155,13 @@ def _relative(wanted: list[Tensor], got: list[Tensor]) -> float:
 def merge(module: nn.Module, traced: TracedSite, mode: str) -> None:
     """Make a module's projections such that `mode` takes nothing from it.
 
-    The rows of the role that stays are copied over those of the role that goes.
+    The rows of the role that stays are copied over those of the role that goes, in each attention of the module.
     """
-    roles = {"q": traced.q, "k": traced.k, "v": traced.v}
+    for member in traced.members:
+        _merge(module, {"q": member.q, "k": member.k, "v": member.v}, mode)
+
+
+def _merge(module: nn.Module, roles: dict[str, Role], mode: str) -> None:
     sizes = {letter: role.head_dim for letter, role in roles.items()}
     for letter, names in (("k", get_mode(mode).key), ("v", get_mode(mode).value)):
         role, filled = roles[letter], 0
@@ -166,7 +172,12 @@ def merge(module: nn.Module, traced: TracedSite, mode: str) -> None:
                 _keep_own_groups(module, role, rows, shuffled=part.letter.endswith("shuffled"))
             elif part.letter != letter:
                 source = roles[part.letter]
-                _copy_rows(module, source.producer, _rows(source, part), role.producer, rows)
+                from_rows = _rows(source, part)
+                _copy_rows(module, source.producer, from_rows, role.producer, rows)
+                if "k" in (letter, part.letter):
+                    # What is computed for a bias of K (zeros, mostly) is computed for K alone.
+                    _clear_bias(module, source.producer, from_rows, computed=True)
+                    _clear_bias(module, role.producer, rows, computed=True)
 
 
 def _rows(role: Role, part: Part) -> list[int]:
@@ -182,30 +193,66 @@ def _tensor(module: nn.Module, name: str) -> Tensor:
     return tensor
 
 
-def _places(module: nn.Module, producer: Producer, rows: list[int]) -> Iterator[tuple[Tensor, int]]:
-    """Where those rows of each of a projection's tensors are stored, tensor by tensor."""
-    for name in producer.rows:
-        for row in rows:
-            yield _tensor(module, name), row
-    for row in rows if producer.bias else ():
-        piece = next(piece for piece in producer.bias if piece.start <= row < piece.stop)
-        yield _tensor(module, str(piece.node.target)), row - piece.start
+@dataclass(frozen=True)
+class Place:
+    """Rows of a tensor, of which `tensor` is a view with the axes in front that run over a projection's channels."""
+
+    tensor: Tensor
+    rows: tuple[Tensor, ...]
+
+    def read(self) -> Tensor:
+        """What is there now."""
+        return self.tensor[self.rows].clone()
+
+    def write(self, values: Tensor | float) -> None:
+        """Put values there."""
+        self.tensor[self.rows] = values
+
+
+def _place(module: nn.Module, producer: Producer, name: str, rows: list[int]) -> Place:
+    axes = producer.out_axes or (0,)
+    front = _tensor(module, name).movedim(axes, tuple(range(len(axes))))
+    places = torch.tensor(rows, dtype=torch.long) + producer.first_row
+    return Place(front, torch.unravel_index(places, front.shape[: len(axes)]))
+
+
+def _bias_place(module: nn.Module, producer: Producer, row: int) -> Place:
+    piece = next(piece for piece in producer.bias if piece.start <= row < piece.stop)
+    # A bias that is computed has its rows where the parameter that it is computed from has them.
+    name = piece.tensor or next(str(node.target) for node in all_above(piece.node) if node.op == "get_attr")
+    return Place(_tensor(module, name), (torch.tensor([piece.first_row + row - piece.start]),))
+
+
+def places_of(module: nn.Module, producer: Producer, rows: list[int]) -> list[Place]:
+    """Where those rows of a projection's tensors are stored, tensor by tensor, and those of a bias in pieces."""
+    places = [_place(module, producer, name, rows) for name in producer.rows]
+    return places + [_bias_place(module, producer, row) for row in rows if producer.bias]
+
+
+def _clear_bias(module: nn.Module, producer: Producer, rows: list[int], *, computed: bool) -> None:
+    """Zeros for the bias of some rows that is added in pieces; with `computed` only where one of them is computed."""
+    if computed and all(piece.tensor is not None for piece in producer.bias):
+        return
+    with torch.no_grad():
+        for row in rows if producer.bias else ():
+            _bias_place(module, producer, row).write(0.0)
 
 
 def _copy_rows(module: nn.Module, source: Producer, from_rows: list[int], target: Producer, to_rows: list[int]) -> None:
+    in_pieces = bool(source.bias and target.bias)
     with torch.no_grad():
-        if source is target or (source.bias and target.bias):
-            pairs = zip(_places(module, source, from_rows), _places(module, target, to_rows), strict=True)
-            for (a, i), (b, j) in pairs:
-                b[j] = a[i]
-            return
-        # Separate modules: tensors correspond by their names inside them; a bias that only one has counts as zero.
-        own = {name: _tensor(module, full) for name, full in _names_inside(source).items()}
+        own = {name: _place(module, source, full, from_rows) for name, full in _names_inside(source).items()}
         for name, full in _names_inside(target).items():
+            # Separate modules: tensors correspond by their names inside; a bias that only one has counts as zero.
             values = own.pop(name, None)
-            _tensor(module, full)[to_rows] = 0.0 if values is None else values[from_rows].clone()
+            _place(module, target, full, to_rows).write(0.0 if values is None else values.read())
         for left in own.values():
-            left[from_rows] = 0.0
+            left.write(0.0)
+        for from_row, to_row in zip(from_rows, to_rows, strict=True) if in_pieces else ():
+            _bias_place(module, target, to_row).write(_bias_place(module, source, from_row).read())
+    if not in_pieces:
+        _clear_bias(module, source, from_rows, computed=False)
+        _clear_bias(module, target, to_rows, computed=False)
 
 
 def _names_inside(producer: Producer) -> dict[str, str]:
@@ -214,7 +261,9 @@ def _names_inside(producer: Producer) -> dict[str, str]:
     depth = 0
     while all(len(owner) > depth and owner[depth] == owners[0][depth] for owner in owners):
         depth += 1
-    return {".".join(name.split(".")[depth:]): name for name in producer.rows}
+    inside = {".".join(name.split(".")[depth:]): name for name in producer.rows if name != producer.weight}
+    # The weight may be a parameter of the attention itself, with whatever name.
+    return {"weight": producer.weight, **inside}
 
 
 def _keep_own_groups(module: nn.Module, role: Role, rows: list[int], *, shuffled: bool) -> None:

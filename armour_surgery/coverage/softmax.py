@@ -4,10 +4,7 @@ Discovery would be its own judge otherwise: what it does not see would not count
 is a softmax of one projection is none: there is no product of two activations before it.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Flag, auto
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from armour_surgery.calls import run, without_fast_paths
+from armour_surgery.calls import run, running, without_fast_paths
 from armour_surgery.copies import alias, copy_of_zeros, has_weights, meta_copy
-from armour_surgery.examples import part_of
+from armour_surgery.examples import on_meta, part_of, with_numbers
 
 __all__ = ["attention_cores"]
 
@@ -111,28 +108,6 @@ class _Follow(TorchDispatchMode):
         self._softmax_in = frozenset()
 
 
-@contextmanager
-def _stack_of(model: nn.Module) -> Iterator[list[str]]:
-    """The names of the modules that are running, while the context is open."""
-    stack: list[str] = []
-
-    def enter(name: str, *_: Any) -> None:
-        stack.append(name)
-
-    def leave(*_: Any) -> None:
-        stack.pop()
-
-    handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(partial(enter, name)))
-        handles.append(module.register_forward_hook(leave, always_call=True))
-    try:
-        yield stack
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def attention_cores(model: nn.Module, example: dict[str, Tensor], *, numbers: bool) -> list[frozenset[str]] | None:
     """For each softmax(QK)V that a model computes, the names of the modules around it; None where it does not run.
 
@@ -140,23 +115,21 @@ def attention_cores(model: nn.Module, example: dict[str, Tensor], *, numbers: bo
     changed.
     """
     try:
-        return _run(meta_copy(model), {name: value.to("meta") for name, value in example.items()})
+        return _run(meta_copy(model), on_meta(example))
     except Exception:
         if not numbers:
             return None
         # It looks at numbers; what fails here once more is told by discovery.
         copied = alias(model) if has_weights(model) else copy_of_zeros(model, part_of(example))
     try:
-        inputs = {name: torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value
-                  for name, value in example.items()}  # fmt: skip
-        return _run(copied, inputs)
+        return _run(copied, with_numbers(example, "cpu", noise=False))
     except Exception:
         return None
 
 
 def _run(copied: nn.Module, inputs: dict[str, Tensor]) -> list[frozenset[str]]:
     copied.eval()
-    with _stack_of(copied) as stack, torch.no_grad(), without_fast_paths():
+    with running(copied) as stack, torch.no_grad(), without_fast_paths():
         follow = _Follow(stack)
         for tensor in (*copied.parameters(), *copied.buffers()):
             follow.mark(tensor, _Is.PARAMETER)

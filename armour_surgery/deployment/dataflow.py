@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from armour_surgery.altered import has_hooks
-from armour_surgery.calls import run, without_fast_paths
+from armour_surgery.calls import run, running, without_fast_paths
 from armour_surgery.copies import meta_copy
 from armour_surgery.discover import could_not_run
 from armour_surgery.examples import on_meta
@@ -227,22 +227,22 @@ def follow_model(model: nn.Module, example: dict[str, Tensor]) -> Dataflow:
         copied.named_parameters(remove_duplicate=False), copied.named_buffers(remove_duplicate=False)
     ):
         flow.names.setdefault(id(tensor), []).append(name)
-    stack: list[str] = [""]
-    for fqn, module in copied.named_modules():
-        # `fqn` is bound by its default: a closure would see the name of the last module in all of them.
-        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fqn: str = fqn) -> None:
-            stack.append(fqn)
-            leaves = pytree.tree_leaves((args, kwargs))
-            flow.inputs.setdefault(fqn, []).append(leaves[0] if leaves else None)
 
-        def leave(_: nn.Module, args: tuple[Any, ...], output: Any, fqn: str = fqn) -> None:
-            stack.pop()
-            flow.outputs.setdefault(fqn, []).append(output)
+    def entered(fqn: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        leaves = pytree.tree_leaves((args, kwargs))
+        flow.inputs.setdefault(fqn, []).append(leaves[0] if leaves else None)
 
-        module.register_forward_pre_hook(enter, with_kwargs=True)
-        module.register_forward_hook(leave, always_call=True)
+    def left(fqn: str, output: Any) -> None:
+        flow.outputs.setdefault(fqn, []).append(output)
+
     try:
-        with torch.no_grad(), without_fast_paths(), _Notes(flow, stack), RememberedShapes():
+        with (
+            torch.no_grad(),
+            without_fast_paths(),
+            running(copied, entered, left) as stack,
+            _Notes(flow, stack),
+            RememberedShapes(),
+        ):
             result = run(copied, on_meta(example))
     except Exception as error:
         raise could_not_run(model, example, error) from error

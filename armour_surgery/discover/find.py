@@ -82,8 +82,8 @@ def describe_site(fqn: str, traced: TracedSite) -> AttentionSite:
     if traced.is_single:
         return first
     heads = sum(member.q.num_heads for member in traced.members)
-    alone = {mode: "it attends in several places, and this mode adds a projection to one" for mode in first.modes
-             if mode.startswith("grouped")}  # fmt: skip
+    reason = "it attends in several places, and this mode adds a projection to one"
+    alone = {mode: reason for mode in first.modes if mode.startswith("grouped")}
     return _without(replace(first, num_heads=heads), alone)
 
 

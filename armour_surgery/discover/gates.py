@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from armour_surgery.discover.match import MATRIX_PRODUCTS, inputs_of, is_call_of, takes_softmax
+from armour_surgery.discover.nodes import name_of
 from armour_surgery.errors import TraceError
 
 __all__ = ["Gate", "MadeOutside", "judge_softmax"]
@@ -33,7 +34,7 @@ def judge_softmax(graph: fx.Graph, modules: dict[str, nn.Module]) -> TraceError:
     written_out = False
     starts = [node for node in graph.nodes if takes_softmax(node, modules)]
     if not starts:
-        starts = [node for node in graph.nodes if _name_of(node) in ("exp", "exp_")]
+        starts = [node for node in graph.nodes if name_of(node) in ("exp", "exp_")]
         written_out = bool(starts)
     found = [_made_by(node, modules) for node in starts]
     if "product" in found:
@@ -55,10 +56,6 @@ def judge_softmax(graph: fx.Graph, modules: dict[str, nn.Module]) -> TraceError:
     return TraceError("no softmax(q k^T) v was found in its forward")
 
 
-def _name_of(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-
-
 def _made_by(softmax: fx.Node, modules: dict[str, nn.Module]) -> str:
     """Whether what a softmax acts on comes from a `product` of two tensors, from an `argument`, or from a `layer`."""
     found = "layer"
@@ -76,7 +73,7 @@ def _made_by(softmax: fx.Node, modules: dict[str, nn.Module]) -> str:
             continue
         sources = [source for source in inputs_of(node) if source in moving]
         # One tensor may be given twice: `torch.where(x > 0, x, y)`.
-        if len(set(sources)) > 1 and _name_of(node) not in _NO_PRODUCTS and node.target is not operator.getitem:
+        if len(set(sources)) > 1 and name_of(node) not in _NO_PRODUCTS and node.target is not operator.getitem:
             return "product"
         waiting += sources
     return found

@@ -13,8 +13,8 @@ from torch import fx
 
 from armour_surgery.discover.channels import Channels
 from armour_surgery.discover.match import inputs_of, is_tensor
-from armour_surgery.discover.nodes import Changes, value_of
-from armour_surgery.discover.separable import Separable, are_separable
+from armour_surgery.discover.nodes import Changes, name_of, value_of
+from armour_surgery.discover.separable import Separable, are_separable, line_along
 from armour_surgery.traced import Layout
 
 __all__ = ["OTHER", "Flow", "find_layout", "first_alike", "follow", "is_cast"]
@@ -169,7 +169,7 @@ def follow(
             flow[node] = _apply(node, flow) if is_layout else flow[first]
             if first in flow.pure:
                 flow.pure.add(node)
-                all_once = not is_layout or _name_of(node) not in _NOT_ALL_ONCE
+                all_once = not is_layout or name_of(node) not in _NOT_ALL_ONCE
                 flow.first_with[node] = flow.first_with[first] if all_once else node
         elif first in flow and node.target in _PAIRS:
             # A complex number has the two numbers of its parts, along an axis that the node itself does not have.
@@ -181,11 +181,6 @@ def follow(
         elif channels is not None and (made := channels.after(node, flow)) is not None:
             flow[node] = made
     return flow
-
-
-def _name_of(node: fx.Node) -> str:
-    """What a method or a function is called."""
-    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
 
 
 def _joined(node: fx.Node, flow: Flow, others: bool) -> torch.Tensor | None:
@@ -245,7 +240,7 @@ def find_layout(
     layout: list[tuple[Any, ...]] = []
     used: set[Any] = set()
     for axis, size in enumerate(numbers.shape):
-        along = numbers[tuple(slice(None) if other == axis else 0 for other in range(numbers.ndim))]
+        along = line_along(numbers, axis)
         atoms = _atoms_of_line(coordinates(along), sizes, size)
         if atoms is None or not used.isdisjoint(atoms):
             return None

@@ -9,7 +9,7 @@ from torch import fx
 
 from armour_surgery.traced import FunctionReference
 
-__all__ = ["SELF", "Changes", "attribute_of", "changed_by", "guard", "value_of"]
+__all__ = ["SELF", "Changes", "attribute_of", "changed_by", "guard", "name_of", "value_of"]
 
 _IN_PLACE = {operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv}
 SELF = "_self"  # the placeholder that stands for the module itself; emitted code calls it `self`
@@ -37,6 +37,11 @@ def value_of(argument: Any) -> Any:
     if isinstance(argument, dict):
         return {key: value_of(item) for key, item in argument.items()}
     return argument
+
+
+def name_of(node: fx.Node) -> str:
+    """What the method or the function that a node calls is called."""
+    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
 
 
 def changed_by(node: fx.Node) -> torch.Tensor | None:

@@ -1,7 +1,5 @@
 """Run the model once, without weights, and note which module computes attention and how it was called."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -10,7 +8,7 @@ import torch
 from torch import nn
 
 from armour_surgery.altered import names_below, run_weightless, why_altered
-from armour_surgery.calls import run, without_fast_paths
+from armour_surgery.calls import run, running, without_fast_paths
 from armour_surgery.copies import MetaTwins, alias, copy_of_zeros, floating_weight, has_weights, meta_copy
 from armour_surgery.discover.watch import watched
 from armour_surgery.errors import ArmourError, DiscoveryError, ExampleInputError
@@ -67,31 +65,6 @@ def _has_a_forward_of_its_own(module: nn.Module) -> bool:
     return not type(module).__module__.startswith("torch.nn.") or isinstance(module, nn.MultiheadAttention)
 
 
-@contextmanager
-def _stack_of(model: nn.Module, recording: Recording) -> Iterator[list[str]]:
-    """Keep the fully qualified names of the running modules, outermost first, while the context is open."""
-    stack: list[str] = []
-    twins = MetaTwins()
-    handles = []
-    for fqn, module in model.named_modules():
-        # `fqn` is bound by its default: a closure would see the name of the last module in all of them.
-        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fqn: str = fqn) -> None:
-            stack.append(fqn)
-            recording.calls.setdefault(fqn, []).append(Call(*twins.of((args, dict(kwargs)))))
-
-        def leave(*_: Any) -> None:
-            stack.pop()
-
-        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-        # Also after an error, which a host may catch and go on: the stack has to stay in step.
-        handles.append(module.register_forward_hook(leave, always_call=True))
-    try:
-        yield stack
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def record(model: nn.Module, example: dict[str, Any]) -> Recording:
     """Run a weightless copy of `model` in eval mode on `example` (keyword arguments) and note its attention.
 
@@ -125,7 +98,12 @@ def _record(copied: nn.Module, shown: nn.Module, example: dict[str, Any]) -> Rec
     shown.eval()
     recording = Recording(shown)
     modules = dict(copied.named_modules())
-    with _stack_of(copied, recording) as stack:
+    twins = MetaTwins()
+
+    def entered(fqn: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        recording.calls.setdefault(fqn, []).append(Call(*twins.of((args, dict(kwargs)))))
+
+    with running(copied, entered) as stack:
 
         def seen(unknown: str | None) -> None:
             recording.around.update(stack)

@@ -6,7 +6,7 @@ of c. There may be tens of millions, and every pass over them takes longer than 
 
 import torch
 
-__all__ = ["Separable", "are_separable"]
+__all__ = ["Separable", "are_separable", "line_along"]
 
 
 class Separable:
@@ -39,7 +39,7 @@ class Separable:
         if not numbers.numel() or not self(numbers):
             return numbers
         first = int(_first(numbers))
-        steps = [_line(numbers, axis) - first for axis in range(numbers.ndim)]
+        steps = [line_along(numbers, axis) - first for axis in range(numbers.ndim)]
         if first + sum(int(along.min()) for along in steps) < 0:
             return numbers
         steps = [along % (inner * count) for along in steps]
@@ -59,7 +59,7 @@ def _first(numbers: torch.Tensor) -> torch.Tensor:
     return numbers[(0,) * numbers.ndim]
 
 
-def _line(numbers: torch.Tensor, axis: int) -> torch.Tensor:
+def line_along(numbers: torch.Tensor, axis: int) -> torch.Tensor:
     """The numbers along one axis, at the first index of all others."""
     return numbers[tuple(slice(None) if other == axis else 0 for other in range(numbers.ndim))]
 
@@ -68,7 +68,7 @@ def are_separable(numbers: torch.Tensor) -> bool:
     """Whether every number is that of the first element, plus a step for the index along each axis."""
     sums = _first(numbers)
     for axis in range(numbers.ndim):
-        line = _line(numbers, axis)
+        line = line_along(numbers, axis)
         shape = [1] * numbers.ndim
         shape[axis] = -1
         sums = sums + (line - line[0]).reshape(shape)

@@ -29,14 +29,14 @@ HOLDERS = ("config", "cfg", "patch_embed")
 _KEPT = "_armour_example"
 
 
-def read_example(text: str) -> tuple[Written, ...]:
-    """The inputs that `--example` names.
+def read_example(text: str | None) -> tuple[Written, ...]:
+    """The inputs that `--example` names; none where it was not given.
 
     Raises:
         UsageError: it is not written as it has to be; the message says how.
     """
     written: list[Written] = []
-    for part in text.split(";"):
+    for part in text.split(";") if text is not None else ():
         match = re.fullmatch(r"\s*(?:(\w+)\s*=)?\s*(\d+(?:\s*,\s*\d+)*)\s*(?::\s*(\w+))?\s*", part)
         if match is None:
             raise UsageError(f"--example {text!r}: {part!r} is no shape; write {GRAMMAR}")

@@ -6,7 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from borrowed_attentions import EditedBias, ZeroedBias
 from own_attentions import D, Hidden, PerHead, Wide
+from product_attentions import LinearTurned, TimesEach
+from several_attentions import HeadByHead
 from torch import nn
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
@@ -126,6 +129,35 @@ class NormedProjections(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (role(x).unflatten(-1, (4, 5)).transpose(1, 2) for role in (self.q, self.k, self.v))
         return ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+class CutInProjection(nn.Module):
+    """Queries are not keys, so that one weight and one bias are cut in pieces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(D, 4, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attn(x + 1, x, x)[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        *[
+            (kind, mode)
+            for kind in (ZeroedBias, EditedBias, TimesEach, LinearTurned, HeadByHead)
+            for mode in ("qv", "kv")
+        ],
+        (CutInProjection, "kv"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_weights_in_slices_turned_around_and_edited(kind: type[nn.Module], mode: str) -> None:
+    model = Hidden(kind())
+    operation = operation_on(model, mode)
+    assert difference(model.get_submodule(operation.fqn), operation) < 1e-12
 
 
 @pytest.mark.parametrize("mode", ["qv", "qk", "kv"])

@@ -7,10 +7,9 @@ import pytest
 import torch
 from borrowed_attentions import BORROWED, PadsLogits
 from oracle import check, randomize
-from own_attentions import D
+from own_attentions import D, tokens
 from small_models import refused
 from torch import nn
-from written_attentions import N
 
 from armour_surgery import convert, inspect
 from armour_surgery.errors import ArmourError
@@ -20,11 +19,6 @@ EVERY = [(kind, mode) for kind, modes in BORROWED.items() for mode in modes]
 
 def host(kind: Callable[[], nn.Module]) -> nn.Module:
     return randomize(nn.Sequential(nn.LayerNorm(D), kind())).double().eval()
-
-
-def tokens(batch: int = 2, count: int = N) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(batch + 10 * count)
-    return torch.randn(batch, count, D, generator=generator, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("kind", BORROWED, ids=lambda kind: kind.__name__)

@@ -6,6 +6,7 @@ import torch
 from generated_attentions import D, Generated, Recipe, recipes
 from hypothesis import HealthCheck, given, settings
 from oracle import check, randomize
+from own_attentions import tokens
 from torch import nn
 
 from armour_surgery import inspect
@@ -21,11 +22,6 @@ class Host(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.attention(self.norm(x))
-
-
-def tokens(batch: int, count: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(batch + 10 * count)
-    return torch.randn(batch, count, D, generator=generator, dtype=torch.float64)
 
 
 def fitting(recipe: Recipe) -> set[str]:

@@ -1,9 +1,12 @@
 """Projections that are products with a parameter convert exactly, or are refused with the reason."""
 
+from functools import partial
+
+import own_attentions
 import pytest
-import torch
-from oracle import check, merge, randomize
+from oracle import check, merge
 from own_attentions import D
+from own_attentions import alone as host
 from product_attentions import FOLLOWED, REFUSED, EinsumStacked, TimesPacked
 from small_models import refused
 from torch import nn
@@ -11,16 +14,8 @@ from torch import nn
 from armour_surgery import convert, inspect, redundancy
 from armour_surgery.errors import NothingToConvertError, TraceError
 
+tokens = partial(own_attentions.tokens, count=7)
 EVERY = [(kind, mode) for kind in FOLLOWED for mode in ("qv", "qk", "kv")]
-
-
-def host(kind: type[nn.Module]) -> nn.Module:
-    return randomize(kind()).double().eval()
-
-
-def tokens(batch: int = 2) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(batch)
-    return torch.randn(batch, 7, D, generator=generator, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("kind", FOLLOWED, ids=lambda kind: kind.__name__)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from oracle import _tensors, merge, outputs, randomize, relative_error
+from oracle import merge, outputs, randomize, relative_error
 from own_attentions import Plain, ReadsWidth, Shuffles
 from shared_hosts import built
 from tiny_hosts import CASES
@@ -18,6 +18,7 @@ from torchvision_hosts import swin, vit
 
 from armour_surgery import convert, plan
 from armour_surgery.copies import full_copy, meta_copy
+from armour_surgery.coverage.oracle import places_of
 from armour_surgery.discover import find_sites
 from armour_surgery.initialize.weights import locate, read, write
 from armour_surgery.measure.cost import count_macs
@@ -43,8 +44,8 @@ def cut(model: nn.Module, mode: str, rank: int, example: Example, sites: list[Se
         for role in (found.traced.q, found.traced.k, found.traced.v):
             rows = [channel for head in role.channels for channel in head[rank:]]
             with torch.no_grad():
-                for tensor, row in _tensors(role.producer, module, rows):
-                    tensor[row] = 0.0
+                for place in places_of(module, role.producer, rows):
+                    place.write(0.0)
     return model
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from oracle import check, randomize
-from own_attentions import D
+from oracle import check
+from own_attentions import alone as host
+from own_attentions import tokens
 from several_attentions import FOLLOWED, REFUSED, AtOnce, Cascade, HeadByHead
 from small_models import refused
 from torch import nn
@@ -12,15 +13,6 @@ from armour_surgery import convert, inspect
 from armour_surgery.errors import NothingToConvertError
 
 EVERY = [(kind, mode) for kind, modes in FOLLOWED.items() for mode in modes]
-
-
-def host(kind: type[nn.Module]) -> nn.Module:
-    return randomize(kind()).double().eval()
-
-
-def tokens(batch: int = 2) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(batch)
-    return torch.randn(batch, 6, D, generator=generator, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("kind", FOLLOWED, ids=lambda kind: kind.__name__)

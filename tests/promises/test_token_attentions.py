@@ -1,9 +1,11 @@
 """Attention converts exactly whatever is done to its tokens, as long as channels stay what they are."""
 
+from functools import partial
+
+import own_attentions
 import pytest
-import torch
-from oracle import check, randomize
-from own_attentions import D
+from oracle import check
+from own_attentions import alone as host
 from small_models import refused
 from token_attentions import FOLLOWED, MIXED, SIDE
 from torch import nn
@@ -11,16 +13,8 @@ from torch import nn
 from armour_surgery import convert, inspect
 from armour_surgery.errors import NothingToConvertError
 
+tokens = partial(own_attentions.tokens, count=SIDE * SIDE)
 EVERY = [(kind, mode) for kind, modes in FOLLOWED.items() for mode in modes]
-
-
-def host(kind: type[nn.Module]) -> nn.Module:
-    return randomize(kind()).double().eval()
-
-
-def tokens(batch: int = 2) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(batch)
-    return torch.randn(batch, SIDE * SIDE, D, generator=generator, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("kind", FOLLOWED, ids=lambda kind: kind.__name__)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from oracle import check, merge, outputs, randomize
-from own_attentions import D, H, Hidden, K
+from own_attentions import H, Hidden, K, alone, tokens
 from small_models import refused
 from torch import nn
 from written_attentions import CONVERTED, REFUSED, N, Packed, join
@@ -22,17 +22,8 @@ def hidden(kind: type[nn.Module]) -> nn.Module:
     return randomize(Hidden(kind())).double().eval()
 
 
-def tokens(batch: int = 2, count: int = N) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(batch + 10 * count)
-    return torch.randn(batch, count, D, generator=generator, dtype=torch.float64)
-
-
-# Where its neighbors cannot be added (the residual of `Hidden`), it stands alone.
-def alone(kind: type[nn.Module]) -> nn.Module:
-    return randomize(kind()).double().eval()
-
-
 def host(kind: type[nn.Module]) -> nn.Module:
+    # Where its neighbors cannot be added (the residual of `Hidden`), it stands alone.
     return alone(kind) if kind.__name__ in ("PooledQueries", "FewAsk") else hidden(kind)
 
 
