@@ -7,6 +7,7 @@ axis by axis, what an anchor's axes run over, in *atoms*: an integer for the pro
 for heads, "j" for a head's dimensions. `(0,), ("h",), (1,), ("j",)` is `[B, H, N, d]`.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -268,6 +269,18 @@ class TracedSite:
     def is_single(self) -> bool:
         """Whether there is one core, which all heads are in."""
         return len(self.cores) == 1 and not self.others
+
+    def copied(self) -> "TracedSite":
+        """The same on a copy of the graph, which may be rewritten. The values of nodes are shared."""
+        old, new = self.trace.graph, fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in old.nodes:
+            copies[node] = new.node_copy(node, copies.__getitem__)
+        # deepcopy goes through everything that holds nodes, and finds these by the identity of the old ones.
+        memo: dict[int, Any] = {id(node): twin for node, twin in copies.items()}
+        memo[id(old)] = new
+        memo[id(self.trace.signature)] = self.trace.signature
+        return copy.deepcopy(self, memo)
 
 
 @dataclass(frozen=True)

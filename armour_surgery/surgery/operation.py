@@ -1,8 +1,9 @@
 """Surgery on one site: prepared on a copy without weights, tried out there, and only then done on the model."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
@@ -24,7 +25,7 @@ from armour_surgery.surgery.refusals import (
     refuse_without_closed_form,
     try_out,
 )
-from armour_surgery.traced import Call, FoundSite, OutputProjection, SeenSite
+from armour_surgery.traced import Call, FoundSite, OutputProjection, SeenSite, TracedSite
 
 __all__ = ["Change", "Operation", "Prepared", "SharedRewrites", "operate", "prepare"]
 
@@ -132,6 +133,8 @@ class SharedRewrites:
         self._model = model
         self._check = check
         self._outcomes: dict[tuple[str, int | None, str], tuple[Rewritten, type[nn.Module]] | TraceError] = {}
+        # In train mode, by fingerprint: the same for all modes that are tried on a site.
+        self._in_training: dict[str, TracedSite] = {}
 
     def operation(self, found: FoundSite, mode: str, rank: int | None) -> Operation:
         """What is to be done at a site.
@@ -159,7 +162,7 @@ class SharedRewrites:
             if self._check:
                 refuse_bound_channels(module, found, out)
         rewriter = _SiteRewriter(found, module, mode, rank, out)
-        rewritten, cls = rewriter.rewrite()
+        rewritten, cls = rewriter.rewrite(partial(self._trained, found))
         try:
             try_out(rewriter.skeleton, found.call, rewritten, cls)
         except (RuntimeError, ValueError, ArmourError) as error:
@@ -171,6 +174,12 @@ class SharedRewrites:
         if rank is not None and self._check:
             refuse_changed(module, found, rank, rewritten, cls)
         return rewritten, cls
+
+    def _trained(self, found: FoundSite, skeleton: nn.Module) -> TracedSite:
+        """The call of a site, followed in train mode, in which the skeleton is."""
+        if found.fingerprint not in self._in_training:
+            self._in_training[found.fingerprint] = trace_call(skeleton, found.call, found.around)
+        return self._in_training[found.fingerprint]
 
 
 class _SiteRewriter:
@@ -191,16 +200,18 @@ class _SiteRewriter:
         self._out = out
         self._edits: list[Edit] = []
 
-    def rewrite(self) -> tuple[Rewritten, type[nn.Module]]:
+    def rewrite(self, trained: Callable[[nn.Module], TracedSite]) -> tuple[Rewritten, type[nn.Module]]:
         """The edits and the class, whose forward knows the call that was seen in eval mode and in train mode.
+
+        `trained` follows the call in train mode. In eval mode discovery has followed it.
 
         Raises:
             TraceError: the site does something that cannot be kept.
         """
         self.skeleton.eval()  # timm's LeViT attention returns nothing here
-        rewritten, eval_variant = self._rewrite_call(self.skeleton, self._found.call)
+        rewritten, eval_variant = self._rewrite_graph(self.skeleton, self._found.traced.copied())
         self.skeleton.train()
-        in_training, train_variant = self._rewrite_call(self.skeleton, self._found.call)
+        in_training, train_variant = self._rewrite_graph(self.skeleton, trained(self.skeleton).copied())
         if in_training.edits != rewritten.edits:
             raise TraceError("its train mode and its eval mode use its projections differently")
         self._edits = rewritten.edits
@@ -220,7 +231,8 @@ class _SiteRewriter:
         for fqn, child in case.named_modules():
             _copy_settings(converted, fqn, child)
         try:
-            rewritten, variant = self._rewrite_call(case, Call(*MetaTwins().of((call.args, call.kwargs))))
+            seen = Call(*MetaTwins().of((call.args, call.kwargs)))
+            rewritten, variant = self._rewrite_graph(case, trace_call(case, seen, self._found.around))
         except TraceError as error:
             raise SpecializationError(
                 f"{type(converted).__name__} is called in a way that it was not converted for, and cannot follow: "
@@ -232,9 +244,8 @@ class _SiteRewriter:
             )
         return variant
 
-    def _rewrite_call(self, module: nn.Module, call: Call) -> tuple[Rewritten, Variant]:
-        """Trace one call of a module in its present state, rewrite the graph, and print it."""
-        traced = trace_call(module, call, self._found.around)
+    def _rewrite_graph(self, module: nn.Module, traced: TracedSite) -> tuple[Rewritten, Variant]:
+        """Rewrite the graph of one call of a module, in place, and print it."""
         # A mode fits a call, not a module: shared self- and cross-attention reads the same tokens in one of them alone.
         reason = describe_site(self._found.fqn, traced).refused.get(self._mode.name)
         if reason is not None:
