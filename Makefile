@@ -22,8 +22,9 @@ demo: $(STAMP) ## Install into .venv and run the whole story offline
 test: $(STAMP) ## Run the tests
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-fuzz: $(STAMP) ## Damage saved folders in thousands of ways, other ones each time
+fuzz: $(STAMP) ## Damage saved folders, and make up attentions, in many ways, other ones each time
 	ARMOUR_TEST_EXAMPLES=$${ARMOUR_TEST_EXAMPLES:-2000} $(BIN)/python -m pytest -n auto tests/saving/test_fuzz.py
+	ARMOUR_TEST_EXAMPLES=$${ARMOUR_TEST_EXAMPLES:-200} $(BIN)/python -m pytest tests/promises/test_generated_attentions.py
 
 check: $(STAMP) ## Check formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -12,6 +12,8 @@ __all__ = ["architectures", "skeleton"]
 
 # Parameters from which on a default config is cut: some need numbers to run, and these have to fit into memory.
 _HUGE = 300_000_000
+# Numbers of an input of two images from which on one has to do: a video, or an image of more than 512 pixels a side.
+_LARGE = 2 * 3 * 512 * 512
 
 
 def architectures(library: Library) -> list[str]:
@@ -44,4 +46,7 @@ def skeleton(library: str, name: str) -> tuple[nn.Module, dict[str, Tensor]]:
         from armour_surgery.hosts.transformers_catalog import cut_config
 
         model = build(Source(library, name, cut_config(name)))
-    return model, example_input(model)
+    example = example_input(model)
+    if max(tensor.numel() for tensor in example.values()) > _LARGE:
+        example = example_input(model, 1)
+    return model, example

@@ -1,0 +1,292 @@
+"""One converted model of each class of attention module, used as engineers use models.
+
+    armour-surgery coverage --json > coverage.json
+    python benchmarks/each_class.py coverage.json [--library NAME] [--only CLASS] [--markdown FILE.md]
+
+For every class of attention module that `auto` converts, the smallest architecture that has it is built with random
+weights and converted. Then:
+
+- *copy*: a deepcopy gives the same output, bit for bit;
+- *load*: saved, and loaded in another process, it gives the same output for one image and for three, bit for bit;
+- *train*: all gradients of a training step are finite, and so is the output after it;
+- *compile*: torch.compile(backend="aot_eager") gives the same output within 1e-5;
+- *deploy*: the deployed model's output is within 1e-5, or deploying is refused, with the reason.
+
+What the original itself does not do (three images at once, compiling) is told so, and is no failure. Models of
+transformers have two layers in every part.
+"""
+
+import argparse
+import copy
+import gc
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from armour_surgery import convert, deploy, load, save
+from armour_surgery.calls import run
+from armour_surgery.coverage.summary import versions
+from armour_surgery.errors import ArmourError
+from armour_surgery.hosts.catalog import skeleton
+from armour_surgery.hosts.running import example_input
+
+CHECKS = ("copy", "load 1", "load 3", "train", "compile", "deploy")
+_CANDIDATES = 3  # architectures of a class whose size is asked; those that were examined fastest
+_NEAR = 1e-5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("coverage", type=Path, help="what `armour-surgery coverage --json` printed")
+    parser.add_argument("--library", choices=("timm", "transformers", "torchvision"))
+    parser.add_argument("--only", default="", metavar="CLASS", help="only classes whose name has this in it")
+    parser.add_argument("--markdown", type=Path)
+    options = parser.parse_args()
+    document = json.loads(options.coverage.read_text(encoding="utf-8"))
+    torch.set_num_threads(1)
+    rows = []
+    reader = _Reader()
+    for library, found in document["libraries"].items():
+        if options.library not in (None, library):
+            continue
+        for host, names in _by_class(found["list"]).items():
+            if options.only not in host:
+                continue
+            name = _smallest(library, names)
+            started = time.perf_counter()
+            outcomes = _examine(library, name, reader)
+            print(f"{library} {host} {name} {time.perf_counter() - started:.1f} s {outcomes}", file=sys.stderr)
+            rows.append({"library": library, "class": host, "architecture": name, **outcomes})
+            gc.collect()
+    if options.markdown is not None:
+        options.markdown.write_text(_page(rows, options), encoding="utf-8")
+    print(json.dumps({"versions": versions(), "classes": rows}, indent=1))
+    sys.exit(any(outcome.startswith("FAILS") for row in rows for outcome in row.values()))
+
+
+def _by_class(outcomes: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """The architectures that have a class which `auto` converts, those that were examined fastest first."""
+    classes: dict[str, list[str]] = {}
+    for outcome in sorted(outcomes, key=lambda outcome: outcome["seconds"]):
+        for host in dict.fromkeys(kind["host"] for kind in outcome["kinds"] if kind["auto"]):
+            classes.setdefault(host, []).append(outcome["name"])
+    return dict(sorted(classes.items()))
+
+
+def _smallest(library: str, names: list[str]) -> str:
+    def size(name: str) -> int:
+        model, _ = skeleton(library, name)
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    return min(names[:_CANDIDATES], key=size)
+
+
+def _build(library: str, name: str) -> nn.Module:
+    """The architecture with random weights."""
+    torch.manual_seed(0)
+    if library == "timm":
+        import timm
+
+        return timm.create_model(name).eval()
+    if library == "torchvision":
+        import torchvision
+
+        return torchvision.models.get_model(name, weights=None).eval()
+    import transformers
+
+    from armour_surgery.hosts.transformers_catalog import cut_config
+
+    cls = getattr(transformers, name)
+    return cls(cls.config_class(**cut_config(name))).eval()
+
+
+def _numbers(model: nn.Module, images: int) -> dict[str, Tensor]:
+    """Inputs of that many images, with numbers."""
+    generator = torch.Generator().manual_seed(images)
+    inputs = {}
+    for name, one in example_input(model, images).items():
+        if not one.is_meta:
+            inputs[name] = one
+        elif one.is_floating_point():
+            inputs[name] = torch.randn(one.shape, generator=generator, dtype=one.dtype)
+        else:
+            inputs[name] = torch.ones(one.shape, dtype=one.dtype)
+    return inputs
+
+
+def _outputs(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """All floating tensors of the output, drawing equal random numbers where the model draws any."""
+    torch.manual_seed(0)
+    leaves = pytree.tree_leaves(run(model, inputs))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _quiet_outputs(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
+    with torch.no_grad():
+        return _outputs(model, inputs)
+
+
+class _Reader:
+    """Another process, which loads folders and has never built nor converted anything."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_read, args=(theirs,), daemon=True)
+        self._process.start()
+
+    def outputs(self, folder: Path, inputs: list[dict[str, Tensor]]) -> list[list[Tensor]]:
+        """What the model in a folder answers to each input."""
+        self._connection.send((folder, inputs))
+        answer = self._connection.recv()
+        if isinstance(answer, str):
+            raise RuntimeError(answer)
+        return answer
+
+
+def _read(connection: Connection) -> None:
+    torch.set_num_threads(1)
+    while True:
+        try:
+            folder, inputs = connection.recv()
+        except EOFError:
+            return
+        try:
+            model = load(folder)
+            # Plain arrays cross to the other process without shared memory, of which containers have little.
+            connection.send([_quiet_outputs(model, one) for one in inputs])
+        except Exception as error:
+            connection.send(f"{type(error).__name__}: {error}")
+
+
+def _examine(library: str, name: str, reader: _Reader) -> dict[str, str]:
+    try:
+        original = _build(library, name)
+        one = _numbers(original, 1)
+        _quiet_outputs(original, one)
+    except Exception as error:
+        return dict.fromkeys(CHECKS, f"not examined: {_said(error)}")
+    try:
+        three = _numbers(original, 3)
+        _quiet_outputs(original, three)
+    except Exception:
+        three = None
+    try:
+        converted = convert(original, "auto")
+        expected = _quiet_outputs(converted, one)
+    except Exception as error:
+        return dict.fromkeys(CHECKS, f"FAILS: {_said(error)}")
+    checks: dict[str, Callable[[], str]] = {
+        "copy": lambda: _same(_quiet_outputs(copy.deepcopy(converted), one), expected),
+        "train": lambda: _train(converted, one),
+        "compile": lambda: _compile(original, converted, one, expected),
+        "deploy": lambda: _deploy(converted, one, expected),
+    }
+    outcomes = {key: _attempt(check) for key, check in checks.items()}
+    loaded: dict[str, str] = {}
+    try:
+        inputs = [one] if three is None else [one, three]
+        with tempfile.TemporaryDirectory() as folder:
+            save(converted, Path(folder) / "model")
+            answers = reader.outputs(Path(folder) / "model", inputs)
+        loaded["load 1"] = _same(answers[0], expected)
+        if three is None:
+            loaded["load 3"] = "the original takes one image"
+        else:
+            loaded["load 3"] = _same(answers[1], _quiet_outputs(converted, three))
+    except Exception as error:
+        loaded = dict.fromkeys(("load 1", "load 3"), f"FAILS: {_said(error)}")
+    outcomes |= loaded
+    return {key: outcomes[key] for key in CHECKS}
+
+
+def _attempt(check: Callable[[], str]) -> str:
+    try:
+        return check()
+    except Exception as error:
+        return f"FAILS: {_said(error)}"
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _same(got: list[Tensor], expected: list[Tensor]) -> str:
+    equal = [torch.equal(one, other) for one, other in zip(got, expected, strict=True)]
+    return "same" if all(equal) else f"FAILS: {_difference(got, expected):.1e}"
+
+
+def _difference(got: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest difference, in parts of the largest number of each output."""
+    parts = [0.0]
+    for one, other in zip(got, expected, strict=True):
+        if other.numel():
+            parts.append(float((one - other).abs().max() / other.abs().max().clamp(min=1e-30)))
+    return max(parts)
+
+
+def _train(converted: nn.Module, inputs: dict[str, Tensor]) -> str:
+    student = copy.deepcopy(converted).train()
+    optimizer = torch.optim.SGD(student.parameters(), lr=1e-4)
+    loss = sum(output.float().square().mean() for output in _outputs(student, inputs) if output.requires_grad)
+    loss.backward()  # type: ignore[union-attr]
+    gradients = [parameter.grad for parameter in student.parameters() if parameter.grad is not None]
+    if not gradients or not all(gradient.isfinite().all() for gradient in gradients):
+        return "FAILS: gradients are not finite"
+    optimizer.step()
+    after = _quiet_outputs(student.eval(), inputs)
+    return "finite" if all(output.isfinite().all() for output in after) else "FAILS: the output is not finite"
+
+
+def _compile(original: nn.Module, converted: nn.Module, inputs: dict[str, Tensor], expected: list[Tensor]) -> str:
+    torch._dynamo.reset()
+    try:
+        got = _quiet_outputs(torch.compile(copy.deepcopy(converted), backend="aot_eager"), inputs)
+        difference = _difference(got, expected)
+    except Exception:
+        torch._dynamo.reset()
+        try:
+            _quiet_outputs(torch.compile(copy.deepcopy(original), backend="aot_eager"), inputs)
+        except Exception as error:
+            return f"the original does not compile: {_said(error)[:100]}"
+        raise
+    return f"{difference:.0e}" if difference <= _NEAR else f"FAILS: {difference:.1e}"
+
+
+def _deploy(converted: nn.Module, inputs: dict[str, Tensor], expected: list[Tensor]) -> str:
+    try:
+        deployed = deploy(copy.deepcopy(converted))
+    except ArmourError as error:
+        return f"refused: {_said(error)}"
+    difference = _difference(_quiet_outputs(deployed, inputs), expected)
+    return f"{difference:.0e}" if difference <= _NEAR else f"FAILS: {difference:.1e}"
+
+
+def _page(rows: list[dict[str, str]], options: argparse.Namespace) -> str:
+    """The table, with what was refused, or fails, below it."""
+    command = f"python benchmarks/each_class.py {options.coverage.name} --markdown {options.markdown}"
+    held = ", ".join(f"{package} {number}" for package, number in versions().items())
+    about = __doc__.partition("\n\nFor every")[2]
+    headers = ("library", "class", "architecture", *CHECKS)
+    lines = ["# A model of each class", "", f"Made by `{command}`, with {held}.", "", f"For every{about}"]
+    lines += [f"| {' | '.join(headers)} |", "|" + " --- |" * len(headers)]
+    notes = []
+    for row in rows:
+        short = [row[key].partition(":")[0] for key in headers]
+        lines.append(f"| {' | '.join(short)} |")
+        notes += [f"- {row['class']}, {key}: {row[key]}" for key in CHECKS if ":" in row[key]]
+    return "\n".join([*lines, "", *notes]) + "\n"
+
+
+if __name__ == "__main__":
+    main()
