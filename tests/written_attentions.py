@@ -154,6 +154,19 @@ class Casts(Packed):
         return self.out(join(F.scaled_dot_product_attention(q.double().type_as(v), k.double().type_as(v), v)))
 
 
+class CastsApart(nn.Module):
+    """As in Sapiens 2: queries are cast to the type of values, which are another layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(D, H * K) for _ in range(3))
+        self.out = nn.Linear(H * K, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = split(self.q(x)), split(self.k(x)), split(self.v(x))
+        return self.out(join(F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v)))
+
+
 class OwnLayer(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
@@ -268,6 +281,7 @@ CONVERTED: dict[type[nn.Module], tuple[str, ...]] = {
     Registers: ALL_THREE,
     Windows: ALL_THREE,
     PooledQueries: ALL_THREE,
+    CastsApart: ALL_THREE,
     Casts: ALL_THREE,
     OwnLinear: ALL_THREE,
     LayerMadeInForward: ALL_THREE,

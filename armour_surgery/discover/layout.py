@@ -165,6 +165,8 @@ def follow(
             continue
         first: Any = node.args[0] if node.args else None
         is_layout = _is_layout(node)
+        if first not in flow and is_cast(node):
+            continue  # `queries.type_as(values)` holds queries
         if first in flow and (is_layout or node in transparent or is_cast(node)):
             flow[node] = _apply(node, flow) if is_layout else flow[first]
             if first in flow.pure:

@@ -19,6 +19,7 @@ from armour_surgery.hosts.skeleton import (
     meta_parameters,
     restore_attributes,
     to_meta,
+    without_drawing,
 )
 from armour_surgery.records import Source
 
@@ -123,15 +124,17 @@ def build(source: Source, limits: Limits | None = None) -> nn.Module:
             limits.check_arguments(source.architecture, value)
     library = adapter(source.library)
     try:
-        # The builders draw initial weights; the caller's random numbers must not depend on that.
-        with torch.random.fork_rng(devices=[]), offline(), quiet(), limits.builds() if limits else nullcontext():
+        charged = limits.builds() if limits else nullcontext()
+        # What is drawn all the same must not change the caller's random numbers.
+        with torch.random.fork_rng(devices=[]), offline(), quiet(), charged, without_drawing():
             try:
                 # What a folder says is charged for what it would take, and on meta it would take nothing.
                 with meta_parameters(huge=limits is None):
                     model = library.build(source.architecture, source.arguments)
                 whole = not any(buffer.is_meta for buffer in model.buffers())
-            except NotImplementedError:
-                # A builder looked at values (`.item()`, `.tolist()`) that a meta tensor does not have.
+            except (NotImplementedError, RuntimeError):
+                # A builder looked at values (`.item()`, `.tolist()`) that a meta tensor does not have, or ran a part of
+                # the model to see what comes out of it.
                 whole = False
             if not whole:
                 # Some hosts (timm's Swin, RoPE with learned frequencies) make buffers from a parameter or on its

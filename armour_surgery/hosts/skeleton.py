@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -19,9 +19,18 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from armour_surgery.errors import SchemaError
 from armour_surgery.patching import patched
 
-__all__ = ["changed_attributes", "first_difference", "meta_parameters", "restore_attributes", "to_meta"]
+__all__ = [
+    "changed_attributes",
+    "first_difference",
+    "meta_parameters",
+    "restore_attributes",
+    "to_meta",
+    "without_drawing",
+]
 
 _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
+_DRAWING = (Tensor.uniform_, Tensor.normal_, Tensor.erfinv_)
+_ADJUSTING = (Tensor.mul_, Tensor.div_, Tensor.add_, Tensor.sub_, Tensor.clamp_)
 # Numbers of one tensor.
 _LARGE = 2**28
 
@@ -58,9 +67,34 @@ class _LargeOnMeta(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _FACTORIES and kwargs.get("device") is None:
-            sizes = args[0] if args and not isinstance(args[0], int) else args
+            sizes = args[0] if args and isinstance(args[0], tuple | list) else args
             if math.prod(sizes) > _LARGE:
                 kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def without_drawing() -> Iterator[None]:
+    """Inside, Parameters are not filled with random numbers, which takes most of the time that building takes."""
+    with _NothingDrawn():
+        yield
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves out libraries' initializations: drawing numbers, and what is done with those to bring them into range."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._drawn = WeakTensorKeyDictionary()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        draws = func in _DRAWING or getattr(func, "__module__", "") == nn.init.__name__
+        if draws or func in _ADJUSTING:
+            tensor = args[0] if args else kwargs["tensor"]
+            if isinstance(tensor, nn.Parameter) and (draws or tensor in self._drawn):
+                self._drawn[tensor] = True
+                return tensor
         return func(*args, **kwargs)
 
 

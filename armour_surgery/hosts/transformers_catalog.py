@@ -41,6 +41,7 @@ _DEPTHS = (
     "vision_layers",
     "n_layers",
     "n_layer",
+    "num_blocks",
 )
 _LAYERS = 2
 
@@ -96,7 +97,7 @@ def _cut(config: Any) -> None:
         if len(value) == depth > kept:
             # An entry for each layer; the last layers are often of the other kind.
             setattr(config, key, [value[0], *value[1 - kept :]])
-        elif key.endswith(("indices", "indexes")) and key != "_out_indices":
+        elif key.endswith(("indices", "indexes", "_layer", "_layers")) and key != "_out_indices":
             # Numbers of layers.
             setattr(config, key, [min(number, kept - 1) if isinstance(number, int) else number for number in value])
     for key in getattr(config, "sub_configs", None) or {}:

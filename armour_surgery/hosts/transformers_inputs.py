@@ -97,7 +97,10 @@ def _seeing_part(model: nn.Module) -> tuple[str, nn.Module]:
     if not _mixes(model):
         return "", model
     part: Any = model
-    while isinstance(part, PreTrainedModel) and (encoder := part.get_encoder("image")) is not part:
+    while isinstance(part, PreTrainedModel):
+        encoder = part.get_encoder("image")
+        if encoder is None or encoder is part:
+            break
         part = encoder
     if part is model:
         part = _first_that_sees(model)
@@ -130,6 +133,8 @@ def _image(vision: Any, video: bool) -> tuple[int, ...]:
     size = None
     for config in (vision, backbone):
         size = size or getattr(config, "image_size", None) or getattr(config, "crop_size", None)
+    if size is None and (ratios := getattr(vision, "scaled_images_ratios", None)):
+        size = math.ceil(vision.patch_size / min(ratios))  # the smallest version of an image is one patch (Depth Pro)
     size = size or 224
     if isinstance(size, dict):
         size = (size["height"], size["width"])

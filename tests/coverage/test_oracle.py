@@ -164,3 +164,20 @@ def test_weights_in_slices_turned_around_and_edited(kind: type[nn.Module], mode:
 def test_two_layers_of_one_projection_are_told_apart(mode: str) -> None:
     model = Hidden(NormedProjections())
     assert difference(model.inner, operation_on(model, mode)) < 1e-12
+
+
+def test_of_thousands_of_tokens_a_few_speak_for_all() -> None:
+    class Noting(PerHead):
+        seen: list[int] = []
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not x.is_meta and type(x) is torch.Tensor:
+                self.seen.append(x.shape[1])
+            return super().forward(x)
+
+    model = Hidden(Noting())
+    (found,) = find_sites(model, {"x": torch.empty(1, 900, D, device="meta")})
+    (operation,) = prepare(model, [found], "qv").operations
+    Noting.seen.clear()
+    assert difference(model.inner, operation) < 1e-12
+    assert set(Noting.seen) == {203}

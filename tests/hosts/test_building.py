@@ -78,6 +78,14 @@ def test_torchvision_vit_is_recognized_on_the_meta_device() -> None:
     assert example_input(model)["x"].shape == (2, 3, 64, 64)
 
 
+def test_a_host_is_built_that_tries_itself_out() -> None:
+    """timm's hybrids run their backbone to see what comes out of it, which has to be where its weights are."""
+    arguments = {"depth": 1, "embed_dim": 24, "num_heads": 3, "img_size": 32}
+    built = build(Source("timm", "vit_base_resnet26d_224", arguments))
+    assert all(parameter.is_meta for parameter in built.parameters())
+    assert not any(buffer.is_meta for buffer in built.buffers())
+
+
 def test_plain_attributes_come_back() -> None:
     model = tiny()
     model.blocks[0].attn.attn_drop.p = 0.25

@@ -31,7 +31,7 @@ def test_skeletons_have_no_weights(library: str) -> None:
 
 def test_videos_and_pairs_of_images_are_fed_as_such() -> None:
     _, example = skeleton("torchvision", "mvit_v1_b")
-    assert {name: tuple(value.shape) for name, value in example.items()} == {"x": (2, 3, 16, 224, 224)}
+    assert {name: tuple(value.shape) for name, value in example.items()} == {"x": (1, 3, 16, 224, 224)}
     _, example = skeleton("torchvision", "raft_small")
     assert list(example) == ["image1", "image2"]
 

@@ -1,12 +1,15 @@
 """Modules are built without weights, however many numbers all of these together would be."""
 
 import weakref
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
+from timm.layers import trunc_normal_tf_
 from torch import nn
 
-from armour_surgery.hosts.skeleton import meta_parameters
+from armour_surgery.hosts.skeleton import meta_parameters, without_drawing
 
 
 def test_nothing_holds_the_numbers_of_parameters_that_have_moved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,3 +48,25 @@ def test_a_table_that_would_not_fit_into_memory_is_never_made() -> None:
         small = torch.zeros(3)
     assert table.weight.is_meta
     assert not small.is_meta
+
+
+def test_sizes_of_any_kind_are_taken() -> None:
+    """numpy's numbers as Perceiver's, and tensors."""
+    with meta_parameters():
+        assert torch.zeros(np.int64(3), 5).shape == (3, 5)
+        assert torch.zeros(torch.tensor(3), 5).shape == (3, 5)
+        assert torch.empty([3, 5]).shape == torch.empty((3, 5)).shape == torch.empty(3, 5).shape
+
+
+@pytest.mark.parametrize("draw", [nn.init.kaiming_uniform_, nn.init.normal_, nn.init.trunc_normal_, trunc_normal_tf_])
+def test_parameters_are_not_filled_and_everything_else_is(draw: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    weight, table = nn.Parameter(torch.zeros(3, 5)), torch.zeros(3, 5)
+    scale = nn.Parameter(torch.ones(5))
+    with without_drawing():
+        assert draw(weight) is weight
+        draw(table)
+        with torch.no_grad():
+            scale.mul_(3)
+    assert not weight.any()
+    assert table.all()
+    assert bool((scale == 3).all())

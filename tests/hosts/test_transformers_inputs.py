@@ -127,3 +127,12 @@ def test_a_tokenizer_of_images_without_a_forward_runs_by_its_encoder() -> None:
     tokenizer = weightless(transformers.Apertus1p5VisionTokenizerModel, vision)
     assert _that_runs(tokenizer) is tokenizer.encoder
     assert _that_runs(tokenizer.encoder) is tokenizer.encoder
+
+
+def test_a_model_that_could_see_and_has_nothing_to_see_with() -> None:
+    """By default Gemma 4 has no part for images; that it does not run on them is told by running it."""
+    config = transformers.Gemma4Config(text_config={**TEXT, "hidden_size_per_layer_input": 4}, vision_config=None)
+    assert set(example_input(weightless(transformers.Gemma4ForConditionalGeneration, config))) == {
+        "pixel_values",
+        "input_ids",
+    }
