@@ -25,9 +25,9 @@ __all__ = ["Place", "difference", "merge", "places_of", "real_copy"]
 
 # What transformers' attentions call the places where a packed sequence begins anew.
 _PLACES = "cu_seqlens"
-# Tokens from which on a module is tried with a few; no number of heads or channels is that.
-_MANY = 800
-_FEW = 203
+# Images, or windows, and tokens from which on a module is tried with a few.
+_MANY_ROWS, _FEW_ROWS = 8, 3
+_MANY, _FEW = 800, 203  # no numbers of heads or channels
 
 
 def difference(module: nn.Module, operation: Operation, seed: int = 0) -> float:
@@ -126,25 +126,35 @@ def _argument(generator: torch.Generator, tensor: Tensor) -> Tensor:
 
 
 def _shorter(module: nn.Module, call: Call) -> Call:
-    """The call with fewer tokens, where there are thousands and the module takes fewer: attention is quadratic."""
+    """The call with fewer windows and fewer tokens, where there are many and the module takes fewer: numbers cost."""
     first = next((leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)), None)
-    if first is None or first.ndim != 3 or first.shape[1] <= _MANY:
+    if first is None or first.ndim < 3:
         return call
-    tokens = first.shape[1]
-
-    def cut(tensor: Tensor) -> Tensor:
-        for axis, size in enumerate(tensor.shape):
-            if size == tokens:
-                tensor = tensor.narrow(axis, 0, _FEW)
-        return tensor
-
-    fewer = _mapped(call, cut)
     module.eval()  # not chained, see above
-    try:
-        results = _outputs(module, fewer, 0)
-    except Exception:  # it knows how many there are
-        return call
-    return fewer if any(_FEW in result.shape for result in results) else call
+    rows = first.shape[0]
+    tokens = first.shape[1] if first.ndim == 3 else 0  # rows and columns of them are left alone
+    for few_rows, few_tokens in ((_FEW_ROWS, _FEW), (_FEW_ROWS, tokens), (rows, _FEW), (rows // 2, tokens)):
+        kept = few_rows if rows > _MANY_ROWS else rows, few_tokens if tokens > _MANY else tokens
+        if kept == (rows, tokens):
+            continue
+        fewer = _mapped(call, partial(_cut, (rows, tokens), kept))
+        try:
+            results = _outputs(module, fewer, 0)
+        except Exception:  # it knows how many there are
+            continue
+        if any(result.shape[:1] == kept[:1] and kept[1] in (0, *result.shape) for result in results):
+            return fewer
+    return call
+
+
+def _cut(sizes: tuple[int, int], kept: tuple[int, int], tensor: Tensor) -> Tensor:
+    """The first of what there are as many as rows, or tokens, of the input."""
+    for axis, size in enumerate(tensor.shape):
+        if axis == 0 and size == sizes[0]:
+            tensor = tensor.narrow(0, 0, kept[0])
+        elif axis > 0 and size == sizes[1]:
+            tensor = tensor.narrow(axis, 0, kept[1])
+    return tensor
 
 
 def _cut_evenly(call: Call, tokens: int) -> None:
