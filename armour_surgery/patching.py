@@ -3,13 +3,16 @@
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch._C import _len_torch_function_stack
+from torch.overrides import _pop_mode_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["as_users_draw", "on_cpu_by_default", "one_at_a_time", "patched"]
+__all__ = ["as_users_draw", "on_cpu_by_default", "one_at_a_time", "outside_of_modes", "patched"]
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -47,6 +50,19 @@ def patched(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator[
             yield
         finally:
             setattr(owner, name, stored)
+
+
+@contextmanager
+def outside_of_modes() -> Iterator[None]:
+    """While open, no mode of torch is at work: what runs here is no part of what somebody exports or counts around it.
+
+    A default device is such a mode too.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_disable_current_modes())
+        for _ in range(_len_torch_function_stack()):
+            stack.enter_context(_pop_mode_temporarily())
+        yield
 
 
 def on_cpu_by_default(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:

@@ -18,7 +18,7 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from armour_surgery.errors import SpecializationError
-from armour_surgery.patching import on_cpu_by_default, one_at_a_time
+from armour_surgery.patching import one_at_a_time, outside_of_modes
 from armour_surgery.rewrite.generated import Generated, generated_class
 from armour_surgery.rewrite.torch_attention import answers_of, taking_nested
 from armour_surgery.traced import Call, FunctionReference, Signature
@@ -86,7 +86,8 @@ class ArmourAttention(Generated):
         with one_at_a_time():
             # Another thread may have added the branch meanwhile: then the forward that found none is an older one.
             if found_none is inspect.unwrap(cls.forward).__code__:  # type: ignore[attr-defined]
-                cls._add_branch(on_cpu_by_default(cls.armour_trace)(self, Call(args, kwargs)))
+                with outside_of_modes():
+                    cls._add_branch(cls.armour_trace(self, Call(args, kwargs)))
         return cls.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
 
     @classmethod

@@ -140,3 +140,24 @@ def test_a_call_of_a_new_kind_under_another_default_device() -> None:
     with torch.device("meta"):
         got = attention.eval()(x, attn_mask=mask)
     close([got], [other.eval()(x, attn_mask=mask)], 0.0)
+
+
+@pytest.mark.parametrize("sizes", ["one", "any"])
+def test_a_call_of_a_new_kind_while_it_is_exported(sizes: str) -> None:
+    """The branch for it is then made under torch.export's modes, from fakes whose sizes may be symbols."""
+    # A conversion of its own: copies share the branches that one of them learned.
+    converted = convert(CASES["vit"].build(), "qv", example_input=CASES["vit"].example())
+    attention, other = converted.blocks[0].attn.eval(), converted.blocks[1].attn.eval()
+    other.load_state_dict(attention.state_dict())
+    tokens = torch.export.Dim.DYNAMIC if sizes == "any" else torch.export.Dim.STATIC
+    shapes = {"x": {0: tokens, 1: tokens}, "attn_mask": {0: tokens, 1: tokens}}
+    generator = torch.Generator().manual_seed(6)
+    x, mask = torch.randn(3, 5, 48, generator=generator), torch.randn(5, 5, generator=generator)
+    branches = len(attention.armour_variants)
+    program = torch.export.export(attention, (x,), {"attn_mask": mask}, dynamic_shapes=shapes, strict=False)
+    assert len(attention.armour_variants) == branches + 1
+    with torch.no_grad():
+        close([other(x, attn_mask=mask)], [program.module()(x, attn_mask=mask)], 1e-6)
+        if sizes == "any":
+            x, mask = torch.randn(2, 7, 48, generator=generator), torch.randn(7, 7, generator=generator)
+            close([other(x, attn_mask=mask)], [program.module()(x, attn_mask=mask)], 1e-6)
