@@ -221,12 +221,6 @@ REASONS = (
     ),
     ("reverse_loading_mapping", "v_proj", "asks for V's projection, which is gone"),
     (
-        "swin_family",
-        "cannot follow|is invalid for input of size",
-        "open: `set_input_size` changes whole numbers (`window_area`), and those of the conversion stay in the generated "
-        "forward; call it first and convert then",
-    ),
-    (
         "checkpoint",
         "size mismatch for .*qkv.weight: copying a param",
         "the state of a converted model is read while the next one is built, which is before that can be converted",

@@ -121,8 +121,8 @@ class _Recorder(TorchFunctionMode):
                 if isinstance(value, torch.Tensor):
                     self._tensor_names.setdefault(id(value), f"{name}.{key}" if name else key)
 
-    def attribute(self, module: nn.Module, name: str, value: bool | float) -> Any:
-        """A flag or a number that forward reads off a module: what is recorded holds for its present value."""
+    def attribute(self, module: nn.Module, name: str, value: Any) -> Any:
+        """A flag or number(s) that forward reads off a module: what is recorded holds for the present value."""
         path = self._module_names.get(id(module))
         if path is not None and not self._busy:
             read = attribute_of(path, name)
@@ -341,7 +341,7 @@ def trace_by_running(module: nn.Module, call: Call, opaque: Callable[[str, nn.Mo
     nested = dict(signature.preamble)
     forward = type(module).forward
     for child in list(root.modules()):
-        spy(child, recorder.attribute, recorder.call_module)
+        spy(child, recorder.attribute, recorder.attribute, recorder.call_module)
     with ExitStack() as stack:
         stack.enter_context(one_at_a_time())
         stack.enter_context(followed_functions())
