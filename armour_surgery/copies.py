@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -23,6 +24,7 @@ __all__ = [
     "full_copy",
     "has_weights",
     "meta_copy",
+    "plain_size",
 ]
 
 _CALL_HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name and "state_dict" not in name)
@@ -158,16 +160,31 @@ class MetaTwins:
         self._twins = WeakTensorKeyDictionary()
 
     def of(self, arguments: Any) -> Any:
-        """The same arguments on meta."""
-        return pytree.tree_map_only(Tensor, self._twin, arguments)
+        """The same arguments on meta, with sizes that are numbers."""
+        return pytree.tree_map_only((Tensor, torch.SymInt), self._twin, arguments)
 
-    def _twin(self, tensor: Tensor) -> Tensor:
-        if tensor.is_meta:
+    def _twin(self, tensor: Any) -> Any:
+        if isinstance(tensor, torch.SymInt):
+            return plain_size(tensor)
+        fake = isinstance(tensor, FakeTensor)
+        if tensor.is_meta and not fake:
             return tensor
         if tensor not in self._twins:
-            self._twins[tensor] = torch.empty_like(tensor, device="meta")
+            self._twins[tensor] = _plain_twin(tensor) if fake else torch.empty_like(tensor, device="meta")
         twin: Tensor = self._twins[tensor]
         return twin
+
+
+def plain_size(size: Any) -> int:
+    """The number that a size has in the call at hand; of one that is a symbol, nothing is decided by asking."""
+    known: Any = size.node.hint if isinstance(size, torch.SymInt) else size
+    return int(known)
+
+
+def _plain_twin(fake: Tensor) -> Tensor:
+    """What torch.export calls a model with, on meta: made of it, the twin would be fake too."""
+    sizes, strides = [list(map(plain_size, numbers)) for numbers in (fake.shape, fake.stride())]
+    return torch.empty_strided(sizes, strides, dtype=fake.dtype, device="meta", requires_grad=fake.requires_grad)
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:

@@ -1,12 +1,13 @@
 """What is patched for a moment is patched for one thread, and comes back."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from armour_surgery.patching import one_at_a_time, patched
+from armour_surgery.patching import as_users_draw, on_cpu_by_default, one_at_a_time, patched
 
 
 def in_a_thread(action: Callable[[], object]) -> list[object]:
@@ -57,3 +58,22 @@ def test_another_thread_waits_with_its_patch() -> None:
         assert in_a_thread(patch) == []
         assert not entered.is_set()
     assert entered.wait(5)
+
+
+def test_what_a_user_draws_is_on_the_users_default_device() -> None:
+    @on_cpu_by_default
+    def devices(items: Iterable[torch.Tensor]) -> list[str]:
+        found = []
+        for item in as_users_draw(items):
+            found += [torch.empty(1).device.type, item.device.type]
+        return found
+
+    @on_cpu_by_default
+    def through_another() -> list[str]:
+        return devices(torch.empty(1) for _ in range(2))
+
+    with torch.device("meta"):
+        assert devices(torch.empty(1) for _ in range(2)) == ["cpu", "meta"] * 2
+        assert through_another() == ["cpu", "meta"] * 2
+        assert torch.empty(1).device.type == "meta"
+    assert devices(torch.empty(1) for _ in range(2)) == ["cpu", "cpu"] * 2

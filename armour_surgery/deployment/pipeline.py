@@ -26,6 +26,7 @@ from armour_surgery.deployment.fuse_attention_pass import fuse_attention
 from armour_surgery.deployment.precompute_pass import precompute
 from armour_surgery.deployment.remove_idle_modules_pass import remove_idle_modules
 from armour_surgery.errors import NothingToDeployError, PostconditionError, UsageError
+from armour_surgery.patching import on_cpu_by_default
 from armour_surgery.records import DeployedPlace, Deployment, KeptPlace
 from armour_surgery.surgery.targets import Example, plain_example_of, refuse_deployed
 
@@ -56,6 +57,7 @@ _ONLY_WHEN_ASKED = ("fold-layer-norm",)
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
+@on_cpu_by_default
 def deploy(
     model: nn.Module,
     *,

@@ -9,6 +9,7 @@ from armour_surgery.discover.nodes import SELF, guard, value_of
 from armour_surgery.discover.output import find_output
 from armour_surgery.discover.record import could_not_run
 from armour_surgery.discover.results import find_results
+from armour_surgery.discover.spied import structure_of
 
 __all__ = [
     "SELF",
@@ -19,6 +20,7 @@ __all__ = [
     "find_sites",
     "guard",
     "result_of",
+    "structure_of",
     "trace_call",
     "value_of",
 ]

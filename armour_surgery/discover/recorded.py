@@ -33,7 +33,7 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from armour_surgery.copies import copy_with
+from armour_surgery.copies import copy_with, plain_size
 from armour_surgery.discover.functions import followed_functions
 from armour_surgery.discover.nodes import SELF, attribute_of, value_of
 from armour_surgery.discover.record import is_builtin
@@ -121,8 +121,8 @@ class _Recorder(TorchFunctionMode):
                 if isinstance(value, torch.Tensor):
                     self._tensor_names.setdefault(id(value), f"{name}.{key}" if name else key)
 
-    def attribute(self, module: nn.Module, name: str, value: bool | float) -> Any:
-        """A flag or a number that forward reads off a module: what is recorded holds for its present value."""
+    def attribute(self, module: nn.Module, name: str, value: Any) -> Any:
+        """A flag or number(s) that forward reads off a module: what is recorded holds for the present value."""
         path = self._module_names.get(id(module))
         if path is not None and not self._busy:
             read = attribute_of(path, name)
@@ -281,10 +281,10 @@ class _Recorder(TorchFunctionMode):
         storage = fake.untyped_storage()
         memory = self._memories.get(storage._cdata)
         if memory is None:
-            memory = torch.empty(_hint(storage.nbytes()), dtype=torch.uint8, device="meta")
+            memory = torch.empty(plain_size(storage.nbytes()), dtype=torch.uint8, device="meta")
             self._memories[storage._cdata] = memory
-        sizes, strides = [list(map(_hint, numbers)) for numbers in (fake.shape, fake.stride())]
-        return torch.as_strided(memory.view(fake.dtype), sizes, strides, _hint(fake.storage_offset()))
+        sizes, strides = [list(map(plain_size, numbers)) for numbers in (fake.shape, fake.stride())]
+        return torch.as_strided(memory.view(fake.dtype), sizes, strides, plain_size(fake.storage_offset()))
 
     def finish(self, result: Any) -> tuple[str, ...]:
         """Close the graph with what the forward returned; the conditions on sizes and types under which it holds."""
@@ -328,12 +328,6 @@ class _Printer(PythonPrinter):
         return self._names[symbol]
 
 
-def _hint(size: Any) -> int:
-    """The number that a size had in the recorded call."""
-    known: Any = size.node.hint if isinstance(size, torch.SymInt) else size
-    return int(known)
-
-
 def trace_by_running(module: nn.Module, call: Call, opaque: Callable[[str, nn.Module], bool]) -> Trace:
     """The graph of `module` for one recorded call, as `trace` gives it, from a run on fake tensors.
 
@@ -347,7 +341,7 @@ def trace_by_running(module: nn.Module, call: Call, opaque: Callable[[str, nn.Mo
     nested = dict(signature.preamble)
     forward = type(module).forward
     for child in list(root.modules()):
-        spy(child, recorder.attribute, recorder.call_module)
+        spy(child, recorder.attribute, recorder.attribute, recorder.call_module)
     with ExitStack() as stack:
         stack.enter_context(one_at_a_time())
         stack.enter_context(followed_functions())

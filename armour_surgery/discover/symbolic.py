@@ -105,7 +105,7 @@ class _ValueTracer(fx.Tracer):
         self.shadow = shadow
         self.leaves = leaves
         self.inputs = {SELF: shadow, **inputs}
-        self.switches: dict[str, bool] = {}
+        self.conditions: dict[str, str] = {}  # by what they are about
         self.self_node: fx.Node  # the placeholder of the module itself; set when its forward starts
         self.module_names: dict[int, str] = {}
         self.parameter_proxies: dict[str, fx.Proxy] = {}
@@ -177,11 +177,19 @@ class _ValueTracer(fx.Tracer):
             return value
         if isinstance(value, bool):
             # Python branches on a flag, and a graph holds one branch: the flag is a condition of the whole graph.
-            self.switches[attribute_of(path, name)] = value
+            read = attribute_of(path, name)
+            self.conditions[read] = read if value else f"not {read}"
             return value
         owner = self.self_node if not path else self.create_node("get_attr", path, (), {})
         owner.meta["value"] = self.shadow.get_submodule(path)
         return self.create_proxy("call_function", getattr, (fx.Proxy(owner, self), name), {}, name=name)
+
+    def structure(self, module: nn.Module, name: str, value: Any) -> None:
+        """Whole numbers that forward reads off a module: the graph is one for these."""
+        path = self.module_names.get(id(module))
+        if path is not None:
+            read = attribute_of(path, name)
+            self.conditions[read] = f"{read} == {value!r}"
 
     def method(self, module: nn.Module, path: str, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         """Keep a host's method as a call (`self.get_attention_biases(x.device)`) unless activations go through it."""
@@ -226,7 +234,7 @@ def _spy(module: nn.Module, path: str, tracer: _ValueTracer, **members: Any) -> 
     def read_tensor(self: nn.Module, name: str) -> Any:
         return tracer.tensor_read(name, host.__getattr__(self, name))
 
-    spy(module, tracer.plain_attribute, tracer.module_called, __getattr__=read_tensor, **members)
+    spy(module, tracer.plain_attribute, tracer.structure, tracer.module_called, __getattr__=read_tensor, **members)
 
 
 @contextmanager
@@ -292,5 +300,4 @@ def trace_symbolically(module: nn.Module, call: Call, opaque: Callable[[str, nn.
         raise
     except Exception as error:
         raise TraceError(f"its forward cannot be traced: {type(error).__name__}: {error}") from error
-    switches = tuple(name if value else f"not {name}" for name, value in tracer.switches.items())
-    return Trace(graph, replace(signature, conditions=(*signature.conditions, *switches)))
+    return Trace(graph, replace(signature, conditions=(*signature.conditions, *tracer.conditions.values())))

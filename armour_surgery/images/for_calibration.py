@@ -23,6 +23,7 @@ from armour_surgery.hosts.preprocessing import Preprocessing
 from armour_surgery.images.files import SUFFIXES, open_image, pictures_by_folder
 from armour_surgery.images.synthetic import synthetic_images
 from armour_surgery.images.timm_datasets import is_timm_dataset, timm_pictures
+from armour_surgery.patching import as_users_draw
 
 __all__ = ["CalibrationBatches", "calibration_batches"]
 
@@ -142,7 +143,7 @@ def calibration_batches(
         raise CalibrationError(
             f"calibration is {_kind(source)}; pass a folder of images, {SYNTHETIC!r}, or an iterable of image batches"
         )
-    return batches._begin(source)
+    return batches._begin(as_users_draw(source))
 
 
 def _drawn(

@@ -16,6 +16,7 @@ from armour_surgery.errors import TraceError, UsageError
 from armour_surgery.initialize.weights import locate, read
 from armour_surgery.likeness.pairs import PAIRS, THRESHOLD, PairRedundancy, SiteRedundancy, compare_pair, why_not
 from armour_surgery.modes import AUTO, choose
+from armour_surgery.patching import on_cpu_by_default
 from armour_surgery.records import AttentionSite, Progress, RefusedSite
 from armour_surgery.surgery.new_weights import choose_weights
 from armour_surgery.surgery.operation import operate, prepare
@@ -37,6 +38,7 @@ class Layer:
     weights: dict[str, Tensor]
 
 
+@on_cpu_by_default
 def redundancy(
     model: nn.Module,
     *,

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from armour_surgery.errors import SpecializationError
-from armour_surgery.patching import one_at_a_time
+from armour_surgery.patching import one_at_a_time, outside_of_modes
 from armour_surgery.rewrite.generated import Generated, generated_class
 from armour_surgery.rewrite.torch_attention import answers_of, taking_nested
 from armour_surgery.traced import Call, FunctionReference, Signature
@@ -65,9 +66,16 @@ class ArmourAttention(Generated):
     def armour_specialize(self, *args: Any, **kwargs: Any) -> Any:
         """Trace and rewrite the forward for a call of a new kind, add the branch, and run it.
 
+        Where somebody traces the model with torch.fx, this module becomes one node: which branch it is shows when that
+        runs.
+
         Raises:
             SpecializationError: this kind of call cannot be followed; the message says what about it.
         """
+        proxy = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, fx.Proxy)), None)
+        if proxy is not None:
+            tracer: Any = proxy.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
         # A deployed attention is a subclass; what it does not know is traced for the class that was converted.
         cls = next(
             owner
@@ -78,7 +86,8 @@ class ArmourAttention(Generated):
         with one_at_a_time():
             # Another thread may have added the branch meanwhile: then the forward that found none is an older one.
             if found_none is inspect.unwrap(cls.forward).__code__:  # type: ignore[attr-defined]
-                cls._add_branch(cls.armour_trace(self, Call(args, kwargs)))
+                with outside_of_modes():
+                    cls._add_branch(cls.armour_trace(self, Call(args, kwargs)))
         return cls.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
 
     @classmethod

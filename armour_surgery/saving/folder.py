@@ -31,6 +31,7 @@ from armour_surgery.errors import (
 )
 from armour_surgery.hosts.limits import Limits
 from armour_surgery.hosts.skeleton import changed_attributes, first_difference
+from armour_surgery.patching import on_cpu_by_default
 from armour_surgery.records import Source, SurgeryPlan
 from armour_surgery.saving.document import LARGEST, SCHEMA_VERSION, TOOL, Document, read_document
 from armour_surgery.saving.filling import fill
@@ -91,6 +92,7 @@ def check_output(path: str | Path) -> None:
         raise NotOursError(f"{target} {what}, so nothing was written; name another --out")
 
 
+@on_cpu_by_default
 def save(model: nn.Module, path: str | Path, *, model_args: Mapping[str, Any] | None = None) -> Path:
     """Write a converted model to a folder; `load` gives back a model with bit-identical outputs.
 
@@ -148,6 +150,7 @@ def save(model: nn.Module, path: str | Path, *, model_args: Mapping[str, Any] | 
     return target
 
 
+@on_cpu_by_default
 def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
     """Rebuild a saved model, in eval mode, with bit-identical outputs.
 

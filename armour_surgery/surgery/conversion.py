@@ -19,6 +19,7 @@ from armour_surgery.discover import find_sites
 from armour_surgery.errors import ArmourError, NothingToConvertError
 from armour_surgery.modes import AUTO, MODES, choose
 from armour_surgery.notes import ArmourWarning
+from armour_surgery.patching import on_cpu_by_default
 from armour_surgery.records import AttentionSite, Progress, Sensitivity, Source, SurgeryPlan
 from armour_surgery.surgery.finite import refuse_not_finite
 from armour_surgery.surgery.operation import Prepared, prepare
@@ -41,6 +42,7 @@ __all__ = ["convert", "inspect", "plan", "sensitivities"]
 Calibration = str | Iterable[Any]
 
 
+@on_cpu_by_default
 def inspect(model: nn.Module, *, example_input: Example | None = None) -> list[AttentionSite]:
     """Every attention of a model: its projections and sizes, which modes fit, and why the others do not.
 
@@ -85,6 +87,7 @@ def _without_hooked(model: nn.Module, found: FoundSite) -> AttentionSite:
     return replace(found.site, modes=tuple(mode for mode in found.site.modes if mode not in refused), refused=refused)
 
 
+@on_cpu_by_default
 def plan(
     model: nn.Module,
     mode: str = AUTO,
@@ -113,6 +116,7 @@ def plan(
     return surgery_of(perform(meta_copy(model), prepared, order, inplace=True))
 
 
+@on_cpu_by_default
 def convert(
     model: nn.Module,
     mode: str = AUTO,
@@ -196,7 +200,7 @@ def convert(
     prepared = _prepare(model, order, include, exclude)
     if problem is not None:
         # Now, and not by `save`, after days of training.
-        warnings.warn(problem, ArmourWarning, stacklevel=2)
+        warnings.warn(problem, ArmourWarning, stacklevel=3)  # past `on_cpu_by_default`
     do = convert_within if order.weighs_sites and has_weights(model) else perform
     return do(model, prepared, order, inplace=inplace)
 
@@ -218,6 +222,7 @@ def _prepare(
     return prepared
 
 
+@on_cpu_by_default
 def sensitivities(
     model: nn.Module,
     mode: str = AUTO,

@@ -5,16 +5,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import nn
 
 from armour_surgery.copies import MetaTwins, floating_weight, meta_copy
-from armour_surgery.discover import describe_site, find_results, trace_call
+from armour_surgery.discover import describe_site, find_results, structure_of, trace_call
 from armour_surgery.errors import ArmourError, PostconditionError, SpecializationError, TraceError
 from armour_surgery.hosts.attention_interface import names_attention_function
 from armour_surgery.measure.cost import count_params
 from armour_surgery.modes import choose, choose_rank, get_mode
 from armour_surgery.records import RefusedSite
-from armour_surgery.rewrite import Edit, Rewritten, Variant, become, make_class, render, residual, rewrite
+from armour_surgery.rewrite import (
+    Edit,
+    Rewritten,
+    Variant,
+    become,
+    edited_names,
+    make_class,
+    render,
+    residual,
+    rewrite,
+)
 from armour_surgery.surgery.refusals import (
     refuse_bound_channels,
     refuse_changed,
@@ -228,8 +239,9 @@ class _SiteRewriter:
         now, then = floating_weight(converted), floating_weight(case)
         if now is not None and then is not None and now.dtype != then.dtype:
             case.to(now.dtype)  # what forward computes from a type has to be of the present one
+        edited = {name for edit in self._edits for name in edited_names(edit)}
         for fqn, child in case.named_modules():
-            _copy_settings(converted, fqn, child)
+            _copy_settings(converted, fqn, child, edited)
         try:
             seen = Call(*MetaTwins().of((call.args, call.kwargs)))
             rewritten, variant = self._rewrite_graph(case, trace_call(case, seen, self._found.around))
@@ -255,9 +267,9 @@ class _SiteRewriter:
         return rewritten, render(rewritten.graph, traced.trace.signature)
 
 
-def _copy_settings(converted: nn.Module, fqn: str, child: nn.Module) -> None:
+def _copy_settings(converted: nn.Module, fqn: str, child: nn.Module, edited: set[str]) -> None:
     """What a user may have set since the conversion: flags and numbers such as `training`, `fused_attn`, dropout's `p`,
-    and the attention function that a transformers config names."""
+    the attention function that a transformers config names, and tables of other sizes with the numbers that say so."""
     try:
         current = converted.get_submodule(fqn)
     except AttributeError:  # a projection that the conversion removed
@@ -266,3 +278,12 @@ def _copy_settings(converted: nn.Module, fqn: str, child: nn.Module) -> None:
         plain = type(value) in (bool, float) and type(vars(child).get(name)) is type(value)
         if plain or names_attention_function(value):
             object.__setattr__(child, name, value)
+    for name in structure_of(child).keys() & structure_of(current).keys():
+        object.__setattr__(child, name, getattr(current, name))
+    for held in ("_parameters", "_buffers"):
+        for name, tensor in getattr(current, held).items():
+            known = getattr(child, held).get(name)
+            untouched = known is not None and tensor is not None and (f"{fqn}.{name}" if fqn else name) not in edited
+            if untouched and tensor.shape != known.shape:
+                twin = torch.empty_like(tensor, device="meta")
+                getattr(child, held)[name] = nn.Parameter(twin) if held == "_parameters" else twin

@@ -1,6 +1,7 @@
 """Types, memory formats, gradients and compilers work on what `convert` returns as on the original."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from shared_hosts import converted_host, merged
 from tiny_hosts import CASES
 
 from armour_surgery.copies import full_copy
-from armour_surgery.surgery.conversion import convert
+from armour_surgery.deployment import deploy
+from armour_surgery.saving.folder import load, save
+from armour_surgery.surgery.conversion import convert, inspect, plan
 
 
 @pytest.mark.parametrize("name", SAMPLE)
@@ -100,3 +103,61 @@ def test_it_compiles_ahead_of_time_with_any_batch() -> None:
     converted.train()
     compiled(x).square().mean().backward()
     assert all(p.grad is not None for p in converted.parameters())
+
+
+@pytest.mark.parametrize(("name", "init"), [("vit", "joint-svd"), ("levit", "wq"), ("hf-vit", "wq")])
+def test_the_users_default_device_makes_no_difference(name: str, init: str) -> None:
+    """The meta device shows what would be made there; `torch.set_default_device("cuda")` goes the same way."""
+    one = CASES[name]
+    model, example = one.build(), one.example()
+    expected = convert(model, one.auto, init=init, example_input=example)
+    with torch.device("meta"):
+        assert [site.fqn for site in inspect(model, example_input=example)]
+        assert plan(model, one.auto, init=init, example_input=example).params_after == expected.surgery.params_after
+        converted = convert(model, one.auto, init=init, example_input=example)
+    assert converted.surgery == expected.surgery
+    state = expected.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in converted.state_dict().items())
+
+
+def test_a_folder_and_a_deployed_model_under_another_default_device(tmp_path: Path) -> None:
+    _, converted = pair("vit")
+    batch = CASES["vit"].batches()[0]
+    with torch.device("meta"):
+        loaded = load(save(converted, tmp_path / "saved"))
+        deployed = deploy(converted.eval())
+    with torch.no_grad():
+        expected = outputs(converted, batch)
+        close(expected, outputs(loaded, batch), 0.0)
+        close(expected, outputs(deployed, batch))
+
+
+def test_a_call_of_a_new_kind_under_another_default_device() -> None:
+    converted = full_copy(converted_host("vit"))
+    attention, other = converted.blocks[0].attn, converted.blocks[1].attn
+    other.load_state_dict(attention.state_dict())
+    x, mask = torch.randn(2, 5, 48), torch.eye(5, dtype=torch.bool)
+    with torch.device("meta"):
+        got = attention.eval()(x, attn_mask=mask)
+    close([got], [other.eval()(x, attn_mask=mask)], 0.0)
+
+
+@pytest.mark.parametrize("sizes", ["one", "any"])
+def test_a_call_of_a_new_kind_while_it_is_exported(sizes: str) -> None:
+    """The branch for it is then made under torch.export's modes, from fakes whose sizes may be symbols."""
+    # A conversion of its own: copies share the branches that one of them learned.
+    converted = convert(CASES["vit"].build(), "qv", example_input=CASES["vit"].example())
+    attention, other = converted.blocks[0].attn.eval(), converted.blocks[1].attn.eval()
+    other.load_state_dict(attention.state_dict())
+    tokens = torch.export.Dim.DYNAMIC if sizes == "any" else torch.export.Dim.STATIC
+    shapes = {"x": {0: tokens, 1: tokens}, "attn_mask": {0: tokens, 1: tokens}}
+    generator = torch.Generator().manual_seed(6)
+    x, mask = torch.randn(3, 5, 48, generator=generator), torch.randn(5, 5, generator=generator)
+    branches = len(attention.armour_variants)
+    program = torch.export.export(attention, (x,), {"attn_mask": mask}, dynamic_shapes=shapes, strict=False)
+    assert len(attention.armour_variants) == branches + 1
+    with torch.no_grad():
+        close([other(x, attn_mask=mask)], [program.module()(x, attn_mask=mask)], 1e-6)
+        if sizes == "any":
+            x, mask = torch.randn(2, 7, 48, generator=generator), torch.randn(7, 7, generator=generator)
+            close([other(x, attn_mask=mask)], [program.module()(x, attn_mask=mask)], 1e-6)
