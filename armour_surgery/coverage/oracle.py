@@ -28,6 +28,7 @@ _PLACES = "cu_seqlens"
 # Images, or windows, and tokens from which on a module is tried with a few.
 _MANY_ROWS, _FEW_ROWS = 8, 3
 _MANY, _FEW = 800, 203  # no numbers of heads or channels
+_REGISTERS = 16
 
 
 def difference(module: nn.Module, operation: Operation, seed: int = 0) -> float:
@@ -148,12 +149,15 @@ def _shorter(module: nn.Module, call: Call) -> Call:
 
 
 def _cut(sizes: tuple[int, int], kept: tuple[int, int], tensor: Tensor) -> Tensor:
-    """The first of what there are as many as rows, or tokens, of the input."""
+    """The first of what there are as many as rows, or tokens, of the input.
+
+    Positions are told of the tokens alone that are parts of the image; there are a few less of those.
+    """
     for axis, size in enumerate(tensor.shape):
         if axis == 0 and size == sizes[0]:
             tensor = tensor.narrow(0, 0, kept[0])
-        elif axis > 0 and size == sizes[1]:
-            tensor = tensor.narrow(axis, 0, kept[1])
+        elif size == sizes[1] or (axis < tensor.ndim - 1 and 0 < sizes[1] - size <= _REGISTERS < size):
+            tensor = tensor.narrow(axis, 0, kept[1] - (sizes[1] - size))
     return tensor
 
 
