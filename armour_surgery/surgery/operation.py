@@ -34,6 +34,7 @@ from armour_surgery.surgery.refusals import (
     refuse_open_end,
     refuse_shared,
     refuse_without_closed_form,
+    runs,
     try_out,
 )
 from armour_surgery.traced import Call, FoundSite, OutputProjection, SeenSite, TracedSite
@@ -221,12 +222,23 @@ class _SiteRewriter:
         """
         self.skeleton.eval()  # timm's LeViT attention returns nothing here
         rewritten, eval_variant = self._rewrite_graph(self.skeleton, self._found.traced.copied())
+        variants = [eval_variant]
         self.skeleton.train()
-        in_training, train_variant = self._rewrite_graph(self.skeleton, trained(self.skeleton).copied())
-        if in_training.edits != rewritten.edits:
-            raise TraceError("its train mode and its eval mode use its projections differently")
+        try:
+            followed = trained(self.skeleton).copied()
+        except TraceError:
+            if runs(self.skeleton, self._found.call):
+                raise
+            # The host takes other calls while it trains (RF-DETR several groups of queries); such one is followed when
+            # it comes.
+            self.skeleton.eval()
+        else:
+            in_training, train_variant = self._rewrite_graph(self.skeleton, followed)
+            if in_training.edits != rewritten.edits:
+                raise TraceError("its train mode and its eval mode use its projections differently")
+            variants.append(train_variant)
         self._edits = rewritten.edits
-        return rewritten, make_class(self._host, self._mode.name, [eval_variant, train_variant], self.specialize)
+        return rewritten, make_class(self._host, self._mode.name, variants, self.specialize)
 
     def specialize(self, converted: nn.Module, call: Call) -> Variant:
         """One more branch of the class's forward, for a call of a kind that was not seen before.

@@ -25,6 +25,7 @@ __all__ = [
     "refuse_open_end",
     "refuse_shared",
     "refuse_without_closed_form",
+    "runs",
     "try_out",
 ]
 
@@ -208,6 +209,17 @@ def try_out(skeleton: nn.Module, call: Call, rewritten: Rewritten, cls: type[nn.
             raise TraceError(reason)
     if wanted != got:
         raise PostconditionError(f"{cls.__name__} returns {got}, and its original {wanted}")
+
+
+def runs(skeleton: nn.Module, call: Call) -> bool:
+    """Whether a module takes a call at all, in its present state."""
+    args, kwargs = pytree.tree_map(_zeros, (call.args, call.kwargs))
+    try:
+        with torch.no_grad(), chunks_in_one_call(skeleton):
+            copy_of_zeros(skeleton)(*args, **kwargs)
+    except Exception:  # whatever the host's code raises
+        return False
+    return True
 
 
 def _zeros(leaf: Any) -> Any:

@@ -137,3 +137,28 @@ def test_what_cannot_be_followed_is_refused_with_the_reason(kind: type[nn.Module
         lambda: convert(model, "qv", example_input=tokens()),
     )
     assert REFUSED[kind] in message
+
+
+class GroupsInTraining(Packed):
+    """As in RF-DETR: while it trains, tokens are two groups that do not see each other, and have to be as many."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        grouped = torch.cat(x.chunk(2, dim=1)) if self.training else x
+        q, k, v = self.heads(grouped)
+        attended = self.out(join(F.scaled_dot_product_attention(q, k, v)))
+        return torch.cat(attended.split(len(x)), dim=1)
+
+
+def test_a_host_that_takes_other_calls_while_it_trains() -> None:
+    model = hidden(GroupsInTraining)
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        model.train()(tokens(2, 5))
+    model.eval()
+    merge(model, "qv", {"x": tokens(2, 5)})
+    converted = convert(model, "qv", example_input=tokens(2, 5))
+    for training, count in ((False, 5), (True, 6), (False, 6), (True, 4)):
+        model.train(training)
+        converted.train(training)
+        given = {"x": tokens(2, count)}
+        for wanted, got in zip(outputs(model, given), outputs(converted, given), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
