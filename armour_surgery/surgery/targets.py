@@ -11,6 +11,7 @@ from torch import nn
 
 from armour_surgery import hosts
 from armour_surgery.calls import first_name
+from armour_surgery.copies import floating_weight
 from armour_surgery.errors import AlreadyConvertedError, AlreadyDeployedError, ExampleInputError, PatternError
 from armour_surgery.examples import on_meta, part_of
 from armour_surgery.records import RefusedSite
@@ -74,7 +75,7 @@ def example_of(model: nn.Module, given: Example | None) -> dict[str, Any]:
     if given is None:
         return hosts.example_input(model)
     if isinstance(given, tuple):
-        given = _of_shape(given)
+        given = _of_shape(given, model)
     if isinstance(given, torch.Tensor):
         name = first_name(model)
         if name is None:
@@ -153,11 +154,13 @@ def _check_part(model: nn.Module, given: Mapping[str, Any]) -> None:
             raise ExampleInputError(f"example_input is for {part!r}, and {type(model).__name__} has no such submodule")
 
 
-def _of_shape(shape: tuple[int, ...]) -> torch.Tensor:
+def _of_shape(shape: tuple[int, ...], model: nn.Module) -> torch.Tensor:
+    """Images of a shape, in the type of the model's weights."""
     whole = all(isinstance(size, int) and size > 0 for size in shape)
     if len(shape) != 4 or not whole or math.prod(shape) > 2**40:
         raise ExampleInputError(f"example_input {shape!r} is not a shape (batch, channels, height, width)")
-    return torch.empty(shape, device="meta")
+    weight = floating_weight(model)
+    return torch.empty(shape, dtype=None if weight is None else weight.dtype, device="meta")
 
 
 def select_sites(

@@ -116,6 +116,13 @@ def test_a_users_own_model(kind: str) -> None:
         assert torch.allclose(converted(x), expected(x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_shape_is_of_the_models_own_type(dtype: torch.dtype) -> None:
+    converted = convert(Own().to(dtype), example_input=(1, 3, 32, 32))
+    assert converted.mixer.qkv.weight.shape == (96, 48)  # type: ignore[union-attr]
+    assert converted.mixer.qkv.weight.dtype == dtype  # type: ignore[union-attr]
+
+
 def test_several_inputs() -> None:
     example = {"pictures": torch.zeros(2, 3, 32, 32), "scale": torch.ones(())}
     converted = convert(TwoInputs().eval(), example_input=example)
