@@ -230,12 +230,15 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(here: Path) -> None:
     assert process.wait() == -signal.SIGKILL
     assert json.loads(Path("killed/training.json").read_text(encoding="utf-8"))["status"] == "running"
     assert "holds a run already" in bad("finetune", *settings, "--out", "killed", code=2)
-    document("finetune", *settings, "--out", "killed", "--resume")
-    document("finetune", *settings, "--out", "whole")
+    began = log.read_text(encoding="utf-8").count("\n")
+    # In processes of their own, too: what other tests left behind in this one is nothing that a user has.
+    for rest in (["--out", "killed", "--resume"], ["--out", "whole"]):
+        subprocess.run(command(*settings, *rest), env=environment(), stdout=subprocess.DEVNULL, check=True)
     for name in ("checkpoints/last.safetensors", "model.safetensors"):
         one, two = load_file(Path("killed", name)), load_file(Path("whole", name))
         assert one.keys() == two.keys()
-        assert all(torch.equal(value, two[key]) for key, value in one.items()), name
+        apart = {key: float((value - two[key]).abs().max()) for key, value in one.items()}
+        assert not any(apart.values()), (name, began, apart)
     lines = [
         [(entry["step"], entry["loss"]) for entry in map(json.loads, Path(run, "log.jsonl").read_text().splitlines())]
         for run in ("killed", "whole")
