@@ -20,6 +20,7 @@ __all__ = [
     "copy_of_zeros",
     "copy_weights",
     "copy_with",
+    "floating_type",
     "floating_weight",
     "full_copy",
     "has_weights",
@@ -198,6 +199,12 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
 def has_weights(module: nn.Module) -> bool:
     """Whether every parameter has its numbers: False for a weightless copy and for a skeleton."""
     return not any(parameter.is_meta for parameter in module.parameters())
+
+
+def floating_type(module: nn.Module) -> torch.dtype:
+    """The type that a module's images come in: that of its weights."""
+    weight = floating_weight(module)
+    return torch.float32 if weight is None else weight.dtype
 
 
 def floating_weight(module: nn.Module) -> nn.Parameter | None:

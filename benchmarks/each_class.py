@@ -37,8 +37,10 @@ from armour_surgery import convert, deploy, load, save
 from armour_surgery.calls import run
 from armour_surgery.coverage.summary import versions
 from armour_surgery.errors import ArmourError
+from armour_surgery.examples import with_numbers
 from armour_surgery.hosts.catalog import skeleton
 from armour_surgery.hosts.running import example_input
+from armour_surgery.saving.any_model import load_any
 
 CHECKS = ("copy", "load 1", "load 3", "train", "compile", "deploy")
 _CANDIDATES = 3  # architectures of a class whose size is asked; those that were examined fastest
@@ -94,34 +96,15 @@ def _smallest(library: str, names: list[str]) -> str:
 def _build(library: str, name: str) -> nn.Module:
     """The architecture with random weights."""
     torch.manual_seed(0)
-    if library == "timm":
-        import timm
-
-        return timm.create_model(name).eval()
-    if library == "torchvision":
-        import torchvision
-
-        return torchvision.models.get_model(name, weights=None).eval()
+    if library != "transformers":
+        model, _ = load_any(f"{library}:{name}", pretrained=False)
+        return model
     import transformers
 
     from armour_surgery.hosts.transformers_catalog import cut_config
 
     cls = getattr(transformers, name)
     return cls(cls.config_class(**cut_config(name))).eval()
-
-
-def _numbers(model: nn.Module, images: int) -> dict[str, Tensor]:
-    """Inputs of that many images, with numbers."""
-    generator = torch.Generator().manual_seed(images)
-    inputs = {}
-    for name, one in example_input(model, images).items():
-        if not one.is_meta:
-            inputs[name] = one
-        elif one.is_floating_point():
-            inputs[name] = torch.randn(one.shape, generator=generator, dtype=one.dtype)
-        else:
-            inputs[name] = torch.ones(one.shape, dtype=one.dtype)
-    return inputs
 
 
 def _outputs(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
@@ -172,12 +155,12 @@ def _read(connection: Connection) -> None:
 def _examine(library: str, name: str, reader: _Reader) -> dict[str, str]:
     try:
         original = _build(library, name)
-        one = _numbers(original, 1)
+        one = with_numbers(example_input(original, 1), "cpu")
         _quiet_outputs(original, one)
     except Exception as error:
         return dict.fromkeys(CHECKS, f"not examined: {_said(error)}")
     try:
-        three = _numbers(original, 3)
+        three = with_numbers(example_input(original, 3), "cpu")
         _quiet_outputs(original, three)
     except Exception:
         three = None

@@ -140,8 +140,9 @@ def _shorter(module: nn.Module, call: Call) -> Call:
     module.eval()  # not chained, see above
     rows = first.shape[0]
     tokens = first.shape[1] if first.ndim == 3 else 0  # rows and columns of them are left alone
-    for few_rows, few_tokens in ((_FEW_ROWS, _FEW), (_FEW_ROWS, tokens), (rows, _FEW), (rows // 2, tokens)):
-        kept = few_rows if rows > _MANY_ROWS else rows, few_tokens if tokens > _MANY else tokens
+    few_rows, half = (_FEW_ROWS, rows // 2) if rows > _MANY_ROWS else (rows, rows)
+    few_tokens = _FEW if tokens > _MANY else tokens
+    for kept in dict.fromkeys(((few_rows, few_tokens), (few_rows, tokens), (rows, few_tokens), (half, tokens))):
         if kept == (rows, tokens):
             continue
         fewer = _mapped(call, partial(_cut, (rows, tokens), kept))

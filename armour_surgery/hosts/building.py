@@ -14,12 +14,12 @@ from armour_surgery.hosts.hub import offline, quiet
 from armour_surgery.hosts.libraries import LIBRARIES, adapter, library_of
 from armour_surgery.hosts.limits import Limits
 from armour_surgery.hosts.skeleton import (
+    WithoutDrawing,
     changed_attributes,
     first_difference,
     meta_parameters,
     restore_attributes,
     to_meta,
-    without_drawing,
 )
 from armour_surgery.records import Source
 
@@ -126,7 +126,7 @@ def build(source: Source, limits: Limits | None = None) -> nn.Module:
     try:
         charged = limits.builds() if limits else nullcontext()
         # What is drawn all the same must not change the caller's random numbers.
-        with torch.random.fork_rng(devices=[]), offline(), quiet(), charged, without_drawing():
+        with torch.random.fork_rng(devices=[]), offline(), quiet(), charged, WithoutDrawing():
             try:
                 # What a folder says is charged for what it would take, and on meta it would take nothing.
                 with meta_parameters(huge=limits is None):

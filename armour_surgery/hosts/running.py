@@ -8,7 +8,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from armour_surgery.calls import run
-from armour_surgery.copies import floating_weight
+from armour_surgery.copies import floating_type
 from armour_surgery.errors import UsageError
 from armour_surgery.examples import arguments_of, part_of, rebuilt
 from armour_surgery.hosts.examples import kept_example, shown_example
@@ -42,8 +42,7 @@ def example_input(model: nn.Module, batch_size: int = 2) -> dict[str, torch.Tens
     if batch_size < 1:
         raise UsageError(f"batch_size must be 1 or more, not {batch_size}")
     # The model may have been cast: images come in the type of its weights, token numbers stay integers.
-    weight = floating_weight(model)
-    floating = torch.float32 if weight is None else weight.dtype
+    floating = floating_type(model)
     surgery = getattr(model, "surgery", None)
     if library_of(model) is None and isinstance(surgery, SurgeryPlan) and surgery.example_values:
         # Numbers that count (which image is where) hold for the images that they were given with.

@@ -20,16 +20,20 @@ from armour_surgery.errors import SchemaError
 from armour_surgery.patching import patched
 
 __all__ = [
+    "WithoutDrawing",
     "changed_attributes",
     "first_difference",
     "meta_parameters",
     "restore_attributes",
     "to_meta",
-    "without_drawing",
 ]
 
 _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
-_DRAWING = (Tensor.uniform_, Tensor.normal_, Tensor.erfinv_)
+# Functions of nn.init that are not here draw by these methods, or do not draw.
+_DRAWING = (
+    *(Tensor.uniform_, Tensor.normal_, Tensor.erfinv_),
+    *(nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_, nn.init.kaiming_normal_),
+)
 _ADJUSTING = (Tensor.mul_, Tensor.div_, Tensor.add_, Tensor.sub_, Tensor.clamp_)
 # Numbers of one tensor.
 _LARGE = 2**28
@@ -73,15 +77,11 @@ class _LargeOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@contextmanager
-def without_drawing() -> Iterator[None]:
-    """Inside, Parameters are not filled with random numbers, which takes most of the time that building takes."""
-    with _NothingDrawn():
-        yield
+class WithoutDrawing(TorchFunctionMode):
+    """Inside, Parameters are not filled with random numbers, which takes most of the time that building takes.
 
-
-class _NothingDrawn(TorchFunctionMode):
-    """Leaves out libraries' initializations: drawing numbers, and what is done with those to bring them into range."""
+    Neither are these brought into range, as libraries' initializations go on to do.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class _NothingDrawn(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        draws = func in _DRAWING or getattr(func, "__module__", "") == nn.init.__name__
+        draws = func in _DRAWING
         if draws or func in _ADJUSTING:
             tensor = args[0] if args else kwargs["tensor"]
             if isinstance(tensor, nn.Parameter) and (draws or tensor in self._drawn):

@@ -2,11 +2,10 @@
 
 from dataclasses import replace
 
-import torch
 from torch import nn
 
 from armour_surgery import hosts
-from armour_surgery.copies import floating_weight
+from armour_surgery.copies import floating_type
 from armour_surgery.discover import find_sites
 from armour_surgery.errors import SchemaError
 from armour_surgery.examples import Example, rebuilt
@@ -95,7 +94,5 @@ def _why_not(site: SeenSite | None, mode: str) -> str | None:
 
 def _example_of(host: nn.Module, surgery: SurgeryPlan) -> Example:
     """What the surgery was done with; on the meta device but for whole numbers."""
-    weight = floating_weight(host)
-    own = torch.float32 if weight is None else weight.dtype
     # A fresh build is in float32, whatever the converted model was cast to.
-    return rebuilt(surgery.example, surgery.example_values, own)
+    return rebuilt(surgery.example, surgery.example_values, floating_type(host))

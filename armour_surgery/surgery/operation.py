@@ -229,8 +229,8 @@ class _SiteRewriter:
         except TraceError:
             if runs(self.skeleton, self._found.call):
                 raise
-            # The host takes other calls while it trains (RF-DETR several groups of queries); such one is followed when
-            # it comes.
+            # The host takes other calls while it trains (RF-DETR several groups of queries): these are followed when
+            # they come.
             self.skeleton.eval()
         else:
             in_training, train_variant = self._rewrite_graph(self.skeleton, followed)

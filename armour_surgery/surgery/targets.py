@@ -11,7 +11,7 @@ from torch import nn
 
 from armour_surgery import hosts
 from armour_surgery.calls import first_name
-from armour_surgery.copies import floating_weight
+from armour_surgery.copies import floating_type
 from armour_surgery.errors import AlreadyConvertedError, AlreadyDeployedError, ExampleInputError, PatternError
 from armour_surgery.examples import on_meta, part_of
 from armour_surgery.records import RefusedSite
@@ -159,8 +159,7 @@ def _of_shape(shape: tuple[int, ...], model: nn.Module) -> torch.Tensor:
     whole = all(isinstance(size, int) and size > 0 for size in shape)
     if len(shape) != 4 or not whole or math.prod(shape) > 2**40:
         raise ExampleInputError(f"example_input {shape!r} is not a shape (batch, channels, height, width)")
-    weight = floating_weight(model)
-    return torch.empty(shape, dtype=None if weight is None else weight.dtype, device="meta")
+    return torch.empty(shape, dtype=floating_type(model), device="meta")
 
 
 def select_sites(

@@ -9,7 +9,7 @@ import torch
 from timm.layers import trunc_normal_tf_
 from torch import nn
 
-from armour_surgery.hosts.skeleton import meta_parameters, without_drawing
+from armour_surgery.hosts.skeleton import WithoutDrawing, meta_parameters
 
 
 def test_nothing_holds_the_numbers_of_parameters_that_have_moved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,11 +62,12 @@ def test_sizes_of_any_kind_are_taken() -> None:
 def test_parameters_are_not_filled_and_everything_else_is(draw: Callable[[torch.Tensor], torch.Tensor]) -> None:
     weight, table = nn.Parameter(torch.zeros(3, 5)), torch.zeros(3, 5)
     scale = nn.Parameter(torch.ones(5))
-    with without_drawing():
+    with WithoutDrawing():
         assert draw(weight) is weight
         draw(table)
+        nn.init.constant_(scale, 2)
         with torch.no_grad():
-            scale.mul_(3)
+            scale.mul_(1.5)
     assert not weight.any()
     assert table.all()
     assert bool((scale == 3).all())
