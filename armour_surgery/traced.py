@@ -284,17 +284,27 @@ class TracedSite:
 
 
 @dataclass(frozen=True)
+class Inside:
+    """What a run showed of a site's own submodules.
+
+    `around` were running while its attention was computed; `others` are attention of their own, and no part of it.
+    """
+
+    around: frozenset[str]
+    others: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
 class FoundSite:
     """A site, the call it was seen in, and its graph.
 
-    `around` names the site's own submodules that computed part of the attention. Sites with equal `fingerprint` have
-    equal structure and were called alike; they share `traced` and `find_output`, which traces on to the projection that
-    reads the heads' results when it is called for the first time.
+    Sites with equal `fingerprint` have equal structure and were called alike; they share `traced` and `find_output`,
+    which traces on to the projection that reads the heads' results when it is called for the first time.
     """
 
     site: AttentionSite
     call: Call
-    around: frozenset[str]
+    inside: Inside
     traced: TracedSite
     fingerprint: str
     find_output: Callable[[], OutputProjection | None]

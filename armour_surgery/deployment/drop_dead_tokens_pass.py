@@ -35,8 +35,9 @@ def drop_dead_tokens(model: nn.Module, example: dict[str, Tensor], findings: Fin
     recording = record(model, example)
     if not recording.innermost:
         return
-    last = recording.innermost[-1]
-    inside = {name for name in recording.around if name.startswith(f"{last}.")}
+    last = list(recording.innermost)[-1]
+    running = set().union(*recording.innermost.values())
+    inside = {name for name in running if name.startswith(f"{last}.")}
 
     def is_opaque(name: str, _: nn.Module) -> bool:
         """Looked into are the modules around the last attention, and those inside it that computed part of it."""
@@ -44,7 +45,7 @@ def drop_dead_tokens(model: nn.Module, example: dict[str, Tensor], findings: Fin
         return not leads_to_it and name not in inside
 
     # These are written out, so that neither a hook on them nor a forward of their own would run.
-    around = [name for name in recording.around if not is_opaque(name, model)]
+    around = [name for name in running if not is_opaque(name, model)]
     for name in ("", *around):
         module = model.get_submodule(name)
         if (name and has_hooks(module)) or "forward" in vars(module):

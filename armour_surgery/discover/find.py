@@ -3,7 +3,7 @@
 Nothing here knows a class or an attribute of any model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -23,12 +23,12 @@ from armour_surgery.errors import NoAttentionError, TraceError
 from armour_surgery.hosts.attention_interface import attention_of_chunks
 from armour_surgery.modes import judge
 from armour_surgery.records import AttentionSite, Projection, RefusedSite
-from armour_surgery.traced import Call, FoundSite, OutputProjection, Role, SeenSite, Trace, TracedSite
+from armour_surgery.traced import Call, FoundSite, Inside, OutputProjection, Role, SeenSite, Trace, TracedSite
 
 __all__ = ["describe_site", "find_sites", "trace_call"]
 
 
-def trace_call(module: nn.Module, call: Call, around: frozenset[str]) -> TracedSite:
+def trace_call(module: nn.Module, call: Call, inside: Inside) -> TracedSite:
     """Follow one call of an attention module in its present state (train or eval).
 
     Raises:
@@ -41,9 +41,9 @@ def trace_call(module: nn.Module, call: Call, around: frozenset[str]) -> TracedS
         return trace(modules[name], inner, lambda child, _: not _holds_layers(modules[name].get_submodule(child)))
 
     def retrace(inlined: set[str]) -> Trace:
-        return trace(module, call, lambda name, _: name not in around and name not in inlined)
+        return trace(module, call, lambda name, _: name not in inside.around and name not in inlined)
 
-    return understand(retrace(set()), modules, trace_inside, retrace)
+    return understand(retrace(set()), modules, trace_inside, retrace, inside.others)
 
 
 def _holds_layers(module: nn.Module) -> bool:
@@ -135,6 +135,18 @@ def _sources(traced: TracedSite, role: Role) -> list[str]:
     return names
 
 
+def _inside(recording: Recording, place: str, fqn: str, gates: Sequence[str]) -> Inside:
+    """What is inside of `place`, where the attention of module `fqn` is looked for."""
+    around = set(recording.innermost[fqn])
+    others = set()
+    for name, running in recording.innermost.items():
+        if name in gates:
+            around |= running  # it may weigh what becomes a query
+        elif name != fqn:
+            others.add(name)
+    return Inside(_relative(around, place), _relative(others, place))
+
+
 def _relative(names: set[str], fqn: str) -> frozenset[str]:
     prefix = f"{fqn}." if fqn else ""
     return frozenset(name[len(prefix) :] for name in names if name.startswith(prefix) and name != fqn)
@@ -144,9 +156,9 @@ def _relative(names: set[str], fqn: str) -> frozenset[str]:
 _BOOKKEEPING = set(vars(nn.Module()))
 
 
-def _fingerprint(module: nn.Module, call: Call, around: frozenset[str]) -> str:
+def _fingerprint(module: nn.Module, call: Call, inside: Inside) -> str:
     """All that can make the traces of two modules differ: classes, plain attributes, shapes, and the call."""
-    lines = [str(sorted(around))]
+    lines = [str(sorted(inside.around)), str(sorted(inside.others))]
     # Where arguments are one tensor they are one input of the graph: `a(x, x, x)` is another call than `a(q, q, x)`.
     places: dict[int, int] = {}
     for place, leaf in enumerate(pytree.tree_leaves((call.args, call.kwargs))):
@@ -180,30 +192,32 @@ class _Followed:
     find_output: Callable[[], OutputProjection | None]
 
 
-def _follow_once(module: nn.Module, call: Call, around: frozenset[str]) -> _Followed | TraceError:
+def _follow_once(module: nn.Module, call: Call, inside: Inside) -> _Followed | TraceError:
     try:
-        traced = trace_call(module, call, around)
+        traced = trace_call(module, call, inside)
     except TraceError as error:
         return error
     return _Followed(traced, cache(partial(output_of, module, call, traced.v)))
 
 
-def _follow(recording: Recording, fqn: str, known: dict[str, _Followed | TraceError]) -> SeenSite | None:
+def _follow(
+    recording: Recording, fqn: str, gates: Sequence[str], known: dict[str, _Followed | TraceError]
+) -> SeenSite | None:
     """Follow the attention seen in module `fqn`, from the module around it where its projections are not inside.
 
-    None where it is no attention but a gate.
+    None where it is no attention but a gate, as those in `gates` are.
     """
     modules = dict(recording.model.named_modules())
     reason: str | None = None
     place = fqn
     while True:
-        calls, around = recording.calls[place], _relative(recording.around, place)
+        calls, inside = recording.calls[place], _inside(recording, place, fqn, gates)
         # A module that is called several times in one run, in different ways, has to be followed in each of them.
         kinds: dict[str, _Followed | TraceError] = {}
         for call in calls:
-            key = _fingerprint(modules[place], call, around)
+            key = _fingerprint(modules[place], call, inside)
             if key not in known:
-                known[key] = _follow_once(modules[place], call, around)
+                known[key] = _follow_once(modules[place], call, inside)
             kinds.setdefault(key, known[key])
         followed, *others = kinds.values()
         if isinstance(followed, _Followed):
@@ -215,7 +229,7 @@ def _follow(recording: Recording, fqn: str, known: dict[str, _Followed | TraceEr
                     )
                 described = describe_site(place, other.traced)
                 site = _fitting_both(site, described, "it is called in several ways, and in one of them")
-            return FoundSite(site, calls[0], around, followed.traced, "\n\n".join(kinds), followed.find_output)
+            return FoundSite(site, calls[0], inside, followed.traced, "\n\n".join(kinds), followed.find_output)
         if isinstance(followed, Gate):
             return None
         # What the innermost module says is what a user can act on, whatever the modules around it say; but not where
@@ -278,23 +292,33 @@ def find_sites(model: nn.Module, example: dict[str, Any]) -> list[SeenSite]:
     """
     with torch.no_grad():
         recording = record(model, example)
-        sites: dict[str, SeenSite] = {}
         gates: list[str] = []
+        followed: dict[str, SeenSite] = {}
         known: dict[str, _Followed | TraceError] = {}
-        for fqn in recording.innermost:
-            found = _follow(recording, fqn, known)
+        # What lies inside of others comes first: whether it is attention of its own decides what is a part of theirs.
+        for fqn in sorted(recording.innermost, key=_depth, reverse=True):
+            found = _follow(recording, fqn, gates, known)
             unknown = recording.unknown.get(fqn)
             if unknown is not None and not isinstance(found, FoundSite):
                 found = RefusedSite(fqn, unknown)
             if found is None:
                 gates.append(fqn)
+            else:
+                followed[fqn] = found
+        sites: dict[str, SeenSite] = {}
+        for fqn in recording.innermost:
+            if fqn not in followed:
                 continue
-            site = _unaltered(model, found)
+            site = _unaltered(model, followed[fqn])
             # Two modules inside one attention may lead to the same module around them.
             sites.setdefault(site.fqn, site)
     if not sites:
         raise _no_attention(model, gates)
     return list(sites.values())
+
+
+def _depth(fqn: str) -> int:
+    return len(fqn.split(".")) if fqn else 0
 
 
 def _no_attention(model: nn.Module, gates: list[str]) -> NoAttentionError:

@@ -23,16 +23,17 @@ def understand(
     modules: dict[str, nn.Module],
     trace_inside: TraceInside,
     retrace: Callable[[set[str]], Trace],
+    others: frozenset[str],
 ) -> TracedSite:
     """Name the projections behind q, k and v of a traced attention module, channel by channel.
 
     `modules` are the site's modules by name. `trace_inside(name, node)` traces one of them for the call that `node`
-    makes; `retrace(names)` traces the site again and looks into the named modules.
+    makes; `retrace(names)` traces the site again and looks into the named modules, which are none of `others`.
 
     Raises:
         TraceError: the core or a projection was not found; the message is meant for users.
     """
-    inlined: set[str] = set()
+    closed = set(others)  # and what was looked into already: it has nothing more to show
     # Products with parameters are projections where there are no others: a product may also rotate queries.
     as_linear = False
     fallback: TracedSite | None = None
@@ -40,12 +41,12 @@ def understand(
         cores = find_cores(trace.graph, modules)
         if not cores:
             # A module of the host's own may hold the softmax, or a product.
-            hidden = _written_by_others(modules, set(trace.graph.nodes)) - inlined
+            hidden = _written_by_others(modules, set(trace.graph.nodes)) - closed
             if not hidden:
                 raise judge_softmax(trace.graph, modules)
-            inlined |= hidden
+            closed |= hidden
             try:
-                trace = retrace(inlined)
+                trace = retrace(closed - others)
             except TraceError:
                 raise judge_softmax(trace.graph, modules) from None
             continue
@@ -53,8 +54,7 @@ def understand(
         for core in cores:
             above |= all_above(core.q) | all_above(core.k) | all_above(core.v)
         producers, opaque = find_producers(trace, modules, above, trace_inside)
-        # A module that stays opaque though it was looked into has nothing more to show.
-        hidden = set(opaque) - inlined
+        hidden = set(opaque) - closed
         if not hidden:
             found: TracedSite | TraceError
             try:
@@ -64,7 +64,7 @@ def understand(
             if isinstance(found, TracedSite) and not any(member.unprojected for member in found.members):
                 return found
             # What stands in the way may be a module without layers: a rearrangement, a Linear of the host's own.
-            hidden = _written_by_others(modules, above) - inlined
+            hidden = _written_by_others(modules, above) - closed
             if not hidden and as_linear:
                 if isinstance(found, TraceError) and fallback is None:
                     raise found
@@ -72,8 +72,8 @@ def understand(
             if not hidden:
                 as_linear = True
                 fallback = found if isinstance(found, TracedSite) else None
-        inlined |= hidden
-        trace = retrace(inlined)
+        closed |= hidden
+        trace = retrace(closed - others)
         if as_linear:
             write_as_linear(trace.graph)
 

@@ -24,15 +24,14 @@ class Recording:
     """What one run showed.
 
     `model` is a copy without weights. `calls` has the calls of every module, in their order. `innermost` lists the
-    modules which themselves called a softmax or an attention function, `around` all that were running at such a moment.
+    modules which themselves called a softmax or an attention function, and all that were running at such a moment.
     `unknown` has those which called something that may be attention and cannot be looked into, and the reason that
     tells of it.
     """
 
     model: nn.Module
     calls: dict[str, list[Call]] = field(default_factory=dict)
-    innermost: list[str] = field(default_factory=list)
-    around: set[str] = field(default_factory=set)
+    innermost: dict[str, set[str]] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
 
 
@@ -106,11 +105,9 @@ def _record(copied: nn.Module, shown: nn.Module, example: dict[str, Any]) -> Rec
     with running(copied, entered) as stack:
 
         def seen(unknown: str | None) -> None:
-            recording.around.update(stack)
             for fqn in reversed(stack):
                 if _has_a_forward_of_its_own(modules[fqn]):
-                    if fqn not in recording.innermost:
-                        recording.innermost.append(fqn)
+                    recording.innermost.setdefault(fqn, set()).update(stack)
                     if unknown is not None:
                         recording.unknown[fqn] = unknown
                     return

@@ -190,7 +190,7 @@ class SharedRewrites:
     def _trained(self, found: FoundSite, skeleton: nn.Module) -> TracedSite:
         """The call of a site, followed in train mode, in which the skeleton is."""
         if found.fingerprint not in self._in_training:
-            self._in_training[found.fingerprint] = trace_call(skeleton, found.call, found.around)
+            self._in_training[found.fingerprint] = trace_call(skeleton, found.call, found.inside)
         return self._in_training[found.fingerprint]
 
 
@@ -256,7 +256,7 @@ class _SiteRewriter:
             _copy_settings(converted, fqn, child, edited)
         try:
             seen = Call(*MetaTwins().of((call.args, call.kwargs)))
-            rewritten, variant = self._rewrite_graph(case, trace_call(case, seen, self._found.around))
+            rewritten, variant = self._rewrite_graph(case, trace_call(case, seen, self._found.inside))
         except TraceError as error:
             raise SpecializationError(
                 f"{type(converted).__name__} is called in a way that it was not converted for, and cannot follow: "

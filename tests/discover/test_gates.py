@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from oracle import check, randomize
 from own_attentions import D, Plain
 from small_models import refused
 from torch import Tensor, nn
@@ -193,3 +194,44 @@ def test_parts_in_modules_of_their_own_are_one_attention() -> None:
     (site,) = inspect(nn.Sequential(Apart()), example_input=TOKENS)
     assert site.fqn == "0"
     assert "qv" in site.modes
+
+
+class Tokens(nn.Module):
+    """Draws a word for each place of what an attention of its own module made (Ovis 2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Plain()
+        self.words = nn.Linear(D, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(self.words(self.attention(x)), -1)
+
+
+class AttendsAgain(Plain):
+    """Attends to what an attention inside of it made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Plain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.first(x))
+
+
+def test_a_softmax_around_an_attention_is_not_taken_for_it() -> None:
+    (site,) = inspect(Tokens(), example_input=TOKENS)
+    assert site.fqn == "attention"
+
+
+def test_of_two_attentions_one_in_the_other_each_has_its_own_layers() -> None:
+    inner, outer = inspect(AttendsAgain(), example_input=TOKENS)
+    assert (inner.fqn, outer.fqn) == ("first", "")
+    assert inner.q.fqn.startswith("first.")
+    assert not outer.q.fqn.startswith("first.")
+
+
+@pytest.mark.parametrize("mode", ["qv", "qk", "kv"])
+def test_two_attentions_one_in_the_other_are_exact(mode: str) -> None:
+    errors = check(randomize(AttendsAgain().double()), mode, [{"x": TOKENS.double()}])
+    assert max(errors.values()) < 1e-9

@@ -40,7 +40,7 @@ def test_a_model_that_looks_at_numbers_is_examined_and_stays_as_it_was() -> None
     seen: list[int] = []
     host.inner.register_forward_hook(lambda *_: seen.append(1))
     recording = record(host, {"x": torch.empty(2, 6, D, dtype=torch.float64, device="meta")})
-    assert recording.innermost == ["inner"]
+    assert list(recording.innermost) == ["inner"]
     assert all(parameter.is_meta for parameter in recording.model.parameters())
     ((call,),) = [recording.calls["inner"]]
     assert call.args[0].is_meta
