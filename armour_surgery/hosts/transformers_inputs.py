@@ -101,11 +101,18 @@ def _seeing_part(model: nn.Module) -> tuple[str, nn.Module]:
         encoder = part.get_encoder("image")
         if encoder is None or encoder is part:
             break
+        if part is not model and _takes_images(part) and not _takes_images(encoder):
+            break  # what is inside takes what the rest of this part makes of them
         part = encoder
     if part is model:
         part = _first_that_sees(model)
     part = _that_runs(part)
     return next((name, module) for name, module in model.named_modules() if module is part)
+
+
+def _takes_images(part: nn.Module) -> bool:
+    names = inspect.signature(part.forward).parameters
+    return any(image in names for image in _IMAGES)
 
 
 def _first_that_sees(model: nn.Module) -> Any:
@@ -163,7 +170,8 @@ def _patch(vision: Any) -> int:
     """How many numbers a flattened patch has."""
     size = getattr(vision, "patch_size", 16)
     pixels = size**2 if isinstance(size, int) else math.prod(size)
-    return _channels(vision) * pixels * (getattr(vision, "temporal_patch_size", None) or 1)
+    frames = getattr(vision, "temporal_patch_size", None) or getattr(vision, "patch_temporal", None) or 1
+    return _channels(vision) * pixels * int(frames)
 
 
 def _words(names: list[str], config: Any) -> Told:
@@ -174,6 +182,8 @@ def _words(names: list[str], config: Any) -> Told:
         words["input_ids"] = ((min(_WORDS, getattr(text, "max_position_embeddings", _WORDS)),), torch.int64)
     if "decoder_input_ids" in names:
         words["decoder_input_ids"] = ((_WORDS,), torch.int64)
+    if "bbox" in names and "input_ids" in words:
+        words["bbox"] = ((*words["input_ids"][0], 4), torch.int64)
     if "task_inputs" in names:
         words["task_inputs"] = ((getattr(config, "task_seq_len", _WORDS),), torch.int64)
     return words

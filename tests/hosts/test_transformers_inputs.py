@@ -74,6 +74,31 @@ def rf_detr() -> nn.Module:
     return weightless(transformers.RfDetrDinov2Backbone, config)
 
 
+def udop() -> nn.Module:
+    """Every word has its place on the page."""
+    config = transformers.UdopConfig(
+        vocab_size=31, d_model=24, d_kv=8, d_ff=28, num_layers=1, num_heads=3, image_size=32, patch_size=16,
+        pad_token_id=0, decoder_start_token_id=0,
+    )  # fmt: skip
+    return weightless(transformers.UdopForConditionalGeneration, config)
+
+
+def muse_glimmer_vision() -> nn.Module:
+    """A patch is of two frames, which its config calls by another name than Qwen's do."""
+    config = transformers.MuseGlimmerVisionConfig(**SMALL, patch_size=4)
+    return weightless(transformers.MuseGlimmerVisionModel, config)
+
+
+def unlimited_ocr() -> nn.Module:
+    """The encoder in its tower takes what the tower makes of images."""
+    sam = {**SMALL, "image_size": 224, "mlp_dim": 28, "global_attn_indexes": [0], "window_size": 2}
+    encoder = {**SMALL, "hidden_size": 1024, "num_attention_heads": 2, "patch_size": 16}
+    config = transformers.UnlimitedOcrConfig(
+        vision_config={"sam_config": sam, "encoder_config": encoder}, text_config={"num_hidden_layers": 1}
+    )
+    return weightless(transformers.UnlimitedOcrForConditionalGeneration, config)
+
+
 @pytest.mark.parametrize(
     ("make", "shapes"),
     [
@@ -81,6 +106,9 @@ def rf_detr() -> nn.Module:
         (gemma4_vision, {"pixel_values": (2, 216, 48), "pixel_position_ids": (2, 216, 2)}),
         (perceiver, {"pixel_values": (2, 3, 8, 8)}),
         (rf_detr, {"pixel_values": (2, 3, 24, 24)}),
+        (udop, {"pixel_values": (2, 3, 32, 32), "bbox": (2, 8, 4)}),
+        (muse_glimmer_vision, {"pixel_values": (48, 96)}),
+        (unlimited_ocr, {"model.vision_tower:pixel_values": (2, 3, 224, 224)}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
