@@ -4,18 +4,19 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from armour_surgery.coverage.oracle import difference
+from armour_surgery.coverage.oracle import Oracle
 from armour_surgery.coverage.outcome import Outcome, SiteKind
 from armour_surgery.coverage.softmax import attention_cores
 from armour_surgery.discover import find_sites
 from armour_surgery.errors import NoAttentionError
 from armour_surgery.modes import AUTO, choose
 from armour_surgery.records import RefusedSite
-from armour_surgery.surgery.operation import Prepared, prepare
+from armour_surgery.surgery.operation import prepare
 from armour_surgery.traced import FoundSite, SeenSite
 
 __all__ = ["Examiner", "plain_reason"]
@@ -37,6 +38,7 @@ class Examiner:
     _known: dict[str, SiteKind] = field(default_factory=dict)
     _programs: set[tuple[str, ...]] = field(default_factory=set)
     _measured: dict[tuple[Any, ...], float | None] = field(default_factory=dict)
+    _without: set[tuple[Any, ...]] = field(default_factory=set)
 
     def examine(self, library: str, name: str, model: nn.Module, example: dict[str, Tensor]) -> Outcome:
         """What comes of a model, which may be on the meta device. It is neither run nor changed.
@@ -52,10 +54,13 @@ class Examiner:
         found = [site for site in sites if isinstance(site, FoundSite)]
         refused = [site for site in sites if isinstance(site, RefusedSite)]
         kinds = self._found_kinds(model, found)
-        if refused or not found:
+        behaviors = set(map(_behavior, model.modules()))
+        if refused or not (found or behaviors <= self._without):
             # Discovery is not its own judge. A run with numbers takes long, and is made where it saw a softmax.
             cores = attention_cores(model, example, numbers=bool(refused))
             kinds += _refused_kinds(model, sites, refused, cores)
+            if not kinds and cores is not None:
+                self._without |= behaviors  # nor have other models of such modules
         return Outcome(library, name, bool(kinds), tuple(kinds), None, round(time.perf_counter() - started, 2))
 
     def _found_kinds(self, model: nn.Module, found: Sequence[FoundSite]) -> list[SiteKind]:
@@ -81,6 +86,7 @@ class Examiner:
         refused = dict(first.site.refused)
         broken = []
         failed: dict[str, str] = {}
+        oracle = cache(partial(Oracle, module, first))  # made where numbers are needed, for all modes
         for mode in tried:
             try:
                 prepared = prepare(model, [first], mode)
@@ -89,7 +95,8 @@ class Examiner:
                     # Numbers take long. Sites that differ in how many tokens they see alone are not run again.
                     alike = mode, program, _channels(module, first)
                     if alike not in self._measured:
-                        self._measured[alike] = _difference(model, prepared)
+                        comparable = mode != _NOT_COMPARABLE
+                        self._measured[alike] = oracle().difference(prepared.operations[0]) if comparable else None
                     modes[mode] = self._measured[alike]
                 else:
                     refused[mode] = prepared.refused[0].reason
@@ -104,11 +111,10 @@ class Examiner:
         return SiteKind(type(module).__name__, first.fqn, 1, auto, modes, refused, tuple(broken), failed)
 
 
-def _difference(model: nn.Module, prepared: Prepared) -> float | None:
-    operation = prepared.operations[0]
-    if operation.mode == _NOT_COMPARABLE:
-        return None
-    return difference(model.get_submodule(operation.fqn), operation)
+def _behavior(module: nn.Module) -> tuple[Any, ...]:
+    """What decides which way a module's forward goes: its class, and its attributes that are no sizes."""
+    told = [(name, value) for name, value in vars(module).items() if isinstance(value, bool | str | None)]
+    return type(module), *sorted(told, key=lambda pair: pair[0])
 
 
 def _channels(module: nn.Module, found: FoundSite) -> tuple[Any, ...]:

@@ -1,12 +1,14 @@
 """Examine many architectures in several processes: one that hangs, or takes all memory, costs itself alone."""
 
 import multiprocessing
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +23,12 @@ __all__ = ["Load", "survey"]
 # processes, so it is a function of a module.
 Load = Callable[[str, str], tuple[nn.Module, dict[str, Tensor]]]
 
-# A process starts anew after so many: generated classes and libraries' caches are never given back.
+# A process starts anew after so many: generated classes and libraries' caches are never given back. So does one that
+# still holds half of the memory that it may have.
 _PER_PROCESS = 200
 _MEMORY_GIB = 8
+# Its sixth number is the pages of data (man 5 proc), which are what is limited.
+_MEMORY = Path("/proc/self/statm")
 
 
 @dataclass
@@ -35,7 +40,7 @@ class _Worker:
     task: tuple[str, str] = ("", "")
     deadline: float = 0.0
     done: int = 0
-    dead: bool = False
+    finished: bool = False
 
 
 def survey(
@@ -65,7 +70,7 @@ def survey(
                 outcomes[worker.task] = _result_of(worker, timeout)
                 if progress is not None:
                     progress("architectures", len(outcomes), total)
-                if waiting and not worker.dead and worker.done < _PER_PROCESS:
+                if waiting and not worker.finished and worker.done < _PER_PROCESS:
                     _give(worker, waiting.popleft(), timeout)
                 else:
                     _stop(worker)
@@ -107,12 +112,13 @@ def _finished(workers: Sequence[_Worker]) -> list[_Worker]:
 def _result_of(worker: _Worker, timeout: float) -> Outcome:
     library, name = worker.task
     if not worker.connection.poll():
-        worker.dead = True  # to be stopped, whatever it would answer later
+        worker.finished = True  # to be stopped, whatever it would answer later
         return Outcome(library, name, error=f"it took longer than {timeout:g} s", seconds=timeout)
     try:
-        outcome: Outcome = worker.connection.recv()
+        outcome: Outcome
+        outcome, worker.finished = worker.connection.recv()
     except (EOFError, OSError):
-        worker.dead = True
+        worker.finished = True
         worker.process.join(5.0)
         code = worker.process.exitcode
         return Outcome(library, name, error=f"its process died (exit code {code}), out of memory most likely")
@@ -135,7 +141,16 @@ def _work(connection: Connection, load: Load) -> None:
             library, name = connection.recv()
         except (EOFError, KeyboardInterrupt):
             return
-        connection.send(_examine(examiner, load, library, name))
+        connection.send((_examine(examiner, load, library, name), _holds_much()))
+
+
+def _holds_much() -> bool:
+    """Whether this process still holds half of what it may have; never where the system does not tell (not Linux)."""
+    try:
+        pages = int(_MEMORY.read_text(encoding="ascii").split()[5])
+    except OSError:
+        return False
+    return pages * os.sysconf("SC_PAGE_SIZE") > _MEMORY_GIB << 29
 
 
 def _limit_memory() -> None:

@@ -1,5 +1,8 @@
 """Every architecture of a library: its names, and each as it is by default, without weights, with what it is fed."""
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from armour_surgery.errors import SchemaError
@@ -25,27 +28,44 @@ def architectures(library: Library) -> list[str]:
     return vision_classes()
 
 
+def _whole(library: str, name: str, arguments: dict[str, Any]) -> nn.Module | None:
+    """An architecture with all its layers; None where transformers cannot build it without weights.
+
+    The default may be too large for this machine then.
+    """
+    try:
+        return build(Source(library, name, arguments))
+    except SchemaError:
+        if library != "transformers":
+            raise
+        return None
+
+
 def skeleton(library: str, name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     """The architecture on the meta device, and an example of its input.
 
-    A model of transformers that is huge by default has two layers in every part.
+    A model of transformers that is huge by default has two layers in every part; torchvision's detectors do not enlarge
+    their images.
 
     Raises:
         SchemaError: the library cannot build it.
         ExampleInputError: it takes something other than images.
     """
-    try:
-        model = build(Source(library, name))
-        cut = sum(parameter.numel() for parameter in model.parameters()) > _HUGE
-    except SchemaError:
-        # Of what cannot be built weightless the default may be too large for this machine.
-        if library != "transformers":
-            raise
-        cut = True
-    if cut and library == "transformers":
+    arguments: dict[str, Any] = {}
+    if library == "torchvision":
+        from armour_surgery.hosts.torchvision import cheap_arguments
+
+        arguments = cheap_arguments(name)
+    model = _whole(library, name, arguments)
+    if library == "transformers" and (model is None or sum(map(torch.numel, model.parameters())) > _HUGE):
         from armour_surgery.hosts.transformers_catalog import cut_config
 
-        model = build(Source(library, name, cut_config(name)))
+        try:
+            model = build(Source(library, name, cut_config(name)))
+        except SchemaError:
+            if model is None:
+                raise  # else its config cannot be cut, and all of it is taken
+    assert model is not None
     example = example_input(model)
     if max(tensor.numel() for tensor in example.values()) > _LARGE:
         example = example_input(model, 1)

@@ -19,7 +19,7 @@ from armour_surgery.hosts.untrusted import refuse_reaching
 from armour_surgery.hosts.weights_file import read_weights
 from armour_surgery.records import Source
 
-__all__ = ["build", "example", "known_names", "load", "owns", "source_of"]
+__all__ = ["build", "cheap_arguments", "example", "known_names", "load", "owns", "source_of"]
 
 # Where torchvision's builders call a size by another name than timm's and this tool.
 ARGUMENT_NAMES = {"img_size": "image_size"}
@@ -105,6 +105,15 @@ def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
         raise SchemaError(f"arguments of {architecture} name {refused[0]!r}, which must not come from a folder")
     refuse_reaching(architecture, arguments)
     return _make(architecture, arguments)
+
+
+def cheap_arguments(name: str) -> dict[str, Any]:
+    """Arguments with which an architecture has the same modules and costs less to run: detectors enlarge images."""
+    # SSD has a size of its own.
+    if ".models.detection." not in get_model_builder(name).__module__ or name.startswith("ssd"):
+        return {}
+    proposals = {"rpn_post_nms_top_n_test": 50} if "rcnn" in name else {}
+    return {"min_size": 224, **proposals}
 
 
 def example(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

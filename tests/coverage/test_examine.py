@@ -6,6 +6,7 @@ from own_attentions import D, Hidden, PerHead
 from timm.layers import GlobalContext
 from torch import Tensor, nn
 
+from armour_surgery.coverage import examine
 from armour_surgery.coverage.examine import Examiner, plain_reason
 
 EXAMPLE = {"x": torch.empty(2, 7, D, device="meta")}
@@ -71,6 +72,22 @@ def test_what_has_no_attention_is_not_counted_as_such(model: nn.Module) -> None:
     assert not outcome.attention
     assert outcome.kinds == ()
     assert outcome.error is None
+
+
+def test_modules_in_which_no_attention_was_are_not_run_a_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gate(**flags: bool) -> nn.Module:
+        model = nn.Sequential(GlobalContext(12))
+        vars(model[0]).update(flags)
+        return model
+
+    example = {"input": torch.empty(2, 12, 5, 5, device="meta")}
+    examiner, judged = Examiner(), []
+    examiner.examine("own", "first", gate(), example)
+    monkeypatch.setattr(examine, "attention_cores", lambda model, *_, **__: judged.append(model) or [])
+    examiner.examine("own", "second", gate(), example)
+    assert judged == []
+    examiner.examine("own", "goes another way", gate(fused=True), example)
+    assert len(judged) == 1
 
 
 def test_equal_reasons_are_equal_whatever_they_name() -> None:

@@ -51,3 +51,16 @@ def test_a_config_that_is_cut_has_two_layers_in_every_part() -> None:
     entries = cut_config("CLIPModel")
     assert entries["vision_config"]["num_hidden_layers"] == entries["text_config"]["num_hidden_layers"] == 2
     assert entries["vision_config"]["hidden_size"] == CLIPConfig().vision_config.hidden_size
+
+
+def test_a_config_that_cannot_be_cut_is_taken_as_it_is() -> None:
+    model, _ = skeleton("transformers", "Molmo2ForConditionalGeneration")
+    assert model.config.vision_config.num_hidden_layers > 2
+
+
+def test_detectors_see_images_of_the_size_that_they_are_fed() -> None:
+    model, example = skeleton("torchvision", "fasterrcnn_mobilenet_v3_large_fpn")
+    assert [tuple(value.shape) for value in example.values()] == [(2, 3, 224, 224)]
+    assert model.transform.min_size == (224,)
+    # SSD has a size of its own.
+    assert skeleton("torchvision", "ssdlite320_mobilenet_v3_large")[0].transform.fixed_size == (320, 320)
