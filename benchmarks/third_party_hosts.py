@@ -4,7 +4,9 @@
 since every attention of a class is written alike; where the package names its models, one of those is taken.
 """
 
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -290,7 +292,9 @@ def load(library: str, name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     host = HOSTS[name]
     module, _, function = host.path.partition(":")
     torch.manual_seed(0)
-    model = getattr(import_module(module), function)(*host.positional, **host.arguments)
+    # Some tell what they build, and stdout is for one JSON document.
+    with redirect_stdout(sys.stderr):
+        model = getattr(import_module(module), function)(*host.positional, **host.arguments)
     model = model.get_submodule(host.part).eval()
     return model, _example(model, host.inputs)
 

@@ -134,6 +134,22 @@ class ZeroedBias(Packed):
         return self.out(join(F.scaled_dot_product_attention(q, k, v)))
 
 
+class JoinedBiases(nn.Module):
+    """Biases of three layers are joined, and taken apart again where they are added (CLIP's attention pool)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(D, I) for _ in range(3))
+        self.out = nn.Linear(I, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        biases = torch.cat([self.q.bias, self.k.bias, self.v.bias]).chunk(3)
+        layers = (self.q, self.k, self.v)
+        q, k, v = (F.linear(x, layer.weight, bias) for layer, bias in zip(layers, biases, strict=True))
+        q, k, v = (part.unflatten(-1, (H, K)).transpose(1, 2) for part in (q, k, v))
+        return self.out(join(F.scaled_dot_product_attention(q, k, v)))
+
+
 class SoftmaxInSequence(Packed):
     """The softmax is in an nn.Sequential (MaxViT of vit-pytorch)."""
 
@@ -207,6 +223,7 @@ BORROWED: dict[Callable[[], nn.Module], tuple[str, ...]] = {
     EinsumOfList: ALL_THREE,
     EditedBias: ALL_THREE,
     ZeroedBias: ALL_THREE,
+    JoinedBiases: ALL_THREE,
     SoftmaxInSequence: ALL_THREE,
     PadsLogits: ALL_THREE,
     ReturnsObject: ALL_THREE,

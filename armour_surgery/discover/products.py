@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import fx
 
 from armour_surgery.discover.match import is_tensor
+from armour_surgery.discover.nodes import Changes
 
-__all__ = ["write_as_linear"]
+__all__ = ["take_biases_apart", "write_as_linear"]
 
 _PRODUCTS: set[Any] = {torch.matmul, operator.matmul, "matmul", "__matmul__"}
 
@@ -53,6 +54,59 @@ def write_as_linear(graph: fx.Graph) -> None:
                 result = _call(graph, "permute", result, product.order)
         node.replace_all_uses_with(result)
         graph.erase_node(node)
+
+
+def take_biases_apart(graph: fx.Graph) -> None:
+    """Let every `F.linear` read its bias itself, in place, where it is cut out of biases that were joined for that.
+
+    CLIP's attention pool hands its three biases over in one tensor, as `F.multi_head_attention_forward` asks for them.
+    """
+    changes = Changes()
+    for node in graph.nodes:
+        changes.note(node)
+    for node in list(graph.nodes):
+        if node.target is not F.linear:
+            continue
+        given = node.kwargs.get("bias", node.args[2] if len(node.args) > 2 else None)
+        part = _joined_part(given) if isinstance(given, fx.Node) else None
+        # What is written to is not what was joined.
+        if part is not None and not changes.last(given):
+            given.replace_all_uses_with(part)  # its shape is read too
+            _erase_unread(graph, given)
+
+
+def _erase_unread(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase a node that nobody reads any more, and what it was made of: it would be taken for one that acts."""
+    if node.users or node.op == "get_attr":
+        return
+    sources = node.all_input_nodes
+    graph.erase_node(node)
+    for source in sources:
+        _erase_unread(graph, source)
+
+
+def _joined_part(node: fx.Node) -> fx.Node | None:
+    """The one tensor of a concatenation that a view of it holds; None for anything else."""
+    joined = node
+    while joined.target not in (torch.cat, torch.concat):
+        source = joined.args[0] if joined.args else None
+        if not isinstance(source, fx.Node):
+            return None
+        joined = source
+    held, whole = node.meta["value"], joined.meta["value"]
+    parts = joined.args[0]
+    if not isinstance(parts, tuple | list) or node is joined or held.ndim != 1 or whole.ndim != 1:
+        return None
+    if held.untyped_storage()._cdata != whole.untyped_storage()._cdata or held.stride() != whole.stride():
+        return None
+    start = 0
+    for part in parts:
+        if not isinstance(part, fx.Node):
+            return None
+        if start == held.storage_offset() and part.meta["value"].shape == held.shape:
+            return part
+        start += part.meta["value"].numel()
+    return None
 
 
 def _call(graph: fx.Graph, method: str, source: fx.Node, arguments: tuple[Any, ...]) -> fx.Node:

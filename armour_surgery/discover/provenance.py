@@ -9,7 +9,7 @@ from torch import fx, nn
 from armour_surgery.discover.gates import judge_softmax
 from armour_surgery.discover.match import all_above, find_cores
 from armour_surgery.discover.producers import TraceInside, find_producers
-from armour_surgery.discover.products import write_as_linear
+from armour_surgery.discover.products import take_biases_apart, write_as_linear
 from armour_surgery.discover.record import is_builtin
 from armour_surgery.discover.roles import Followed, Operand, follow_all, operands_of, role_of, unprojected_role
 from armour_surgery.errors import TraceError
@@ -53,6 +53,7 @@ def understand(
         above: set[fx.Node] = set()
         for core in cores:
             above |= all_above(core.q) | all_above(core.k) | all_above(core.v)
+        take_biases_apart(trace.graph)
         producers, opaque = find_producers(trace, modules, above, trace_inside)
         hidden = set(opaque) - closed
         if not hidden:
