@@ -54,6 +54,8 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="CLASS", help="only classes whose name has this in it")
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
+    if not options.coverage.is_file():
+        parser.error(f"{options.coverage} is not there; write it by `armour-surgery coverage --json > {options.coverage}`")
     document = json.loads(options.coverage.read_text(encoding="utf-8"))
     torch.set_num_threads(1)
     rows = []

@@ -47,6 +47,9 @@ class Examiner:
             ExampleInputError, DiscoveryError: the model does not run.
         """
         started = time.perf_counter()
+        behaviors = set(map(_behavior, model.modules()))
+        if behaviors <= self._without:
+            return Outcome(library, name, False, (), None, round(time.perf_counter() - started, 2))
         try:
             sites = find_sites(model, example)
         except NoAttentionError:
@@ -54,13 +57,12 @@ class Examiner:
         found = [site for site in sites if isinstance(site, FoundSite)]
         refused = [site for site in sites if isinstance(site, RefusedSite)]
         kinds = self._found_kinds(model, found)
-        behaviors = set(map(_behavior, model.modules()))
-        if refused or not (found or behaviors <= self._without):
+        if refused or not found:
             # Discovery is not its own judge. A run with numbers takes long, and is made where it saw a softmax.
             cores = attention_cores(model, example, numbers=bool(refused))
             kinds += _refused_kinds(model, sites, refused, cores)
             if not kinds and cores is not None:
-                self._without |= behaviors  # nor have other models of such modules
+                self._without |= behaviors  # nor have other models that consist of such modules
         return Outcome(library, name, bool(kinds), tuple(kinds), None, round(time.perf_counter() - started, 2))
 
     def _found_kinds(self, model: nn.Module, found: Sequence[FoundSite]) -> list[SiteKind]:
@@ -112,8 +114,13 @@ class Examiner:
 
 
 def _behavior(module: nn.Module) -> tuple[Any, ...]:
-    """What decides which way a module's forward goes: its class, and its attributes that are no sizes."""
-    told = [(name, value) for name, value in vars(module).items() if isinstance(value, bool | str | None)]
+    """What decides which way a forward goes: the class, and its attributes; of a number, whether it is zero."""
+    told: list[tuple[str, Any]] = []
+    for name, value in vars(module).items():
+        if isinstance(value, int | float):
+            told.append((name, bool(value)))
+        elif isinstance(value, str | None):
+            told.append((name, value))
     return type(module), *sorted(told, key=lambda pair: pair[0])
 
 

@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from armour_surgery.calls import run, running, without_fast_paths
 from armour_surgery.copies import alias, copy_of_zeros, has_weights, meta_copy
 from armour_surgery.examples import on_meta, part_of, with_numbers
+from armour_surgery.shapes import RememberedShapes
 
 __all__ = ["attention_cores"]
 
@@ -129,7 +130,7 @@ def attention_cores(model: nn.Module, example: dict[str, Tensor], *, numbers: bo
 
 def _run(copied: nn.Module, inputs: dict[str, Tensor]) -> list[frozenset[str]]:
     copied.eval()
-    with running(copied) as stack, torch.no_grad(), without_fast_paths():
+    with running(copied) as stack, torch.no_grad(), without_fast_paths(), RememberedShapes():
         follow = _Follow(stack)
         for tensor in (*copied.parameters(), *copied.buffers()):
             follow.mark(tensor, _Is.PARAMETER)

@@ -13,7 +13,8 @@ _EXPLAINED = (
     "An architecture is built without weights, and its attention is found and converted.",
     "",
     "- *attention*: it computes softmax(QK)V somewhere; a gate or a pooling that is a softmax is not that.",
-    "- *auto*: mode `auto` converts at least one of its sites; *any*: some mode does.",
+    "- *auto*: mode `auto` converts at least one of its sites, with `qv`, `concat-half` or `kv`; *any*: some mode does."
+    " DETR and its like add positions to queries and keys alone, so that `qk` alone fits, which `auto` does not take.",
     "- *exact*: of every kind of site that converts, one module was given random float64 weights in which the merged "
     "projections are equal. Converted, it computed the same within 1e-9, in eval and in train mode. Every mode is tried"
     " on one site of each kind of code, and the mode that `auto` takes on every number of heads and channels of it,"

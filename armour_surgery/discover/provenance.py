@@ -50,10 +50,10 @@ def understand(
             except TraceError:
                 raise judge_softmax(trace.graph, modules) from None
             continue
+        take_biases_apart(trace.graph)
         above: set[fx.Node] = set()
         for core in cores:
             above |= all_above(core.q) | all_above(core.k) | all_above(core.v)
-        take_biases_apart(trace.graph)
         producers, opaque = find_producers(trace, modules, above, trace_inside)
         hidden = set(opaque) - closed
         if not hidden:

@@ -17,6 +17,7 @@ from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 import torch
+import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
@@ -52,6 +53,14 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "mul": operator.mul, "__rmul__": operator.mul, "__matmul__": operator.matmul, "__iadd__": operator.iadd,
     "__imul__": operator.imul, "__isub__": operator.isub, "__itruediv__": operator.itruediv,
 }  # fmt: skip
+
+
+def _sampled(image: torch.Tensor, grid: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return image.new_empty((*image.shape[:2], *grid.shape[1:-1]))
+
+
+# Functions of which torch works out the shape, on fake tensors, in a second (deformable attention, optical flow).
+_SHORTCUTS: dict[Any, Callable[..., Any]] = {F.grid_sample: _sampled}
 _LOOKED_AT_NUMBERS = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 _REFLECTED = {"__radd__", "__rmul__"}
 _READ_TYPE: Any = getattr(torch.Tensor.dtype, "__get__")  # noqa: B009 - the descriptor's own, which mypy does not know
@@ -141,8 +150,9 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        run = _SHORTCUTS.get(func, func)
         if self._busy:
-            return func(*args, **kwargs)
+            return run(*args, **kwargs)
         if func == _READ_TYPE:
             # Types become constants: `x.to(y.dtype)`, or the lowest number of one.
             for node, expression in self._inputs.items():
@@ -151,7 +161,7 @@ class _Recorder(TorchFunctionMode):
             read = f"{_cast_type.__name__}()"
             self.conditions[read] = f"{read} is {_cast_type()}"
             self.objects[_cast_type.__name__] = _cast_type
-        return self._call(lambda: self._node_of(func, args, kwargs), func, args, kwargs)
+        return self._call(lambda: self._node_of(func, args, kwargs), run, args, kwargs)
 
     def call_module(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What calling a module of the copy comes to: a leaf's call is one node, any other one is run."""
