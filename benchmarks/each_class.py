@@ -55,36 +55,39 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     if not options.coverage.is_file():
-        parser.error(f"{options.coverage} is not there; write it by `armour-surgery coverage --json > {options.coverage}`")
+        parser.error(f"{options.coverage} is not there; `armour-surgery coverage --json` prints it")
     document = json.loads(options.coverage.read_text(encoding="utf-8"))
     torch.set_num_threads(1)
-    rows = []
-    reader = _Reader()
+    chosen = []
     for library, found in document["libraries"].items():
-        if options.library not in (None, library):
-            continue
-        for host, names in _by_class(found["list"]).items():
-            if options.only not in host:
-                continue
-            name = _smallest(library, names)
-            started = time.perf_counter()
-            outcomes = _examine(library, name, reader)
-            print(f"{library} {host} {name} {time.perf_counter() - started:.1f} s {outcomes}", file=sys.stderr)
-            rows.append({"library": library, "class": host, "architecture": name, **outcomes})
-            gc.collect()
-    if options.markdown is not None:
-        options.markdown.write_text(_page(rows, options), encoding="utf-8")
+        if options.library in (None, library):
+            classes = _by_class(found["list"])
+            chosen += [(library, host, names) for host, names in classes.items() if options.only in host]
+    rows: list[dict[str, str]] = []
+    reader = _Reader()
+    for library, host, names in chosen:
+        name = _smallest(library, names)
+        started = time.perf_counter()
+        outcomes = _examine(library, name, reader)
+        print(f"{library} {host} {name} {time.perf_counter() - started:.1f} s {outcomes}", file=sys.stderr)
+        rows.append({"library": library, "class": host, "architecture": name, **outcomes})
+        if options.markdown is not None:  # after each: all of them take an hour
+            options.markdown.write_text(_page(rows, len(chosen), options), encoding="utf-8")
+        gc.collect()
     print(json.dumps({"versions": versions(), "classes": rows}, indent=1))
     sys.exit(any(outcome.startswith("FAILS") for row in rows for outcome in row.values()))
 
 
 def _by_class(outcomes: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """The architectures that have a class which `auto` converts, those that were examined fastest first."""
+    """The architectures that have a class which `auto` converts, those that were examined fastest first.
+
+    The classes that most architectures have come first.
+    """
     classes: dict[str, list[str]] = {}
     for outcome in sorted(outcomes, key=lambda outcome: outcome["seconds"]):
         for host in dict.fromkeys(kind["host"] for kind in outcome["kinds"] if kind["auto"]):
             classes.setdefault(host, []).append(outcome["name"])
-    return dict(sorted(classes.items()))
+    return dict(sorted(classes.items(), key=lambda item: (-len(item[1]), item[0])))
 
 
 def _smallest(library: str, names: list[str]) -> str:
@@ -257,13 +260,18 @@ def _deploy(converted: nn.Module, inputs: dict[str, Tensor], expected: list[Tens
     return f"{difference:.0e}" if difference <= _NEAR else f"FAILS: {difference:.1e}"
 
 
-def _page(rows: list[dict[str, str]], options: argparse.Namespace) -> str:
+def _page(rows: list[dict[str, str]], total: int, options: argparse.Namespace) -> str:
     """The table, with what was refused, or fails, below it."""
-    command = f"python benchmarks/each_class.py {options.coverage.name} --markdown {options.markdown}"
+    words = [f"python benchmarks/each_class.py {options.coverage.name}"]
+    words += [f"--library {options.library}"] if options.library else []
+    words += [f"--only {options.only}"] if options.only else []
+    command = " ".join([*words, f"--markdown {options.markdown}"])
     held = ", ".join(f"{package} {number}" for package, number in versions().items())
     about = __doc__.partition("\n\nFor every")[2]
     headers = ("library", "class", "architecture", *CHECKS)
     lines = ["# A model of each class", "", f"Made by `{command}`, with {held}.", "", f"For every{about}"]
+    if len(rows) < total:
+        lines.insert(4, f"Stopped after {len(rows)} of {total} classes, those first that most architectures have.\n")
     lines += [f"| {' | '.join(headers)} |", "|" + " --- |" * len(headers)]
     notes = []
     for row in rows:
