@@ -23,10 +23,8 @@ __all__ = ["Load", "survey"]
 # processes, so it is a function of a module.
 Load = Callable[[str, str], tuple[nn.Module, dict[str, Tensor]]]
 
-# A process starts anew after so many: generated classes and libraries' caches are never given back. So does one that
-# still holds half of the memory that it may have.
-_PER_PROCESS = 200
-_MEMORY_GIB = 8
+# Memory that a process may have. One that still holds half of it after an architecture starts anew.
+_MEMORY_GIB = 12
 # Its sixth number is the pages of data (man 5 proc), which are what is limited.
 _MEMORY = Path("/proc/self/statm")
 
@@ -39,7 +37,6 @@ class _Worker:
     connection: Connection
     task: tuple[str, str] = ("", "")
     deadline: float = 0.0
-    done: int = 0
     finished: bool = False
 
 
@@ -70,7 +67,7 @@ def survey(
                 outcomes[worker.task] = _result_of(worker, timeout)
                 if progress is not None:
                     progress("architectures", len(outcomes), total)
-                if waiting and not worker.finished and worker.done < _PER_PROCESS:
+                if waiting and not worker.finished:
                     _give(worker, waiting.popleft(), timeout)
                 else:
                     _stop(worker)
@@ -93,7 +90,6 @@ def _start(load: Load) -> _Worker:
 
 def _give(worker: _Worker, task: tuple[str, str], timeout: float) -> None:
     worker.task = task
-    worker.done += 1
     worker.deadline = time.monotonic() + timeout
     worker.connection.send(task)
 

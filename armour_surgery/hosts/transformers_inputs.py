@@ -24,6 +24,7 @@ _GRIDS = ("grid_thw", "image_grid_thw")
 # An image in patches: not square, so that rows are not taken for columns.
 _ROWS, _COLUMNS = 4, 6
 _WORDS = 8
+_SMALL = 32
 
 
 def example(model: nn.Module) -> Told:
@@ -60,9 +61,10 @@ def example(model: nn.Module) -> Told:
         shape = _image(vision, image == "pixel_values_videos")
         # A type may have models of videos besides (Perceiver).
         shape = shape[-3:] if "ForImage" in type(part).__name__ else shape
-        # Two images, in which the same points are looked for.
-        pair = (2,) if type(config) in MODEL_FOR_KEYPOINT_MATCHING_MAPPING else ()
-        inputs = {image: ((*pair, *shape), torch.float32)}
+        if type(config) in MODEL_FOR_KEYPOINT_MATCHING_MAPPING:
+            # Two images, in which the same points are looked for. Without weights all pixels are points.
+            shape = (2, shape[0], _SMALL, _SMALL)
+        inputs = {image: (shape, torch.float32)}
     inputs = {**inputs, **_words(names, config)}
     return {f"{name}:{key}" if name else key: value for key, value in inputs.items()}
 

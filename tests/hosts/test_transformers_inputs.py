@@ -121,7 +121,7 @@ def test_a_model_runs_on_its_own_example(make: Any, shapes: dict[str, tuple[int,
 
 
 def test_models_that_match_points_get_two_images() -> None:
-    assert [tuple(value.shape) for value in example_input(superglue()).values()] == [(2, 2, 3, 224, 224)]
+    assert [tuple(value.shape) for value in example_input(superglue()).values()] == [(2, 2, 3, 32, 32)]
 
 
 @pytest.mark.parametrize(
