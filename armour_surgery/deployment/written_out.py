@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from armour_surgery.discover import result_of, value_of
-from armour_surgery.discover.match import MATRIX_PRODUCTS, is_call_of
+from armour_surgery.discover.match import MATRIX_PRODUCTS, is_call_of, outputs_of
+from armour_surgery.discover.nodes import Changes
 from armour_surgery.traced import Core
 
 __all__ = ["Term", "WrittenOut", "read_written_out"]
@@ -68,11 +69,29 @@ def read_written_out(core: Core, modules: dict[str, nn.Module]) -> WrittenOut | 
         node = first
     result, axes = result_of(core)
     reason = _weights_alone(core.node, result, modules)
-    if reason is not None or logits.users.keys() - below:
-        return reason or "its logits are used for more than their softmax"
+    if reason is not None:
+        return reason
+    # Their sizes may be read besides. A write into a part of them is a use: it takes that part out first.
+    if len(outputs_of(logits)) > 1:
+        return "its logits are used for more than their softmax, or something is done to them in between"
+    if _written_to([core.q, core.k, *(term.node for term in terms)], logits, result):
+        return "what its logits are made of is changed in place afterwards"
     if axes not in ((-2, -1), (-1, -2)) or result.target not in MATRIX_PRODUCTS:
         return "its result is not a plain product of weights and values"
     return WrittenOut(logits, factor, tuple(scales), tuple(terms), result, axes == (-1, -2))
+
+
+def _written_to(operands: list[fx.Node], logits: fx.Node, result: fx.Node) -> bool:
+    """Whether something writes to an operand after the product of queries and keys, and before that with values."""
+    changes = Changes()
+    started = False
+    for node in logits.graph.nodes:
+        if node is result:
+            break
+        started = started or node is logits
+        if started:
+            changes.note(node)
+    return any(changes.last(operand) for operand in operands)
 
 
 def _changes_type(softmax: fx.Node) -> bool:
