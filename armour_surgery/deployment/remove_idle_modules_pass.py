@@ -18,7 +18,10 @@ def remove_idle_modules(model: nn.Module, example: dict[str, Tensor], findings: 
     layout in it, which comes to nothing.
     """
     flow = follow_model(model, example)
+    replaced: list[str] = []
     for fqn, module in list(model.named_modules()):
+        if fqn.startswith(tuple(replaced)):
+            continue  # it went with the module around it
         taken, given = flow.inputs.get(fqn, []), flow.outputs.get(fqn, [])
         if not fqn or len(taken) != 1 or len(given) != 1 or isinstance(module, nn.Identity):
             continue
@@ -29,10 +32,12 @@ def remove_idle_modules(model: nn.Module, example: dict[str, Tensor], findings: 
         has_parameters = next(module.parameters(), None) is not None
         if not inside and given[0] is taken[0] and isinstance(given[0], Tensor) and not has_parameters:
             _put(model, fqn, nn.Identity())
-            findings.did(fqn)
         elif (core := _only_projection(flow, fqn, inside)) is not None:
             _put(model, fqn, model.get_submodule(core))
-            findings.did(fqn)
+        else:
+            continue
+        replaced.append(f"{fqn}.")
+        findings.did(fqn)
 
 
 def _put(model: nn.Module, fqn: str, module: nn.Module) -> None:

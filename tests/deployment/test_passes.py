@@ -96,6 +96,25 @@ def test_dropout_and_shells_are_gone() -> None:
     assert worst("levit", model, deployed) < 1e-12
 
 
+class Shell(nn.Module):
+    """One projection, and idle modules beside it."""
+
+    def __init__(self, projection: nn.Module) -> None:
+        super().__init__()
+        self.before, self.projection = nn.Sequential(nn.Sequential(nn.Identity())), projection
+        self.after, self.beside = nn.Dropout(0.5), nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.after(self.projection(self.before(x)))
+
+
+def test_what_lies_inside_of_a_module_that_is_gone_is_gone_with_it() -> None:
+    idle = nn.Sequential(nn.Sequential(nn.Sequential(nn.Dropout(0.5))))
+    deployed = folded(Net([idle, Shell(nn.Linear(9, 6)), Shell(Shell(nn.Linear(6, 5)))]), passes="remove-idle-modules")
+    assert [type(layer) for layer in deployed.layers] == [nn.Identity, nn.Linear, nn.Linear]
+    assert len(list(deployed.modules())) == 5
+
+
 def test_a_stem_has_its_channels_last() -> None:
     model, example = double("levit", False)
     deployed = deploy(model, example_input=example, passes="channels-last")
