@@ -25,6 +25,9 @@ _ELEMENTWISE = {"add", "mul", "sub", "gelu", "relu", "silu", "hardswish", "sigmo
 _SUMS = {operator.add, torch.add, operator.mul, torch.mul, "add", "mul"}
 
 
+_NO_SELECTION = "nothing selects tokens after it"
+
+
 def drop_dead_tokens(model: nn.Module, example: dict[str, Tensor], findings: Findings) -> None:
     """Narrow the last attention's queries, and all that follows, to the first tokens, where a head reads no others.
 
@@ -51,10 +54,16 @@ def drop_dead_tokens(model: nn.Module, example: dict[str, Tensor], findings: Fin
         if (name and has_hooks(module)) or "forward" in vars(module):
             findings.left(last, f"{name or 'the model'} has a hook, or a forward that was put on it")
             return
+    flow = follow_model(model, example)
+    # Following the whole of a model may take minutes, where all sizes are computed from other ones (Swin of
+    # transformers).
+    if not _may_select(flow):
+        findings.left(last, _NO_SELECTION)
+        return
     try:
         traced = trace(model, recording.calls[""][0], is_opaque)
         acting = unread_nodes(traced.graph)
-        reason = _narrow(traced.graph, follow_model(model, example), dict(model.named_modules()))
+        reason = _narrow(traced.graph, flow, dict(model.named_modules()))
     except TraceError as error:
         reason = f"the whole model cannot be followed: {error}"
     if reason is not None:
@@ -65,6 +74,13 @@ def drop_dead_tokens(model: nn.Module, example: dict[str, Tensor], findings: Fin
     cls = make_deployed_class(type(model), render(traced.graph, traced.signature), bound=False)
     object.__setattr__(model, "__class__", cls)
     findings.did(last)
+
+
+def _may_select(flow: Dataflow) -> bool:
+    """Whether something takes a part of three axes after the last attention, as a head takes its tokens."""
+    fused = [index for index, call in enumerate(flow.calls) if call.name == "scaled_dot_product_attention"]
+    later = flow.calls[fused[-1] + 1 :] if fused else []
+    return any(call.name == "__getitem__" and call.source.ndim == 3 for call in later)
 
 
 def _narrow(graph: fx.Graph, flow: Dataflow, modules: dict[str, nn.Module]) -> str | None:
@@ -88,7 +104,7 @@ def _narrow(graph: fx.Graph, flow: Dataflow, modules: dict[str, nn.Module]) -> s
         else:
             ours.append(node)
     if not selections:
-        return "nothing selects tokens after it"
+        return _NO_SELECTION
     kept = max(selections.values()) + 1
     if kept >= tokens:
         return "its head reads all tokens"

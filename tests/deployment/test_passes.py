@@ -13,6 +13,7 @@ from tiny_hosts import CASES
 from torch import nn
 
 from armour_surgery import deploy
+from armour_surgery.deployment import drop_dead_tokens_pass
 from armour_surgery.deployment.dataflow import follow_model
 from armour_surgery.errors import NothingToDeployError, SpecializationError
 
@@ -143,6 +144,18 @@ def test_only_tokens_that_the_head_reads_are_computed_to_the_end(name: str, conv
 def test_where_tokens_are_averaged_all_are_computed() -> None:
     model, example = double("beit", False)
     with pytest.raises(NothingToDeployError, match="needs all its tokens"):
+        deploy(model, example_input=example, passes="drop-dead-tokens")
+
+
+def test_the_whole_model_is_not_followed_where_nothing_selects_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes minutes where sizes are computed from sizes."""
+
+    def never(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(drop_dead_tokens_pass, "trace", never)
+    model, example = double("hf-swin", False)
+    with pytest.raises(NothingToDeployError, match="nothing selects tokens"):
         deploy(model, example_input=example, passes="drop-dead-tokens")
 
 
