@@ -1,6 +1,6 @@
 """Every architecture of a library: its names, and each as it is by default, without weights, with what it is fed."""
 
-from typing import Any
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -28,17 +28,21 @@ def architectures(library: Library) -> list[str]:
     return vision_classes()
 
 
-def _whole(library: str, name: str, arguments: dict[str, Any]) -> nn.Module | None:
-    """An architecture with all its layers; None where transformers cannot build it without weights.
+def _of_transformers(name: str) -> nn.Module:
+    """A class with its default config, cut where that is huge, or cannot be built without weights."""
+    from armour_surgery.hosts.transformers_catalog import cut_config
 
-    The default may be too large for this machine then.
-    """
+    whole = None
+    with suppress(SchemaError):  # the default may be too large for this machine
+        whole = build(Source("transformers", name))
+    if whole is not None and sum(map(torch.numel, whole.parameters())) <= _HUGE:
+        return whole
     try:
-        return build(Source(library, name, arguments))
+        return build(Source("transformers", name, cut_config(name)))
     except SchemaError:
-        if library != "transformers":
+        if whole is None:
             raise
-        return None
+        return whole  # its config cannot be cut
 
 
 def skeleton(library: str, name: str) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -51,21 +55,14 @@ def skeleton(library: str, name: str) -> tuple[nn.Module, dict[str, Tensor]]:
         SchemaError: the library cannot build it.
         ExampleInputError: it takes something other than images.
     """
-    arguments: dict[str, Any] = {}
-    if library == "torchvision":
+    if library == "transformers":
+        model = _of_transformers(name)
+    elif library == "torchvision":
         from armour_surgery.hosts.torchvision import cheap_arguments
 
-        arguments = cheap_arguments(name)
-    model = _whole(library, name, arguments)
-    if library == "transformers" and (model is None or sum(map(torch.numel, model.parameters())) > _HUGE):
-        from armour_surgery.hosts.transformers_catalog import cut_config
-
-        try:
-            model = build(Source(library, name, cut_config(name)))
-        except SchemaError:
-            if model is None:
-                raise  # else its config cannot be cut, and all of it is taken
-    assert model is not None
+        model = build(Source(library, name, cheap_arguments(name)))
+    else:
+        model = build(Source(library, name))
     example = example_input(model)
     if max(tensor.numel() for tensor in example.values()) > _LARGE:
         example = example_input(model, 1)
