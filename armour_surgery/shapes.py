@@ -15,6 +15,7 @@ _MOST = 50_000
 
 _known: dict[Any, tuple[_Layout, ...]] = {}
 _makes_new: dict[Any, bool] = {}
+_in_place: dict[Any, bool] = {}
 
 
 class RememberedShapes(TorchDispatchMode):
@@ -22,8 +23,8 @@ class RememberedShapes(TorchDispatchMode):
 
     torch works many of them out in Python (a layer norm takes milliseconds), and the blocks of a transformer are alike:
     a model's forward on the meta device takes about half the time. Results are what they would be, empty tensors with
-    nothing in common with the inputs. Only operators that change nothing and return no views are remembered; every
-    other one, and everything on another device, goes its usual way.
+    nothing in common with the inputs, or the first input where its numbers change and nothing else. Operators that
+    return views or change anything more, and everything on another device, go their usual way.
     """
 
     def __init__(self) -> None:
@@ -36,16 +37,25 @@ class RememberedShapes(TorchDispatchMode):
             return func(*args, **kwargs)
         if key not in _known:
             result = func(*args, **kwargs)
+            if _changes_numbers(func):
+                _remember(key, ())
+                return result
             layouts = _layouts_of(result)
             if layouts is not None:
-                if len(_known) >= _MOST:
-                    _known.clear()
-                _known[key] = layouts
+                _remember(key, layouts)
             return result
+        if _changes_numbers(func):
+            return args[0]
         results = []
         for shape, strides, dtype in _known[key]:
             results.append(torch.empty_strided(shape, strides, dtype=dtype, device="meta"))
         return results[0] if len(func._schema.returns) == 1 else tuple(results)
+
+
+def _remember(key: Any, layouts: tuple[_Layout, ...]) -> None:
+    if len(_known) >= _MOST:
+        _known.clear()
+    _known[key] = layouts
 
 
 def _key_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -53,7 +63,9 @@ def _key_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     first = args[0] if args else None
     if isinstance(first, list) and first:
         first = first[0]  # of tensors to concatenate
-    if not isinstance(first, Tensor) or not first.is_meta or not _returns_something_new(func):
+    if not isinstance(first, Tensor) or not first.is_meta:
+        return None
+    if not _returns_something_new(func) and not _changes_numbers(func):
         return None
     try:
         # Results of whole numbers may have torch's default type.
@@ -92,6 +104,16 @@ def _returns_something_new(func: Any) -> bool:
         returned = [result.alias_info for result in schema.returns]
         _makes_new[func] = not schema.is_mutable and bool(returned) and not any(returned)
     return _makes_new[func]
+
+
+def _changes_numbers(func: Any) -> bool:
+    """Whether an operator changes the numbers of its first argument, returns that, and does nothing else."""
+    if func not in _in_place:
+        arguments, returns = func._schema.arguments, func._schema.returns
+        changed = [argument.alias_info is not None and argument.alias_info.is_write for argument in arguments]
+        returned = len(returns) == 1 and returns[0].alias_info is not None and returns[0].alias_info.is_write
+        _in_place[func] = torch.Tag.pointwise in func.tags and returned and changed[0] and sum(changed) == 1
+    return _in_place[func]
 
 
 def _layouts_of(result: Any) -> tuple[_Layout, ...] | None:

@@ -1,7 +1,9 @@
 """One converted model of each class of attention module, used as engineers use models.
 
     armour-surgery coverage --json > coverage.json
-    python benchmarks/each_class.py coverage.json [--library NAME] [--only CLASS] [--markdown FILE.md]
+    python benchmarks/each_class.py coverage.json [--library NAME] [--only CLASS] [--rows FILE] [--markdown FILE.md]
+
+With `--rows` it goes on where it was stopped: classes that the file (JSON lines) has are not run again.
 
 For every class of attention module that `auto` converts, an architecture that has it is built with random
 weights and converted. Then:
@@ -13,7 +15,8 @@ weights and converted. Then:
 - *deploy*: the deployed model's output is within 1e-5, or deploying is refused, with the reason.
 
 What the original itself does not do (three images at once, compiling) is told so, and is no failure. Models of
-transformers have two layers in every part.
+transformers have two layers in every part, few words, and images of eight by eight patches where they run on such.
+What takes longer than ten minutes is left.
 """
 
 import argparse
@@ -21,6 +24,7 @@ import copy
 import gc
 import json
 import multiprocessing
+import signal
 import sys
 import tempfile
 import time
@@ -45,6 +49,10 @@ from armour_surgery.saving.any_model import load_any
 CHECKS = ("copy", "load 1", "load 3", "train", "compile", "deploy")
 _CANDIDATES = 5  # architectures of a class that are asked for; those that were examined fastest
 _NEAR = 1e-5
+_LONGEST = 600  # seconds that a class may take
+_PATCHES = 8  # along a side of an image
+_WORDS = 1000  # that the language model behind a tower knows; it is not run
+_LARGE = 500  # million parameters, from which on a model is run with two layers in every part or not at all
 
 
 def main() -> None:
@@ -52,6 +60,7 @@ def main() -> None:
     parser.add_argument("coverage", type=Path, help="what `armour-surgery coverage --json` printed")
     parser.add_argument("--library", choices=("timm", "transformers", "torchvision"))
     parser.add_argument("--only", default="", metavar="CLASS", help="only classes whose name has this in it")
+    parser.add_argument("--rows", type=Path)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     if not options.coverage.is_file():
@@ -63,19 +72,41 @@ def main() -> None:
         if options.library in (None, library):
             classes = _by_class(found["list"])
             chosen += [(library, host, names) for host, names in classes.items() if options.only in host]
-    rows: list[dict[str, str]] = []
+    kept = options.rows.read_text(encoding="utf-8").splitlines() if options.rows and options.rows.is_file() else []
+    rows: list[dict[str, str]] = [json.loads(line) for line in kept]
+    done = {(row["library"], row["class"]) for row in rows}
     reader = _Reader()
+    signal.signal(signal.SIGALRM, _give_up)
     for library, host, names in chosen:
+        if (library, host) in done:
+            continue
         name = _plainest(library, names)
         started = time.perf_counter()
-        outcomes = _examine(library, name, reader)
+        signal.alarm(_LONGEST)
+        try:
+            outcomes = _examine(library, name, reader)
+        except _TooLongError:
+            outcomes = dict.fromkeys(CHECKS, f"not examined: it took longer than {_LONGEST} s")
+            reader = _Reader()  # what the other one is busy with would be its next answer
+        signal.alarm(0)
         print(f"{library} {host} {name} {time.perf_counter() - started:.1f} s {outcomes}", file=sys.stderr)
         rows.append({"library": library, "class": host, "architecture": name, **outcomes})
+        if options.rows is not None:
+            with options.rows.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
         if options.markdown is not None:  # after each: all of them take an hour
             options.markdown.write_text(_page(rows, len(chosen), options), encoding="utf-8")
         gc.collect()
     print(json.dumps({"versions": versions(), "classes": rows}, indent=1))
     sys.exit(any(outcome.startswith("FAILS") for row in rows for outcome in row.values()))
+
+
+class _TooLongError(BaseException):
+    """Not one of the errors that a class may have."""
+
+
+def _give_up(*_: object) -> None:
+    raise _TooLongError
 
 
 def _by_class(outcomes: list[dict[str, Any]]) -> dict[str, list[str]]:
@@ -95,24 +126,70 @@ def _plainest(library: str, names: list[str]) -> str:
 
     def cost(name: str) -> int:
         model, _ = skeleton(library, name)
-        millions = sum(map(torch.numel, model.parameters())) // 1_000_000
-        return millions + sum(1 for _ in model.modules())
+        return _millions(model) + sum(1 for _ in model.modules())
 
     return min(names[:_CANDIDATES], key=cost)
 
 
-def _build(library: str, name: str) -> nn.Module:
-    """The architecture with random weights."""
-    torch.manual_seed(0)
+def _builders(library: str, name: str) -> list[Callable[[], nn.Module]]:
+    """What may build the architecture with random weights; of transformers, smaller ones first."""
     if library != "transformers":
-        model, _ = load_any(f"{library}:{name}", pretrained=False)
-        return model
+        return [lambda: load_any(f"{library}:{name}", pretrained=False)[0]]
     import transformers
 
     from armour_surgery.hosts.transformers_catalog import cut_config
 
     cls = getattr(transformers, name)
-    return cls(cls.config_class(**cut_config(name))).eval()
+    entries = [cut_config(name)]
+    if _millions(skeleton(library, name)[0]) < _LARGE:  # some cannot be cut
+        entries.append(cls.config_class().to_dict())
+    configs = []
+    for config in entries:
+        smaller = copy.deepcopy(config)
+        configs += [smaller, config] if _shrink(smaller) else [config]
+    return [lambda config=config: cls(cls.config_class(**config)).eval() for config in configs]  # type: ignore[misc]
+
+
+def _millions(model: nn.Module) -> int:
+    return sum(map(torch.numel, model.parameters())) // 1_000_000
+
+
+def _shrink(entries: dict[str, Any]) -> bool:
+    """Make a config's images small, where it tells how large they and their patches are, and its dictionary of words.
+
+    Returns whether anything became smaller.
+    """
+    image, patch, words = (entries.get(key) for key in ("image_size", "patch_size", "vocab_size"))
+    smaller = False
+    if isinstance(image, int) and isinstance(patch, int) and image > _PATCHES * patch:
+        entries["image_size"], smaller = _PATCHES * patch, True
+    if isinstance(words, int) and words > _WORDS:
+        entries["vocab_size"], smaller = _WORDS, True
+    for key, value in entries.items():
+        if isinstance(value, dict):
+            smaller |= _shrink(value)
+        elif str(key).endswith("_token_id") and isinstance(value, int) and value >= _WORDS:
+            entries[key] = 0
+    return smaller
+
+
+def _running(library: str, name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The architecture, with what it ran on."""
+    *smaller, whole = _builders(library, name)
+    for build in smaller:
+        try:
+            return _built(build)
+        except Exception:  # not made for small images, or for two layers
+            continue
+    return _built(whole)
+
+
+def _built(build: Callable[[], nn.Module]) -> tuple[nn.Module, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    original = build()
+    one = with_numbers(example_input(original, 1), "cpu")
+    _quiet_outputs(original, one)
+    return original, one
 
 
 def _outputs(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
@@ -162,9 +239,7 @@ def _read(connection: Connection) -> None:
 
 def _examine(library: str, name: str, reader: _Reader) -> dict[str, str]:
     try:
-        original = _build(library, name)
-        one = with_numbers(example_input(original, 1), "cpu")
-        _quiet_outputs(original, one)
+        original, one = _running(library, name)
     except Exception as error:
         return dict.fromkeys(CHECKS, f"not examined: {_said(error)}")
     try:

@@ -74,6 +74,38 @@ def test_what_is_known_is_not_worked_out_again() -> None:
     assert names[1:] == [{"aten::empty_strided"}] * 2
 
 
+IN_PLACE = {
+    "add": lambda x: x.add_(x.new_empty(x.shape[-1])),
+    "sigmoid": lambda x: x.sigmoid_(),
+    "clamp": lambda x: x.clamp_(min=0.0),
+    "of a view": lambda x: x[0].tanh_(),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_a_tensor_whose_numbers_change_stays_that_tensor(name: str) -> None:
+    function = IN_PLACE[name]
+    wanted = layout(function(torch.empty(2, 3, 4, device="meta")))
+    names = []
+    for _ in range(2):
+        x = torch.empty(2, 3, 4, device="meta")
+        with Noted() as noted, RememberedShapes():
+            result = function(x)
+        assert layout(result) == wanted
+        assert result is x or result._base is x
+        names.append({changed for changed in noted.names if changed.partition(".")[0].endswith("_")})
+    assert names[0] and not names[1]
+
+
+def test_views_in_place_and_wrong_sums_are_never_remembered() -> None:
+    for _ in range(2):
+        x = torch.empty(2, 1, device="meta")
+        with RememberedShapes():
+            assert x.squeeze_(1).shape == x.shape == (2,)
+            with pytest.raises(RuntimeError, match="shape"):
+                x.add_(torch.empty(3, 2, device="meta"))
+
+
 def test_results_are_new_tensors() -> None:
     x = torch.empty(2, 3, device="meta")
     with RememberedShapes():

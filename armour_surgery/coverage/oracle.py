@@ -5,15 +5,14 @@ Only the module has real weights, in float64, and only while it is looked at.
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from armour_surgery.copies import copy_with
+from armour_surgery.coverage.smaller import mapped, outputs_of, smaller
 from armour_surgery.discover.match import all_above
 from armour_surgery.modes import get_mode
 from armour_surgery.rewrite import become
@@ -25,10 +24,6 @@ __all__ = ["Oracle", "Place", "merge", "places_of", "real_copy"]
 
 # What transformers' attentions call the places where a packed sequence begins anew.
 _PLACES = "cu_seqlens"
-# Images, or windows, and tokens from which on a module is tried with a few.
-_MANY_ROWS, _FEW_ROWS = 8, 3
-_MANY, _FEW = 100, 59  # no numbers of heads or channels
-_REGISTERS = 16
 
 
 class Oracle:
@@ -41,10 +36,10 @@ class Oracle:
         generator = torch.Generator().manual_seed(seed)
         self._seed = seed
         self._original = real_copy(module, generator)
-        call = _mapped(found.call, partial(_argument, generator))
+        call = mapped(found.call, partial(_argument, generator))
         core = found.traced.core
         _cut_evenly(call, core.q.meta["value"].shape[core.q_axes[0]])
-        self._call = _shorter(self._original, call)
+        self._call = smaller(self._original, call)
 
     def difference(self, operation: Operation) -> float:
         """The largest relative difference that a conversion makes where it must make none; in eval and train mode."""
@@ -58,12 +53,12 @@ class Oracle:
             original.train(training)
             converted.train(training)
             try:
-                wanted = _outputs(original, self._call, self._seed)
+                wanted = outputs_of(original, self._call, self._seed)
             except Exception:
                 if training:
                     continue  # it takes other calls while it trains
                 raise
-            worst = max(worst, _relative(wanted, _outputs(converted, self._call, self._seed)))
+            worst = max(worst, _relative(wanted, outputs_of(converted, self._call, self._seed)))
         return worst
 
 
@@ -117,19 +112,6 @@ def _weight(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
     return 1 + 0.2 * noise if name.endswith(("weight", "scale", "gamma")) else 0.3 * noise
 
 
-def _mapped(call: Call, make: Callable[[Tensor], Tensor]) -> Call:
-    """The call with other tensors; what was one tensor in it stays one."""
-    made: dict[int, Tensor] = {}
-
-    def other(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:
-            made[id(tensor)] = make(tensor)
-        return made[id(tensor)]
-
-    args, kwargs = pytree.tree_map_only(Tensor, other, (call.args, dict(call.kwargs)))
-    return Call(args, kwargs)
-
-
 def _argument(generator: torch.Generator, tensor: Tensor) -> Tensor:
     dtype = _double(tensor.dtype)
     if dtype.is_floating_point or dtype.is_complex:
@@ -140,55 +122,11 @@ def _argument(generator: torch.Generator, tensor: Tensor) -> Tensor:
     return torch.zeros(tensor.shape, dtype=dtype)
 
 
-def _shorter(module: nn.Module, call: Call) -> Call:
-    """The call with fewer windows and fewer tokens, where there are many and the module takes fewer: numbers cost."""
-    first = next((leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)), None)
-    if first is None or first.ndim < 3:
-        return call
-    module.eval()  # not chained, see above
-    rows = first.shape[0]
-    tokens = first.shape[1] if first.ndim == 3 else 0  # rows and columns of them are left alone
-    few_rows, half = (_FEW_ROWS, rows // 2) if rows > _MANY_ROWS else (rows, rows)
-    few_tokens = _FEW if tokens > _MANY else tokens
-    for kept in dict.fromkeys(((few_rows, few_tokens), (few_rows, tokens), (rows, few_tokens), (half, tokens))):
-        if kept == (rows, tokens):
-            continue
-        fewer = _mapped(call, partial(_cut, (rows, tokens), kept))
-        try:
-            results = _outputs(module, fewer, 0)
-        except Exception:  # it knows how many there are
-            continue
-        if any(result.shape[:1] == kept[:1] and kept[1] in (0, *result.shape) for result in results):
-            return fewer
-    return call
-
-
-def _cut(sizes: tuple[int, int], kept: tuple[int, int], tensor: Tensor) -> Tensor:
-    """The first of what there are as many as rows, or tokens, of the input.
-
-    Positions are told of the tokens alone that are parts of the image; there are a few less of those.
-    """
-    for axis, size in enumerate(tensor.shape):
-        if axis == 0 and size == sizes[0]:
-            tensor = tensor.narrow(0, 0, kept[0])
-        elif size == sizes[1] or (axis < tensor.ndim - 1 and 0 < sizes[1] - size <= _REGISTERS < size):
-            tensor = tensor.narrow(axis, 0, kept[1] - (sizes[1] - size))
-    return tensor
-
-
 def _cut_evenly(call: Call, tokens: int) -> None:
     """Give the places where a packed sequence is cut into images their numbers: zeros would be images of no size."""
     places = call.kwargs.get(_PLACES)
     if isinstance(places, Tensor):
         places.copy_(torch.linspace(0, tokens, len(places)))
-
-
-def _outputs(module: nn.Module, call: Call, seed: int) -> list[Tensor]:
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # of dropout
-        own = _mapped(call, torch.clone)  # a module may write into what it is given
-        result = module(*own.args, **own.kwargs)
-    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
 def _relative(wanted: list[Tensor], got: list[Tensor]) -> float:
