@@ -94,7 +94,8 @@ def test_a_tensor_whose_numbers_change_stays_that_tensor(name: str) -> None:
         assert layout(result) == wanted
         assert result is x or result._base is x
         names.append({changed for changed in noted.names if changed.partition(".")[0].endswith("_")})
-    assert names[0] and not names[1]
+    assert names[0]
+    assert not names[1]
 
 
 def test_views_in_place_and_wrong_sums_are_never_remembered() -> None:

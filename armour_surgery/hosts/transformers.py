@@ -114,11 +114,25 @@ def source_of(model: nn.Module, arguments: Mapping[str, Any]) -> Source:
         entries.pop("label2id", None)
     merged = {**entries, **arguments}
     # No entry of the config's JSON, and "sdpa" is what a build takes by itself.
-    attention = getattr(config, "_attn_implementation", None)
-    if attention in ATTENTION and attention != "sdpa":
+    attention = _attention_of(config)
+    if attention not in (None, "sdpa"):
         merged["_attn_implementation"] = attention
     origin = getattr(config, "_name_or_path", "") or config.model_type
     return Source("transformers", cls.__name__, merged, {}, f"hf:{origin}", getattr(config, "_commit_hash", None))
+
+
+def _attention_of(config: Any) -> str | dict[str, Any] | None:
+    """The attention that a config asks for; where its parts differ, that of each by name, and its own under ""."""
+    own = getattr(config, "_attn_implementation", None)
+    told: dict[str, Any] = {"": own} if own in ATTENTION else {}
+    for key in getattr(config, "sub_configs", None) or {}:
+        attention = _attention_of(getattr(config, key, None))
+        if attention is not None:
+            told[key] = attention
+    # A plain name goes to all parts.
+    if told and all(attention == own for attention in told.values()):
+        return str(own)
+    return told or None
 
 
 def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -137,10 +151,8 @@ def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
     refuse_reaching(architecture, arguments)
     for key, value in entries(arguments):
         # Configs inside of the config have attentions of their own.
-        if key in ATTENTION_KEYS and value is not None and value not in ATTENTION:
-            raise SchemaError(
-                f"the config of {architecture} asks for the attention {value!r}; known: {', '.join(ATTENTION)}"
-            )
+        if key in ATTENTION_KEYS:
+            _refuse_unknown_attention(architecture, value)
     arguments = dict(arguments)
     attention = arguments.pop("attn_implementation", None) or arguments.pop("_attn_implementation", None)
     config = config_class.from_dict(arguments)
@@ -148,6 +160,15 @@ def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
         config._attn_implementation = attention
     model: nn.Module = cls(config)
     return model
+
+
+def _refuse_unknown_attention(architecture: str, asked: Any) -> None:
+    named = [value for _, value in entries(asked)] if isinstance(asked, Mapping) else [asked]
+    for value in named:
+        if value is not None and not isinstance(value, Mapping) and value not in ATTENTION:
+            raise SchemaError(
+                f"the config of {architecture} asks for the attention {value!r}; known: {', '.join(ATTENTION)}"
+            )
 
 
 @contextmanager

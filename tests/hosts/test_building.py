@@ -20,6 +20,12 @@ def clip() -> nn.Module:
     return transformers.CLIPModel(transformers.CLIPConfig(vision_config=SMALL, text_config=text))
 
 
+def mixed(attention: dict[str, str]) -> nn.Module:
+    model = clip()
+    model.set_attn_implementation(attention)
+    return model
+
+
 HOSTS = {
     "deit": lambda: tiny(drop_path_rate=0.1, proj_drop_rate=0.2),
     "deit-distilled": lambda: timm.create_model("deit_tiny_distilled_patch16_224", depth=1, in_chans=1, img_size=96),
@@ -39,6 +45,8 @@ HOSTS = {
     "hf-beit": lambda: transformers.BeitModel(transformers.BeitConfig(**SMALL, use_relative_position_bias=True)),
     "hf-clip-vision": lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**SMALL)),
     "hf-clip": clip,
+    "hf-clip-text-eager": lambda: mixed({"text_config": "eager"}),
+    "hf-clip-image-eager": lambda: mixed({"": "eager", "vision_config": "eager", "text_config": "sdpa"}),
     "hf-swin": swin,
 }
 
@@ -55,6 +63,12 @@ def outputs(model: nn.Module) -> list[torch.Tensor]:
     return [value for value in values if isinstance(value, torch.Tensor)]
 
 
+def attentions(model: nn.Module) -> dict[str, str]:
+    """What every module of a model of transformers is told to compute attention with."""
+    configs = {name: getattr(module, "config", None) for name, module in model.named_modules()}
+    return {name: getattr(config, "_attn_implementation", "") for name, config in configs.items()}
+
+
 @pytest.mark.parametrize("host", HOSTS)
 def test_a_rebuilt_host_is_the_same_model(host: str) -> None:
     model = HOSTS[host]()
@@ -64,6 +78,7 @@ def test_a_rebuilt_host_is_the_same_model(host: str) -> None:
     assert all(parameter.is_meta for parameter in rebuilt.parameters())
     assert not any(buffer.is_meta for buffer in rebuilt.buffers())
     assert {n: type(m) for n, m in rebuilt.named_modules()} == {n: type(m) for n, m in model.named_modules()}
+    assert attentions(rebuilt) == attentions(model)
     rebuilt.load_state_dict(model.state_dict(), strict=True, assign=True)
     expected, found = outputs(model), outputs(rebuilt)
     assert expected

@@ -53,6 +53,11 @@ NESTED = {
     "quantization": ("ViTModel", {"inner": {"quantization_config": {"quant_method": "x"}}}, "quantization_config"),
     "origin": ("ViTModel", {"inner": {"_name_or_path": "FOLDER"}}, "_name_or_path"),
     "attention": ("CLIPModel", {"vision_config": {**SMALL, "_attn_implementation": "evil/kernel"}}, "evil/kernel"),
+    "attention-of-a-part": (
+        "CLIPModel",
+        {"_attn_implementation": {"": "eager", "text_config": {"": "evil/kernel"}}},
+        "evil/kernel",
+    ),
 }
 
 
