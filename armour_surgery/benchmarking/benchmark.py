@@ -23,6 +23,7 @@ from armour_surgery.calls import given_in_order
 from armour_surgery.copies import full_copy
 from armour_surgery.deployment.pipeline import deploy
 from armour_surgery.errors import BenchmarkError, ExampleInputError, NothingToDeployError, UsageError
+from armour_surgery.examples import on_meta
 from armour_surgery.hosts.wrappers import refuse_wrapped
 from armour_surgery.measure.cost import count_macs, count_params
 from armour_surgery.records import Progress
@@ -175,12 +176,12 @@ def _check(
 def _example_of(model: nn.Module, given: Example | None, of_first: dict[str, Tensor] | None) -> dict[str, Tensor]:
     """What a model takes; where nobody knows, what the first one takes: they are held against each other."""
     try:
-        return plain_example_of(model, given)
+        return on_meta(plain_example_of(model, given))
     except ExampleInputError:
         if of_first is None:
             raise
         # One tensor goes to whatever a forward calls its first argument.
-        return plain_example_of(model, of_first if len(of_first) > 1 else next(iter(of_first.values())))
+        return on_meta(plain_example_of(model, of_first if len(of_first) > 1 else next(iter(of_first.values()))))
 
 
 def _subject(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from armour_surgery.copies import copy_with
 from armour_surgery.coverage.smaller import mapped, outputs_of, smaller
 from armour_surgery.discover.match import all_above
+from armour_surgery.measure.difference import largest_difference
 from armour_surgery.modes import get_mode
 from armour_surgery.rewrite import become
 from armour_surgery.rewrite.contract import Part, parts_of
@@ -58,7 +59,7 @@ class Oracle:
                 if training:
                     continue  # it takes other calls while it trains
                 raise
-            worst = max(worst, _relative(wanted, outputs_of(converted, self._call, self._seed)))
+            worst = max(worst, largest_difference(wanted, outputs_of(converted, self._call, self._seed)))
         return worst
 
 
@@ -127,22 +128,6 @@ def _cut_evenly(call: Call, tokens: int) -> None:
     places = call.kwargs.get(_PLACES)
     if isinstance(places, Tensor):
         places.copy_(torch.linspace(0, tokens, len(places)))
-
-
-def _relative(wanted: list[Tensor], got: list[Tensor]) -> float:
-    """The largest difference over all outputs, relative to the largest value; infinite where they have other shapes."""
-    if [tensor.shape for tensor in wanted] != [tensor.shape for tensor in got]:
-        return math.inf
-    worst = 0.0
-    for a, b in zip(wanted, got, strict=True):
-        if not a.is_floating_point() or not a.numel():
-            continue
-        finite = a.isfinite()
-        if not torch.equal(finite, b.isfinite()) or not finite.any():
-            return math.inf
-        error = (a - b)[finite].abs().max() / a[finite].abs().max().clamp_min(1e-30)
-        worst = max(worst, float(error))
-    return worst
 
 
 def merge(module: nn.Module, traced: TracedSite, mode: str) -> None:

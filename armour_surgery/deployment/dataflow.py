@@ -5,7 +5,7 @@ with a parameter whichever class it is written in, and says which module was run
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from armour_surgery.altered import has_hooks
 from armour_surgery.calls import run, running, without_fast_paths
-from armour_surgery.copies import meta_copy
+from armour_surgery.copies import alias, floating_weight, meta_copy
 from armour_surgery.discover import could_not_run
-from armour_surgery.examples import on_meta
+from armour_surgery.examples import on_meta, with_numbers
 from armour_surgery.shapes import RememberedShapes
 
 __all__ = ["Dataflow", "FunctionCall", "follow_model", "tensors_in"]
@@ -214,13 +214,30 @@ def _memory(tensor: Tensor) -> int:
 def follow_model(model: nn.Module, example: dict[str, Tensor]) -> Dataflow:
     """Run a weightless copy of `model` in eval mode on `example` (keyword arguments) and note what flows where.
 
+    Where that fails, since the model looks at numbers, a copy that has the model's own weights is run. The model itself
+    is not run and not changed.
+
     Raises:
         ExampleInputError: the model did not accept the example.
     """
     try:
-        copied = meta_copy(model).eval()
-    except Exception as error:
-        raise could_not_run(model, example, error) from error
+        flow = _followed(meta_copy(model), on_meta(example))
+    except Exception:
+        try:
+            weight = floating_weight(model)
+            numbers = with_numbers(example, "cpu" if weight is None else weight.device)
+            flow = _followed(alias(model), numbers)
+        except Exception as error:
+            raise could_not_run(model, example, error) from error
+    # Asked of the model itself: the copy has no hooks.
+    flow.hooked = {fqn for fqn, module in model.named_modules() if fqn and has_hooks(module)}
+    for fqn in flow.hooked:
+        flow.results += tensors_in((flow.inputs.get(fqn, []), flow.outputs.get(fqn, [])))
+    return flow
+
+
+def _followed(copied: nn.Module, example: Mapping[str, Any]) -> Dataflow:
+    copied.eval()
     flow = Dataflow(copied)
     # With every name of a tied parameter: what has several must not be changed in one place.
     for name, tensor in itertools.chain(
@@ -235,20 +252,13 @@ def follow_model(model: nn.Module, example: dict[str, Tensor]) -> Dataflow:
     def left(fqn: str, output: Any) -> None:
         flow.outputs.setdefault(fqn, []).append(output)
 
-    try:
-        with (
-            torch.no_grad(),
-            without_fast_paths(),
-            running(copied, entered, left) as stack,
-            _Notes(flow, stack),
-            RememberedShapes(),
-        ):
-            result = run(copied, on_meta(example))
-    except Exception as error:
-        raise could_not_run(model, example, error) from error
+    with (
+        torch.no_grad(),
+        without_fast_paths(),
+        running(copied, entered, left) as stack,
+        _Notes(flow, stack),
+        RememberedShapes(),
+    ):
+        result = run(copied, example)
     flow.results = tensors_in(result)
-    # Asked of the model itself: the copy has no hooks.
-    flow.hooked = {fqn for fqn, module in model.named_modules() if fqn and has_hooks(module)}
-    for fqn in flow.hooked:
-        flow.results += tensors_in((flow.inputs.get(fqn, []), flow.outputs.get(fqn, [])))
     return flow

@@ -26,6 +26,7 @@ from armour_surgery.deployment.fuse_attention_pass import fuse_attention
 from armour_surgery.deployment.precompute_pass import precompute
 from armour_surgery.deployment.remove_idle_modules_pass import remove_idle_modules
 from armour_surgery.errors import NothingToDeployError, PostconditionError, UsageError
+from armour_surgery.measure.difference import largest_difference
 from armour_surgery.patching import on_cpu_by_default
 from armour_surgery.records import DeployedPlace, Deployment, KeptPlace
 from armour_surgery.surgery.targets import Example, plain_example_of, refuse_deployed
@@ -152,6 +153,8 @@ def _noise(model: nn.Module, example: dict[str, Tensor]) -> dict[str, Tensor] | 
     for name, value in example.items():
         if value.is_floating_point():
             noise[name] = torch.randn(value.shape, generator=generator).to(like.device, like.dtype)
+        elif not value.is_meta:
+            noise[name] = value.to(like.device)
         else:
             # Indices and masks: what is valid is not known, and ones nearly always are.
             noise[name] = torch.ones_like(value, device=like.device)
@@ -171,21 +174,17 @@ def _compare(name: str, expected: list[Tensor], got: list[Tensor]) -> float | No
     Raises:
         PostconditionError: it is more than rounding.
     """
-    errors = []
-    for before, after in zip(expected, got, strict=True):
-        if before.is_floating_point() and before.numel():
-            largest = before.abs().max().clamp_min(torch.finfo(before.dtype).tiny)
-            errors.append(float((before - after).abs().max() / largest))
-    if not errors:
+    if not any(before.is_floating_point() and before.numel() for before in expected):
         return None
+    error = largest_difference(expected, got)
     limit = _TOLERANCE.get(expected[0].dtype)
     # `not <=`, since NaN is neither above nor below.
-    if limit is not None and not max(errors) <= limit:
+    if limit is not None and not error <= limit:
         raise PostconditionError(
-            f"the deployed {name} differs from the original by {max(errors):.1e} of its largest output, and rounding "
+            f"the deployed {name} differs from the original by {error:.1e} of its largest output, and rounding "
             f"explains {limit:.0e}. Leave out passes one by one to find which (`passes=`), and report it"
         )
-    return max(errors)
+    return error
 
 
 def _refuse_training(model: nn.Module, _: Any) -> None:

@@ -5,10 +5,8 @@ so far (training or not, with a mask or without), each traced and rewritten for 
 is traced when it first happens. `print(module.code)` shows it.
 """
 
-import inspect
 import linecache
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
+from torch._compile import _disable_dynamo
 
 from armour_surgery.errors import SpecializationError
 from armour_surgery.patching import one_at_a_time, outside_of_modes
@@ -63,8 +62,10 @@ class ArmourAttention(Generated):
         """The generated forward, as it runs."""
         return type(self).armour_source
 
-    def armour_specialize(self, *args: Any, **kwargs: Any) -> Any:
+    def armour_specialize(self, known: int, *args: Any, **kwargs: Any) -> Any:
         """Trace and rewrite the forward for a call of a new kind, add the branch, and run it.
+
+        `known` is how many branches the forward had that found none of them to hold.
 
         Where somebody traces the model with torch.fx, this module becomes one node: which branch it is shows when that
         runs.
@@ -82,12 +83,9 @@ class ArmourAttention(Generated):
             for owner in type(self).__mro__
             if issubclass(owner, ArmourAttention) and "armour_variants" in vars(owner)
         )
-        found_none = sys._getframe(1).f_code
-        with one_at_a_time():
-            # Another thread may have added the branch meanwhile: then the forward that found none is an older one.
-            if found_none is inspect.unwrap(cls.forward).__code__:  # type: ignore[attr-defined]
-                with outside_of_modes():
-                    cls._add_branch(cls.armour_trace(self, Call(args, kwargs)))
+        # torch.compile reads the number here, so that it compiles anew once there are more.
+        if known == len(cls.armour_variants):
+            _learn(cls, self, known, Call(args, kwargs))  # type: ignore[arg-type]
         return cls.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
 
     @classmethod
@@ -99,8 +97,16 @@ class ArmourAttention(Generated):
                     f"{cls.__name__} was called in a way that its conditions do not tell apart: {variant.conditions}. "
                     "Convert the model with an example_input of these shapes"
                 )
-        cls.armour_variants = [*cls.armour_variants, variant]
-        _install(cls)
+        _install(cls, [*cls.armour_variants, variant])
+
+
+@_disable_dynamo
+def _learn(cls: type[ArmourAttention], module: nn.Module, known: int, call: Call) -> None:
+    with one_at_a_time():
+        # Another thread may have added the branch meanwhile.
+        if known == len(cls.armour_variants):
+            with outside_of_modes():
+                cls._add_branch(cls.armour_trace(module, call))
 
 
 def _is_large(node: fx.Node) -> bool:
@@ -199,13 +205,15 @@ def _negated(condition: str) -> str:
     return condition[4:] if condition.startswith("not ") else f"not {condition}"
 
 
-def _install(cls: type[ArmourAttention]) -> None:
+def _install(cls: type[ArmourAttention], variants: list[Variant]) -> None:
     """Write the class's forward from its branches, newest first, and compile it."""
     # A name for each version of the source, since tracebacks look lines up by it, and older code may still be running.
-    name = f"<armour {cls.__name__} {id(cls):x}.{len(cls.armour_variants)}>"
-    source, forward = write_forward(cls.armour_variants, name, "self.armour_specialize({})", {})
-    cls.armour_source = source
+    name = f"<armour {cls.__name__} {id(cls):x}.{len(variants)}>"
+    otherwise = f"self.armour_specialize({len(variants)}, {{}})"
+    cls.armour_source, forward = write_forward(variants, name, otherwise, {})
     cls.forward = taking_nested(forward, cls)  # type: ignore[attr-defined, arg-type]
+    # Last: a thread that finds more branches than it knew calls the forward that has them.
+    cls.armour_variants = variants
 
 
 def write_forward(
@@ -255,10 +263,10 @@ def make_class(host: type[nn.Module], mode: str, variants: list[Variant], specia
         "__module__": host.__module__,
         "__doc__": f"{host.__name__} after surgery: {mode}. Only forward differs; `print(module.code)` shows it.",
         "armour_mode": mode,
-        "armour_variants": _merge(variants),
+        "armour_variants": [],
         "armour_trace": staticmethod(specialize),
         **answers_of(host),
     }
     cls = generated_class(f"Armour{host.__name__}", ArmourAttention, host, members)
-    _install(cls)
+    _install(cls, _merge(variants))
     return cls

@@ -13,7 +13,7 @@ from armour_surgery import hosts
 from armour_surgery.calls import first_name
 from armour_surgery.copies import floating_type
 from armour_surgery.errors import AlreadyConvertedError, AlreadyDeployedError, ExampleInputError, PatternError
-from armour_surgery.examples import on_meta, part_of
+from armour_surgery.examples import part_of
 from armour_surgery.records import RefusedSite
 from armour_surgery.rewrite import ArmourAttention
 from armour_surgery.surgery.order import Rank
@@ -98,7 +98,7 @@ def example_of(model: nn.Module, given: Example | None) -> dict[str, Any]:
 
 
 def plain_example_of(model: nn.Module, given: Example | None) -> dict[str, torch.Tensor]:
-    """`example_of`, for what runs whole models on tensors by name: on the meta device.
+    """`example_of`, for what runs whole models on tensors by name.
 
     Raises:
         UsageError, ExampleInputError: as there; or the example is nested, or for a part of the model alone.
@@ -112,7 +112,7 @@ def plain_example_of(model: nn.Module, given: Example | None) -> dict[str, torch
     for name, value in example.items():
         if not isinstance(value, torch.Tensor):
             raise ExampleInputError(f"example_input[{name!r}] is {value!r}, and only tensors can be passed here")
-    return on_meta(example)
+    return example
 
 
 def _example(tensor: torch.Tensor, single: bool) -> torch.Tensor:

@@ -204,6 +204,23 @@ class Written(Net):
         return self.layers[1](made)
 
 
+class Cut(Net):
+    """How much of an image it looks at is told in numbers, as transformers' NaFlex models are told their grids."""
+
+    def forward(self, x: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+        height, width = size.tolist()
+        if height == 0:
+            raise ValueError("no image")
+        return self.layers(x[:, :, :height, :width])
+
+
+class Masked(Net):
+    """Half of what it answers is masked."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x).masked_fill(torch.arange(x.shape[-1]) > 4, float("-inf"))
+
+
 IMAGE = torch.randn(3, 4, 7, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
@@ -232,6 +249,27 @@ def test_batch_norm_goes_into_the_layer_after_it_and_into_those_on_both_sides() 
     deployed = folded(Net([nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6)]), flat)
     assert [type(layer) for layer in deployed.layers][::3] == [nn.Identity, nn.Identity]
     assert type(folded(Net([nn.BatchNorm2d(4, affine=False), nn.Conv2d(4, 6, 3)])).layers[0]) is nn.Identity
+
+
+@pytest.mark.parametrize("given", [torch.tensor([5, 4]), torch.tensor([7, 9])])
+def test_a_model_that_looks_at_numbers_is_followed_with_those_of_its_example(given: torch.Tensor) -> None:
+    net = Cut([nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)])
+    deployed = deploy(net, example_input={"x": IMAGE, "size": given}, passes="fold-batch-norm")
+    assert type(deployed.layers[1]) is nn.Identity
+    assert type(net.layers[1]) is nn.BatchNorm2d
+    for size in (given, torch.tensor([6, 3])):
+        example = {"x": IMAGE, "size": size}
+        with torch.no_grad():
+            assert relative_error(outputs(net, example), outputs(deployed, example)) < 1e-12
+
+
+def test_what_is_masked_in_the_answer_stays_masked() -> None:
+    net = Masked([nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6)])
+    deployed = deploy(net, example_input={"x": IMAGE}, passes="fold-batch-norm")
+    assert type(deployed.layers[1]) is nn.Identity
+    assert deployed.deployment.error < 1e-12
+    with torch.no_grad():
+        assert torch.equal(deployed(IMAGE).isinf(), net(IMAGE).isinf())
 
 
 def test_the_activation_in_a_norm_stays() -> None:

@@ -10,6 +10,7 @@ from before_and_after import SAMPLE, close, pair
 from oracle import outputs
 from shared_hosts import converted_host, merged
 from tiny_hosts import CASES
+from torch import nn
 
 from armour_surgery.copies import full_copy
 from armour_surgery.deployment import deploy
@@ -161,3 +162,33 @@ def test_a_call_of_a_new_kind_while_it_is_exported(sizes: str) -> None:
         if sizes == "any":
             x, mask = torch.randn(2, 7, 48, generator=generator), torch.randn(7, 7, generator=generator)
             close([other(x, attn_mask=mask)], [program.module()(x, attn_mask=mask)], 1e-6)
+
+
+class Masked(nn.Module):
+    """An attention in a model, so that torch compiles its forward as a part of the model's."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return x + self.attention(x, attn_mask=mask)
+
+
+def test_a_call_of_a_new_kind_while_it_is_compiled() -> None:
+    """transformers hands a mask over while torch compiles, and none else: the branch for it is made in between."""
+    converted = convert(CASES["vit"].build(), "qv", example_input=CASES["vit"].example())
+    attention, other = converted.blocks[0].attn.eval(), converted.blocks[1].attn.eval()
+    other.load_state_dict(attention.state_dict())
+    x, mask = torch.randn(3, 5, 48), torch.randn(5, 5)
+    branches = len(attention.armour_variants)
+    torch._dynamo.reset()
+    compiled = torch.compile(Masked(attention), backend="aot_eager")
+    with torch.no_grad():
+        first = compiled(x, mask)
+        assert len(attention.armour_variants) == branches + 1
+        breaks = dict(torch._dynamo.utils.counters["graph_break"])
+        later = [compiled(x, mask) for _ in range(2)]
+        assert dict(torch._dynamo.utils.counters["graph_break"]) == breaks  # it is one graph from now on
+        close([Masked(other)(x, mask)] * 3, [first, *later], 1e-6)
+    assert len(attention.armour_variants) == branches + 1
