@@ -64,6 +64,10 @@ def example(model: nn.Module) -> Told:
         if type(config) in MODEL_FOR_KEYPOINT_MATCHING_MAPPING:
             # Two images, in which the same points are looked for. Without weights all pixels are points.
             shape = (2, shape[0], _SMALL, _SMALL)
+        if _reads_patches(part, vision):
+            # As many as it has positions for (Molmo 2).
+            side = vision.patch_size
+            shape = (shape[-2] // side * (shape[-1] // side), _patch(vision))
         inputs = {image: (shape, torch.float32)}
     inputs = {**inputs, **_words(names, config)}
     return {f"{name}:{key}" if name else key: value for key, value in inputs.items()}
@@ -168,6 +172,13 @@ def _channels(vision: Any) -> int:
     return 3
 
 
+def _reads_patches(part: nn.Module, vision: Any) -> bool:
+    """Whether the first layer takes flattened patches: nothing else in it makes any of an image."""
+    first = next((layer for layer in part.modules() if isinstance(layer, nn.Conv2d | nn.Linear)), None)
+    sized = isinstance(getattr(vision, "patch_size", None), int)
+    return sized and isinstance(first, nn.Linear) and first.in_features == _patch(vision)
+
+
 def _patch(vision: Any) -> int:
     """How many numbers a flattened patch has."""
     size = getattr(vision, "patch_size", 16)
@@ -179,11 +190,16 @@ def _patch(vision: Any) -> int:
 def _words(names: list[str], config: Any) -> Told:
     """A few tokens will do, since nothing here looks at the text."""
     text = getattr(config, "text_config", None) or config
-    words: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    words: dict[str, tuple[tuple[int, ...], torch.dtype] | torch.Tensor] = {}
     if "input_ids" in names:
         words["input_ids"] = ((min(_WORDS, getattr(text, "max_position_embeddings", _WORDS)),), torch.int64)
+    for name in ("classes_input_ids", "classes_attention_mask", "tasks_input_ids", "tasks_attention_mask"):
+        if name in names:  # OmDet-Turbo
+            words[name] = ((_WORDS,), torch.int64)
     if "decoder_input_ids" in names:
         words["decoder_input_ids"] = ((_WORDS,), torch.int64)
+    if "classes_structure" in names:
+        words["classes_structure"] = torch.tensor([1])  # how many classes an image has
     if "bbox" in names and "input_ids" in words:
         words["bbox"] = ((*words["input_ids"][0], 4), torch.int64)
     if "task_inputs" in names:
@@ -197,6 +213,11 @@ def _in_a_grid(part: nn.Module, names: list[str], vision: Any) -> Told:
     merged = merged if isinstance(merged, int) else max(merged)
     rows, columns = 2 * merged, 3 * merged
     grid = next(name for name in _GRIDS if name in names)
+    if hasattr(vision, "adapter_merge_size"):
+        # Squares of patches, which are counted, with their channels last (Inkling 2).
+        side = merged * vision.patch_size
+        squares = torch.empty(_ROWS * _COLUMNS, side, side, _channels(vision), device="meta")
+        return {names[0]: squares, grid: torch.tensor([[1, _ROWS, _COLUMNS]])}
     inputs = {
         names[0]: _rows_of_patches(part, names[0], grid, rows * columns, vision),
         grid: torch.tensor([[1, rows, columns]]),

@@ -89,6 +89,32 @@ def muse_glimmer_vision() -> nn.Module:
     return weightless(transformers.MuseGlimmerVisionModel, config)
 
 
+def molmo2_vision() -> nn.Module:
+    """It is fed patches, as many as it has positions for, and a linear layer reads them."""
+    sizes = {**SMALL, "image_size": [20, 12], "patch_size": 4, "num_key_value_heads": 3, "head_dim": 8}
+    return weightless(transformers.Molmo2VisionModel, transformers.Molmo2VisionConfig(**sizes))
+
+
+def inkling2_vision() -> nn.Module:
+    """It is fed squares of patches, and told how many of those an image has."""
+    config = transformers.Inkling2VisionConfig(**SMALL, patch_size=5)
+    return weightless(transformers.Inkling2VisionModel, config)
+
+
+def omdet_turbo() -> nn.Module:
+    """It is told what to look for in words, and of how many classes those of an image are."""
+    backbone = transformers.SwinConfig(
+        image_size=64, embed_dim=12, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 3], window_size=2,
+        out_indices=[2, 3, 4],
+    )  # fmt: skip
+    config = transformers.OmDetTurboConfig(
+        backbone_config=backbone, apply_layernorm_after_vision_backbone=False, image_size=64,
+        encoder_in_channels=[24, 48, 96],
+        decoder_num_layers=1, num_queries=5, text_config={"model_type": "clip_text_model", "num_hidden_layers": 1},
+    )  # fmt: skip
+    return weightless(transformers.OmDetTurboForObjectDetection, config)
+
+
 def unlimited_ocr() -> nn.Module:
     """The encoder in its tower takes what the tower makes of images."""
     sam = {**SMALL, "image_size": 224, "mlp_dim": 28, "global_attn_indexes": [0], "window_size": 2}
@@ -108,6 +134,9 @@ def unlimited_ocr() -> nn.Module:
         (rf_detr, {"pixel_values": (2, 3, 24, 24)}),
         (udop, {"pixel_values": (2, 3, 32, 32), "bbox": (2, 8, 4)}),
         (muse_glimmer_vision, {"pixel_values": (48, 96)}),
+        (molmo2_vision, {"pixel_values": (2, 15, 48)}),
+        (inkling2_vision, {"pixel_values": (48, 10, 10, 3), "image_grid_thw": (2, 3)}),
+        (omdet_turbo, {"pixel_values": (2, 3, 64, 64), "classes_input_ids": (2, 8), "classes_structure": (2,)}),
         (unlimited_ocr, {"model.vision_tower:pixel_values": (2, 3, 224, 224)}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
