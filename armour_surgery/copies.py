@@ -33,6 +33,9 @@ _CALL_HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name and "
 _COLLECTING = "transformers.utils.output_capturing"
 # What deepcopy hands over as it is: nothing behind these is copied, so nothing behind them needs replacing.
 _ATOMIC = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, str, bytes, int, float)
+_UNCHANGED = frozenset((*_ATOMIC, bool, type(None), torch.dtype, torch.device, torch.Size))
+# What nn.Module leaves out of copies of itself.
+_COMPILED = "_compiled_call_impl"
 
 
 def meta_copy(module: nn.Module, *, buffers: bool = True) -> nn.Module:
@@ -70,44 +73,122 @@ def alias(module: nn.Module) -> nn.Module:
 
 def _copy(module: nn.Module, stand_in: Callable[[Tensor], Tensor | None], hooks: bool) -> nn.Module:
     """A deep copy in which every tensor for which there is a stand-in is that."""
-    # deepcopy asks its memo first and takes what stands there: so tensors are replaced wherever they are kept, which
-    # includes plain attributes and containers that no method of nn.Module knows of.
-    memo: dict[int, Any] = {}
-    seen: set[int] = set()
-    waiting: list[Any] = [module]
-    # The hooks that a module has, and the dictionary that its copy gets for them.
-    hooked: list[tuple[Mapping[int, Any], dict[int, Any]]] = []
-    while waiting:
-        item = waiting.pop()
-        if id(item) in seen or isinstance(item, _ATOMIC):
-            continue
-        seen.add(id(item))
+    return _Copier(module, stand_in, hooks).copied()
+
+
+class _Copier:
+    """What `copy.deepcopy` does, with other tensors, and without hooks if not told otherwise.
+
+    A model is modules, dictionaries and lists for the most part. Those are copied here, several times as fast; what
+    else it holds is left to `deepcopy`, which asks its memo first and takes what stands there.
+    """
+
+    def __init__(self, root: nn.Module, stand_in: Callable[[Tensor], Tensor | None], hooks: bool) -> None:
+        self._root = root
+        self._stand_in = stand_in
+        self._hooks = hooks
+        self._memo: dict[int, Any] = {}
+        self._walked: set[int] = set()
+        # The hooks that a module has, and the dictionary that its copy gets for them.
+        self._hooked: list[tuple[Mapping[int, Any], dict[int, Any]]] = []
+
+    def copied(self) -> nn.Module:
+        """The copy."""
+        copied: nn.Module = self._copy(self._root)
+        given_hooks = [(given, empty) for given, empty in self._hooked if given]
+        if given_hooks:
+            self._walk()
+        kept: set[int] = set()
+        for given, _ in given_hooks:
+            kept.update(number for number, hook in given.items() if _is_the_models_own(hook, self._walked))
+        for given, empty in given_hooks:
+            # Besides hooks by number there are marks by the same number (`with_kwargs`). The memo knows their owners.
+            empty.update({number: copy.deepcopy(hook, self._memo) for number, hook in given.items() if number in kept})
+        return copied
+
+    def _copy(self, item: Any) -> Any:
+        cls: Any = type(item)
+        if cls in _UNCHANGED:
+            return item
+        if id(item) in self._memo:
+            return self._memo[id(item)]
+        if cls is dict or cls is OrderedDict:
+            made = self._memo[id(item)] = cls()
+            for key, value in item.items():
+                made[self._copy(key)] = value if type(value) in _UNCHANGED else self._copy(value)
+            return made
+        if cls is list:
+            items: list[Any] = []
+            self._memo[id(item)] = items
+            items.extend(map(self._copy, item))
+            return items
+        if (cls is tuple or cls is set) and all(type(part) in _UNCHANGED for part in item):
+            self._memo[id(item)] = item if cls is tuple else set(item)
+            return self._memo[id(item)]
         if isinstance(item, Tensor):
-            # A lazy parameter has no shape yet; deepcopy knows how to copy it.
-            replacement = None if is_lazy(item) else stand_in(item)
-            if replacement is not None:
-                memo[id(item)] = replacement
-        elif isinstance(item, Mapping):
-            waiting.extend(item.values())
-        elif isinstance(item, list | tuple | set | frozenset | deque):
-            waiting.extend(item)
+            self._replace(item)
+        elif isinstance(item, nn.Module) and _is_plain(cls):
+            return self._module(item)
         else:
-            attributes = dict(getattr(item, "__dict__", {}))
-            if isinstance(item, nn.Module) and not hooks:
-                # In place of each dictionary of hooks, deepcopy takes an empty one; the hooks are not walked through.
-                for name in _CALL_HOOKS:
-                    given = attributes.pop(name)
-                    memo[id(given)] = OrderedDict()
-                    hooked.append((given, memo[id(given)]))
-            waiting.extend(attributes.values())
-    copied = copy.deepcopy(module, memo)
-    kept: set[int] = set()
-    for given, _ in hooked:
-        kept.update(number for number, hook in given.items() if _is_the_models_own(hook, seen))
-    for given, empty in hooked:
-        # Besides hooks by number there are marks by the same number (`with_kwargs`). The memo knows the hooks' owners.
-        empty.update({number: copy.deepcopy(hook, memo) for number, hook in given.items() if number in kept})
-    return copied
+            self._walk()
+        return copy.deepcopy(item, self._memo)
+
+    def _module(self, module: nn.Module) -> nn.Module:
+        made = self._memo[id(module)] = type(module).__new__(type(module))
+        if not self._hooks:
+            self._leave_hooks(module)
+        attributes = vars(made)
+        for name, value in vars(module).items():
+            if name != _COMPILED:
+                # Most are unchanged; asked here, since a call takes longer.
+                attributes[name] = value if type(value) in _UNCHANGED else self._copy(value)
+        return made
+
+    def _leave_hooks(self, module: nn.Module) -> None:
+        """In place of each dictionary of hooks an empty one is taken; the hooks are not walked through."""
+        for name in _CALL_HOOKS:
+            given = vars(module)[name]
+            if id(given) not in self._memo:
+                self._memo[id(given)] = OrderedDict()
+                self._hooked.append((given, self._memo[id(given)]))
+
+    def _replace(self, tensor: Tensor) -> None:
+        # A lazy parameter has no shape yet; deepcopy knows how to copy it.
+        if id(tensor) not in self._memo and not is_lazy(tensor):
+            replacement = self._stand_in(tensor)
+            if replacement is not None:
+                self._memo[id(tensor)] = replacement
+
+    def _walk(self) -> None:
+        """Replace the tensors wherever the model keeps them: what `deepcopy` copies may lead to any of them."""
+        waiting: list[Any] = [] if self._walked else [self._root]
+        while waiting:
+            item = waiting.pop()
+            if id(item) in self._walked or isinstance(item, _ATOMIC):
+                continue
+            self._walked.add(id(item))
+            if isinstance(item, Tensor):
+                self._replace(item)
+            elif isinstance(item, Mapping):
+                waiting.extend(item.values())
+            elif isinstance(item, list | tuple | set | frozenset | deque):
+                waiting.extend(item)
+            else:
+                attributes = dict(getattr(item, "__dict__", {}))
+                if isinstance(item, nn.Module) and not self._hooks:
+                    self._leave_hooks(item)
+                    for name in _CALL_HOOKS:
+                        del attributes[name]
+                waiting.extend(attributes.values())
+
+
+@functools.cache
+def _is_plain(cls: type) -> bool:
+    """Whether a module is copied as its attributes are: its class does not say otherwise, nor keeps anything else."""
+    own = {"__deepcopy__", "__getstate__", "__setstate__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__new__"}
+    # Convolutions have a `__setstate__` for what was pickled by a torch of years ago.
+    others = [base for base in cls.__mro__ if base not in (nn.Module, nn.modules.conv._ConvNd, object)]
+    return not any({*own, "__slots__"} & vars(base).keys() for base in others)
 
 
 def _is_the_models_own(hook: Any, reached: set[int]) -> bool:
@@ -122,13 +203,20 @@ def _is_the_models_own(hook: Any, reached: set[int]) -> bool:
 
 def _stand_in(tensor: Tensor, buffers: bool) -> Tensor:
     if isinstance(tensor, nn.Parameter):
-        empty = nn.Parameter(torch.empty_like(tensor, device="meta"), tensor.requires_grad)
+        empty = nn.Parameter(_empty(tensor), tensor.requires_grad)
         # Marks that libraries leave on parameters, such as transformers' `_is_hf_initialized`.
         empty.__dict__.update(tensor.__dict__)
         return empty
     # deepcopy refuses tensors that a computation made (an eval-time cache holds such); these are leaves.
-    plain = torch.empty_like(tensor, device="meta") if buffers else tensor.detach().clone()
+    plain = _empty(tensor) if buffers else tensor.detach().clone()
     return plain.requires_grad_(tensor.requires_grad)
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.is_contiguous():
+        # On meta, `empty_like` takes ten times as long.
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    return torch.empty_like(tensor, device="meta")
 
 
 def copy_of_zeros(module: nn.Module, part: str = "") -> nn.Module:

@@ -1,6 +1,7 @@
 """Copies on the meta device keep a model's structure, and share nothing with it."""
 
 import copy
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from tiny_hosts import CASES
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from armour_surgery.copies import alias, copy_of_zeros, meta_copy
+from armour_surgery.copies import alias, copy_of_zeros, full_copy, meta_copy
 
 
 def test_meta_copy_keeps_structure_and_no_numbers_unless_those_of_buffers() -> None:
@@ -141,3 +142,80 @@ def test_zeros_are_made_for_the_part_that_runs_alone() -> None:
     assert torch.equal(copied["tower"].weight, torch.zeros(3))
     assert torch.equal(copied["tower"].running_var, torch.full((3,), 2.0))
     assert copied["text"].weight.is_meta
+
+
+class Stated(nn.Module):
+    """Says itself what belongs into a copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.cache = [1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "cache": []}
+
+
+class Copied(nn.Module):
+    """Copies itself."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Copied":
+        made = memo[id(self)] = Copied()
+        made.told = True
+        return made
+
+
+class Slotted:
+    __slots__ = ("kept",)
+
+    def __init__(self, kept: Any) -> None:
+        self.kept = kept
+
+
+class Holding(nn.Module):
+    """Holds its parts in all ways that a model may hold something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 2)
+        self.others = nn.ModuleList([Stated(), Copied()])
+        self.shared = [torch.zeros(2)]
+        self.layer.shared = self.shared
+        self.names = {"a", "b"}
+        self.sizes = (2, 3.0, "x", torch.float32, torch.device("cpu"))
+        self.pair = (self.layer, self.layer.weight)
+        self.call = partial(self.layer.forward, 1)
+        self.bound = self.layer.forward
+        self.last = deque([self.layer], maxlen=3)
+        self.object = Slotted([self.layer.weight, {"again": self.shared}])
+        self.itself = {"me": [self]}
+
+
+@pytest.mark.parametrize("copied", [full_copy, meta_copy, alias])
+def test_whatever_holds_a_part_holds_the_copys(copied: Callable[[nn.Module], nn.Module]) -> None:
+    model = Holding()
+    model.compile(backend="eager")
+    twin: Any = copied(model)
+    assert vars(twin).keys() == vars(model).keys() - {"_compiled_call_impl"}
+    assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
+    assert twin.layer is not model.layer
+    assert twin.layer.shared is twin.shared
+    assert twin.shared is not model.shared
+    assert twin.names == model.names
+    assert twin.names is not model.names
+    assert twin.sizes == model.sizes
+    assert (twin.pair[0], twin.last[0]) == (twin.layer, twin.layer)
+    assert twin.pair[1] is twin.layer.weight
+    assert twin.last.maxlen == 3
+    assert twin.call.func.__self__ is twin.bound.__self__ is twin.layer
+    assert twin.object.kept[0] is twin.layer.weight
+    assert twin.object.kept[1]["again"] is twin.shared
+    assert twin.itself["me"][0] is twin
+    assert twin.others[0].cache == []
+    assert twin.others[1].told
+    assert (twin.layer.weight is model.layer.weight) == (copied is alias)
+    assert twin.layer.weight.is_meta == (copied is meta_copy)
+    twin.names.add("c")
+    twin.layer.register_forward_hook(lambda *_: None)
+    assert model.names == {"a", "b"}
+    assert not model.layer._forward_hooks
