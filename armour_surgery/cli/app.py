@@ -22,7 +22,7 @@ app = typer.Typer(
     name="armour-surgery",
     help="Rewrite a Vision Transformer's attention so that fewer projections do the work.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -20,6 +21,8 @@ from armour_surgery.notes import ArmourWarning
 __all__ = ["command", "console_for", "console_of_first_rank", "print_json"]
 
 P = ParamSpec("P")
+# As shells have it: 128 and the number of the signal.
+_INTERRUPTED = 128 + signal.SIGINT
 # Where the JSON document goes while everything else goes to stderr.
 _json_stream: ContextVar[TextIO | None] = ContextVar("_json_stream", default=None)
 
@@ -56,7 +59,7 @@ def _stdout_for_json(as_json: bool) -> Iterator[None]:
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
-    """Turn errors into one line on stderr and an exit code: 1 it failed, 2 wrong usage.
+    """Turn errors into one line on stderr and an exit code: 1 it failed, 2 wrong usage, 130 it was interrupted.
 
     `ARMOUR_DEBUG=1` adds the traceback.
     """
@@ -81,7 +84,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
                 hint = " (on the command line: --example 1,3,224,224)"
             raise _failed(f"{error}{hint}", error.exit_code, debug) from error
         except KeyboardInterrupt as error:
-            raise _failed("interrupted; nothing was left half-written", 1, debug) from error
+            raise _failed("interrupted; nothing was left half-written", _INTERRUPTED, debug) from error
         except MemoryError as error:
             raise _failed("out of memory; use a smaller model or a machine with more", 1, debug) from error
         except Exception as error:

@@ -65,9 +65,7 @@ def example(model: nn.Module) -> Told:
             # Two images, in which the same points are looked for. Without weights all pixels are points.
             shape = (2, shape[0], _SMALL, _SMALL)
         if _reads_patches(part, vision):
-            # As many as it has positions for (Molmo 2).
-            side = vision.patch_size
-            shape = (shape[-2] // side * (shape[-1] // side), _patch(vision))
+            shape = (vision.num_position_embeddings, _patch(vision))
         inputs = {image: (shape, torch.float32)}
     inputs = {**inputs, **_words(names, config)}
     return {f"{name}:{key}" if name else key: value for key, value in inputs.items()}
@@ -173,10 +171,10 @@ def _channels(vision: Any) -> int:
 
 
 def _reads_patches(part: nn.Module, vision: Any) -> bool:
-    """Whether the first layer takes flattened patches: nothing else in it makes any of an image."""
-    first = next((layer for layer in part.modules() if isinstance(layer, nn.Conv2d | nn.Linear)), None)
-    sized = isinstance(getattr(vision, "patch_size", None), int)
-    return sized and isinstance(first, nn.Linear) and first.in_features == _patch(vision)
+    """Whether the first layer takes flattened patches, as many as there are positions (Molmo 2)."""
+    first = next((layer for layer in part.modules() if isinstance(layer, nn.Conv2d | nn.Conv3d | nn.Linear)), None)
+    counted = isinstance(getattr(vision, "num_position_embeddings", None), int)
+    return counted and isinstance(first, nn.Linear) and first.in_features == _patch(vision)
 
 
 def _patch(vision: Any) -> int:
@@ -213,7 +211,7 @@ def _in_a_grid(part: nn.Module, names: list[str], vision: Any) -> Told:
     merged = merged if isinstance(merged, int) else max(merged)
     rows, columns = 2 * merged, 3 * merged
     grid = next(name for name in _GRIDS if name in names)
-    if hasattr(vision, "adapter_merge_size"):
+    if hasattr(vision, "native_patch_size"):
         # Squares of patches, which are counted, with their channels last (Inkling 2).
         side = merged * vision.patch_size
         squares = torch.empty(_ROWS * _COLUMNS, side, side, _channels(vision), device="meta")

@@ -94,7 +94,7 @@ def test_an_interrupted_run_leaves_nothing(here: Path, monkeypatch: pytest.Monke
 
     before = sorted(path.name for path in here.iterdir())
     monkeypatch.setattr(benchmarking, "compare", interrupted)
-    assert "interrupted; nothing was left half-written" in bad("armour", "--out", "s.csv", "--out", "s.png", code=1)
+    assert "interrupted; nothing was left half-written" in bad("armour", "--out", "s.csv", "--out", "s.png", code=130)
     assert sorted(path.name for path in here.iterdir()) == before
 
 

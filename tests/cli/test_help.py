@@ -30,6 +30,23 @@ def test_help_lists_every_command() -> None:
     assert [command for command in COMMANDS if re.search(rf"^  {command} ", result.stdout, re.MULTILINE)] == [*COMMANDS]
 
 
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_has_a_short_name(command: str) -> None:
+    words = command.split()
+    assert good(*words, "-h").stdout == good(*words, "--help").stdout
+
+
+def test_shells_complete_commands_and_options() -> None:
+    asked = {
+        "_ARMOUR_SURGERY_COMPLETE": "complete_bash",
+        "COMP_CWORD": "2",
+        "COMP_WORDS": "armour-surgery convert --ca",
+    }
+    program = [sys.executable, "-c", "from armour_surgery.cli import app; app(prog_name='armour-surgery')"]
+    done = subprocess.run(program, env={**os.environ, **asked}, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["--calib", "--calib-images"]
+
+
 @pytest.mark.parametrize(
     ("command", "options"),
     [

@@ -21,8 +21,8 @@ def test_an_interrupt_while_saving(tiny: str, here: Path, monkeypatch: pytest.Mo
     good("convert", tiny, "--out", "ours")
     before = {path.name: path.read_bytes() for path in (here / "ours").iterdir()}
     monkeypatch.setattr(folder, "save_file", interrupted)
-    assert "interrupted" in bad("convert", tiny, "--out", "out")
-    assert "interrupted" in bad("convert", tiny, "--mode", "kv", "--out", "ours")
+    assert "interrupted" in bad("convert", tiny, "--out", "out", code=130)
+    assert "interrupted" in bad("convert", tiny, "--mode", "kv", "--out", "ours", code=130)
     assert {path.name: path.read_bytes() for path in (here / "ours").iterdir()} == before
 
 
@@ -59,7 +59,7 @@ def test_ctrl_c_while_saving(tiny: str, here: Path) -> None:
     finally:
         process.kill()
         process.wait()
-    assert process.returncode == 1
+    assert process.returncode == 130
     assert out == ""
     assert errors.splitlines() == ["error: interrupted; nothing was left half-written"]
     assert os.listdir(here) == ["tiny"]

@@ -95,6 +95,21 @@ def molmo2_vision() -> nn.Module:
     return weightless(transformers.Molmo2VisionModel, transformers.Molmo2VisionConfig(**sizes))
 
 
+def video_mae() -> nn.Module:
+    """As many numbers as a patch has are no sign: a convolution reads its images, and its layers are as wide."""
+    config = transformers.VideoMAEConfig(
+        hidden_size=48, intermediate_size=28, num_hidden_layers=1, num_attention_heads=3, image_size=8, patch_size=4,
+        num_frames=2,
+    )  # fmt: skip
+    return weightless(transformers.VideoMAEModel, config)
+
+
+def dots3_note_vision() -> nn.Module:
+    """It merges squares of patches too, and is fed patches."""
+    config = transformers.Dots3NoteVisionConfig(**SMALL, patch_size=4, adapter_in_dim=24, per_layer_config={})
+    return weightless(transformers.Dots3NoteVisionModel, config)
+
+
 def inkling2_vision() -> nn.Module:
     """It is fed squares of patches, and told how many of those an image has."""
     config = transformers.Inkling2VisionConfig(**SMALL, patch_size=5)
@@ -135,6 +150,8 @@ def unlimited_ocr() -> nn.Module:
         (udop, {"pixel_values": (2, 3, 32, 32), "bbox": (2, 8, 4)}),
         (muse_glimmer_vision, {"pixel_values": (48, 96)}),
         (molmo2_vision, {"pixel_values": (2, 15, 48)}),
+        (video_mae, {"pixel_values": (2, 2, 3, 8, 8)}),
+        (dots3_note_vision, {"pixel_values": (48, 48), "grid_thw": (2, 3)}),
         (inkling2_vision, {"pixel_values": (48, 10, 10, 3), "image_grid_thw": (2, 3)}),
         (omdet_turbo, {"pixel_values": (2, 3, 64, 64), "classes_input_ids": (2, 8), "classes_structure": (2,)}),
         (unlimited_ocr, {"model.vision_tower:pixel_values": (2, 3, 224, 224)}),
