@@ -14,7 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from armour_surgery.altered import has_hooks
+from armour_surgery.altered import has_hooks, names_below, why_altered
 from armour_surgery.calls import run, running, without_fast_paths
 from armour_surgery.copies import alias, floating_weight, meta_copy
 from armour_surgery.discover import could_not_run
@@ -222,7 +222,9 @@ def follow_model(model: nn.Module, example: dict[str, Tensor]) -> Dataflow:
     """
     try:
         flow = _followed(meta_copy(model), on_meta(example))
-    except Exception:
+    except Exception as first:
+        if why_altered(model, names_below(model, "")) is not None:
+            raise could_not_run(model, example, first) from first  # on a copy, it would run the model's own modules
         try:
             weight = floating_weight(model)
             numbers = with_numbers(example, "cpu" if weight is None else weight.device)
