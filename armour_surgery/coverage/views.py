@@ -18,7 +18,7 @@ _EXPLAINED = (
     "- *exact*: of every kind of site that converts, one module was given random float64 weights in which the merged "
     "projections are equal. Converted, it computed the same within 1e-9, in eval and in train mode. Every mode is tried"
     " on one site of each kind of code, and the mode that `auto` takes on every number of heads and channels of it,"
-    " with fewer windows and tokens where a module takes fewer.",
+    " with fewer windows and tokens, and smaller images, where a module takes such.",
     "- *errors*: it could not be built, or did not run on what it was fed.",
 )
 
