@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from armour_surgery.calls import run
 from armour_surgery.deployment.dataflow import FunctionCall, follow_model
 from armour_surgery.deployment.findings import Findings
+from armour_surgery.examples import with_numbers
 from armour_surgery.rewrite.edits import tensor_named
 
 __all__ = ["channels_last"]
@@ -41,11 +42,11 @@ def channels_last(model: nn.Module, example: dict[str, Tensor], findings: Findin
         # `.data`, so that the parameters stay the same objects, and whoever holds one still does.
         weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     dtype = next(iter(weights.values())).dtype
-    zeros: dict[str, Tensor] = {}
-    for name, value in example.items():
-        zeros[name] = torch.zeros_like(value, device=device, dtype=dtype if value.is_floating_point() else value.dtype)
+    numbers: dict[str, Tensor] = {}
+    for name, value in with_numbers(example, device, noise=False).items():
+        numbers[name] = value.to(dtype) if value.is_floating_point() else value
     try:
-        run(model, zeros)
+        run(model, numbers)
     except RuntimeError as error:
         for owner, weight in weights.items():
             weight.data = old[owner]
