@@ -33,6 +33,7 @@ _CALL_HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name and "
 _COLLECTING = "transformers.utils.output_capturing"
 # What deepcopy hands over as it is: nothing behind these is copied, so nothing behind them needs replacing.
 _ATOMIC = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, str, bytes, int, float)
+# Types of what is the same in a copy, looked up where asking `isinstance` of everything would take longer.
 _UNCHANGED = frozenset((*_ATOMIC, bool, type(None), torch.dtype, torch.device, torch.Size))
 # What nn.Module leaves out of copies of itself.
 _COMPILED = "_compiled_call_impl"
@@ -259,7 +260,7 @@ class MetaTwins:
         if tensor.is_meta and not fake:
             return tensor
         if tensor not in self._twins:
-            self._twins[tensor] = _plain_twin(tensor) if fake else torch.empty_like(tensor, device="meta")
+            self._twins[tensor] = _plain_twin(tensor) if fake else _empty(tensor)
         twin: Tensor = self._twins[tensor]
         return twin
 

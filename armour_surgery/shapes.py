@@ -37,25 +37,18 @@ class RememberedShapes(TorchDispatchMode):
             return func(*args, **kwargs)
         if key not in _known:
             result = func(*args, **kwargs)
-            if _changes_numbers(func):
-                _remember(key, ())
-                return result
-            layouts = _layouts_of(result)
+            layouts = () if _changes_numbers(func) else _layouts_of(result)
             if layouts is not None:
-                _remember(key, layouts)
+                if len(_known) >= _MOST:
+                    _known.clear()
+                _known[key] = layouts
             return result
-        if _changes_numbers(func):
-            return args[0]
+        if not _known[key]:
+            return args[0]  # nothing new comes of it: its numbers are others
         results = []
         for shape, strides, dtype in _known[key]:
             results.append(torch.empty_strided(shape, strides, dtype=dtype, device="meta"))
         return results[0] if len(func._schema.returns) == 1 else tuple(results)
-
-
-def _remember(key: Any, layouts: tuple[_Layout, ...]) -> None:
-    if len(_known) >= _MOST:
-        _known.clear()
-    _known[key] = layouts
 
 
 def _key_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from armour_surgery import convert, deploy
 from armour_surgery.deployment import PASSES
+from armour_surgery.measure.difference import largest_difference
 
 WEIGHTS = Path(__file__).with_name("weights")
 CALIBRATION = 512
@@ -90,7 +91,7 @@ def compare(
         for passes in (None, PASSES):
             deployed = deploy(model, passes=passes)
             found = outputs(deployed)
-            error = float((found - expected).abs().max() / expected.abs().max())
+            error = largest_difference([expected], [found])
             row: dict[str, Any] = {
                 "model": name,
                 "what": label,

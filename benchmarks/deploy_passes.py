@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from armour_surgery import convert, deploy
@@ -34,6 +34,7 @@ from armour_surgery.deployment import PASSES
 from armour_surgery.errors import NothingToDeployError
 from armour_surgery.hosts import load_model
 from armour_surgery.measure.cost import count_macs
+from armour_surgery.measure.difference import largest_difference
 
 BATCH_SIZE = 16
 BUDGET_S = 420.0  # Of one model with all that is compared with it: DeiT-B gets fewer rounds.
@@ -99,7 +100,9 @@ def run(name: str, compiled: bool, each_pass: bool, batch_size: int, rounds: int
     with many_compiled():
         with torch.inference_mode():
             noise = torch.randn(batch_size, *IMAGE)
-            errors = {label: _error(origin(noise), models[label](noise)) for label, origin in origins.items()}
+            errors = {}
+            for label, origin in origins.items():
+                errors[label] = largest_difference([origin(noise)], [models[label](noise)])
         report = compare(models, lambda: torch.randn(batch_size, *IMAGE), rounds=rounds, budget_s=BUDGET_S)
     return {
         "model": name,
@@ -113,10 +116,6 @@ def run(name: str, compiled: bool, each_pass: bool, batch_size: int, rounds: int
             for a, b in ((name, mode), ("deploy", f"{mode} + deploy"))
         ],
     }
-
-
-def _error(expected: Tensor, found: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 def _with_statistics(model: nn.Module) -> nn.Module:

@@ -3,8 +3,6 @@
     armour-surgery coverage --json > coverage.json
     python benchmarks/each_class.py coverage.json [--library NAME] [--only CLASS] [--rows FILE] [--markdown FILE.md]
 
-With `--rows` it goes on where it was stopped: classes that the file (JSON lines) has are not run again.
-
 For every class of attention module that `auto` converts, an architecture that has it is built with random
 weights and converted. Then:
 
@@ -46,6 +44,7 @@ from armour_surgery.errors import ArmourError, PostconditionError
 from armour_surgery.examples import with_numbers
 from armour_surgery.hosts.catalog import skeleton
 from armour_surgery.hosts.running import example_input
+from armour_surgery.measure.cost import count_params
 from armour_surgery.measure.difference import largest_difference
 from armour_surgery.saving.any_model import load_any
 
@@ -58,7 +57,7 @@ _PATCHES = 8  # along a side of an image
 _WORDS = 1000  # that the language model behind a tower knows; it is not run
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _MOST_EXPERTS = 8
-_LARGE = 500  # million parameters, from which on a model is run with two layers in every part or not at all
+_LARGE = 500_000_000  # parameters from which on a model is run with two layers in every part or not at all
 
 
 def main() -> None:
@@ -66,7 +65,7 @@ def main() -> None:
     parser.add_argument("coverage", type=Path, help="what `armour-surgery coverage --json` printed")
     parser.add_argument("--library", choices=("timm", "transformers", "torchvision"))
     parser.add_argument("--only", default="", metavar="CLASS", help="only classes whose name has this in it")
-    parser.add_argument("--rows", type=Path)
+    parser.add_argument("--rows", type=Path, help="JSON lines: each class is added, and those there are not run again")
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     if not options.coverage.is_file():
@@ -78,7 +77,9 @@ def main() -> None:
         if options.library in (None, library):
             classes = _by_class(found["list"])
             chosen += [(library, host, names) for host, names in classes.items() if options.only in host]
-    rows = _kept(options.rows)
+    rows: list[dict[str, str]] = []
+    if options.rows is not None and options.rows.is_file():
+        rows = [json.loads(line) for line in options.rows.read_text(encoding="utf-8").splitlines()]
     # Too much memory is to be one class's error. The other process has a limit of its own.
     resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY_GIB << 30, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     reader = _Reader()
@@ -95,7 +96,8 @@ def main() -> None:
             outcomes = {key: known[0][key] for key in CHECKS} if known else _examine(library, name, reader)
         except _TooLongError:
             outcomes = dict.fromkeys(CHECKS, f"not examined: it took longer than {_LONGEST} s")
-            reader = _Reader()  # what the other one is busy with would be its next answer
+            reader.stop()  # what it is busy with would be its next answer
+            reader = _Reader()
         signal.alarm(0)
         print(f"{library} {host} {name} {time.perf_counter() - started:.1f} s {outcomes}", file=sys.stderr)
         rows.append({"library": library, "class": host, "architecture": name, **outcomes})
@@ -103,21 +105,20 @@ def main() -> None:
             with options.rows.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
         if options.markdown is not None:  # after each: all of them take an hour
-            options.markdown.write_text(_page(rows, len(chosen), options), encoding="utf-8")
+            options.markdown.write_text(_page(_ordered(rows, chosen), len(chosen), options), encoding="utf-8")
         gc.collect()
-    order = [(library, host) for library, host, _ in chosen]
-    rows = [row for row in rows if (row["library"], row["class"]) in order]
-    rows.sort(key=lambda row: order.index((row["library"], row["class"])))
+    rows = _ordered(rows, chosen)
     if options.markdown is not None:
         options.markdown.write_text(_page(rows, len(chosen), options), encoding="utf-8")
     print(json.dumps({"versions": versions(), "classes": rows}, indent=1))
     sys.exit(any(outcome.startswith("FAILS") for row in rows for outcome in row.values()))
 
 
-def _kept(path: Path | None) -> list[dict[str, str]]:
-    """What earlier runs found out."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path is not None and path.is_file() else []
-    return [json.loads(line) for line in lines]
+def _ordered(rows: list[dict[str, str]], chosen: list[tuple[str, str, list[str]]]) -> list[dict[str, str]]:
+    """Those of the chosen classes, in their order: earlier runs may have chosen others."""
+    order = [(library, host) for library, host, _ in chosen]
+    own = [row for row in rows if (row["library"], row["class"]) in order]
+    return sorted(own, key=lambda row: order.index((row["library"], row["class"])))
 
 
 class _TooLongError(BaseException):
@@ -145,7 +146,7 @@ def _plainest(library: str, names: list[str]) -> str:
 
     def cost(name: str) -> int:
         model, _ = skeleton(library, name)
-        return _millions(model) + sum(1 for _ in model.modules())
+        return count_params(model) // 1_000_000 + sum(1 for _ in model.modules())
 
     return min(names[:_CANDIDATES], key=cost)
 
@@ -160,17 +161,13 @@ def _builders(library: str, name: str) -> list[Callable[[], nn.Module]]:
 
     cls = getattr(transformers, name)
     entries = [cut_config(name)]
-    if _millions(skeleton(library, name)[0]) < _LARGE:  # some cannot be cut
+    if count_params(skeleton(library, name)[0]) < _LARGE:  # some cannot be cut
         entries.append(cls.config_class().to_dict())
     configs = []
     for config in entries:
         smaller = copy.deepcopy(config)
         configs += [smaller, config] if _shrink(smaller) else [config]
     return [lambda config=config: cls(cls.config_class(**config)).eval() for config in configs]  # type: ignore[misc]
-
-
-def _millions(model: nn.Module) -> int:
-    return sum(map(torch.numel, model.parameters())) // 1_000_000
 
 
 def _shrink(entries: dict[str, Any]) -> bool:
@@ -236,6 +233,11 @@ class _Reader:
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_read, args=(theirs,), daemon=True)
         self._process.start()
+
+    def stop(self) -> None:
+        """End the process, with the memory that it holds."""
+        self._process.kill()
+        self._process.join()
 
     def outputs(self, folder: Path, inputs: list[dict[str, Tensor]]) -> list[list[Tensor]]:
         """What the model in a folder answers to each input."""
@@ -309,7 +311,7 @@ def _attempt(check: Callable[[], str]) -> str:
 
 
 def _failed(error: Exception) -> str:
-    if "allocate memory" in str(error):
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
         return f"not examined: it takes more than {_MEMORY_GIB} GiB"
     return f"FAILS: {_said(error)}"
 
@@ -357,9 +359,9 @@ def _compile(original: nn.Module, converted: nn.Module, inputs: dict[str, Tensor
 def _deploy(converted: nn.Module, inputs: dict[str, Tensor], expected: list[Tensor]) -> str:
     try:
         deployed = deploy(copy.deepcopy(converted))
-    except PostconditionError:
-        raise
     except ArmourError as error:
+        if isinstance(error, PostconditionError):
+            raise
         return f"refused: {_said(error)}"
     difference = largest_difference(expected, _quiet_outputs(deployed, inputs))
     if difference <= _NEAR:

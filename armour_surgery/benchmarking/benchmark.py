@@ -176,12 +176,13 @@ def _check(
 def _example_of(model: nn.Module, given: Example | None, of_first: dict[str, Tensor] | None) -> dict[str, Tensor]:
     """What a model takes; where nobody knows, what the first one takes: they are held against each other."""
     try:
-        return on_meta(plain_example_of(model, given))
+        example = plain_example_of(model, given)
     except ExampleInputError:
         if of_first is None:
             raise
         # One tensor goes to whatever a forward calls its first argument.
-        return on_meta(plain_example_of(model, of_first if len(of_first) > 1 else next(iter(of_first.values()))))
+        example = plain_example_of(model, of_first if len(of_first) > 1 else next(iter(of_first.values())))
+    return on_meta(example)
 
 
 def _subject(

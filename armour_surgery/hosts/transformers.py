@@ -163,8 +163,7 @@ def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 
 def _refuse_unknown_attention(architecture: str, asked: Any) -> None:
-    named = [value for _, value in entries(asked)] if isinstance(asked, Mapping) else [asked]
-    for value in named:
+    for _, value in entries({"": asked}):  # of all parts
         if value is not None and not isinstance(value, Mapping) and value not in ATTENTION:
             raise SchemaError(
                 f"the config of {architecture} asks for the attention {value!r}; known: {', '.join(ATTENTION)}"
