@@ -25,7 +25,7 @@ _ELEMENTWISE = {"add", "mul", "sub", "gelu", "relu", "silu", "hardswish", "sigmo
 _SUMS = {operator.add, torch.add, operator.mul, torch.mul, "add", "mul"}
 
 
-_NO_SELECTION = "nothing selects tokens after it"
+_NO_SELECTION = "nothing after it reads only its first tokens"
 
 
 def drop_dead_tokens(model: nn.Module, example: dict[str, Tensor], findings: Findings) -> None:
@@ -77,10 +77,14 @@ def drop_dead_tokens(model: nn.Module, example: dict[str, Tensor], findings: Fin
 
 
 def _may_select(flow: Dataflow) -> bool:
-    """Whether something takes a part of three axes after the last attention, as a head takes its tokens."""
+    """Whether something takes some of the last attention's tokens after it, as a head does."""
     fused = [index for index, call in enumerate(flow.calls) if call.name == "scaled_dot_product_attention"]
-    later = flow.calls[fused[-1] + 1 :] if fused else []
-    return any(call.name == "__getitem__" and call.source.ndim == 3 for call in later)
+    if not fused:
+        return False
+    query = flow.calls[fused[-1]].argument(0, "query")
+    later = flow.calls[fused[-1] + 1 :]
+    selections = [call for call in later if call.name == "__getitem__" and len(call.args) > 1]
+    return any(_selected(call.source, call.args[1], query.shape[-2]) is not None for call in selections)
 
 
 def _narrow(graph: fx.Graph, flow: Dataflow, modules: dict[str, nn.Module]) -> str | None:
@@ -95,9 +99,11 @@ def _narrow(graph: fx.Graph, flow: Dataflow, modules: dict[str, nn.Module]) -> s
     for node in graph.nodes:
         if not any(source in ours for source in node.all_input_nodes):
             continue
-        index = _selected(node, tokens)
-        if index is not None:
-            selections[node] = index
+        taken = None
+        if node.target is operator.getitem:
+            taken = _selected(value_of(node.args[0]), value_of(node.args[1]), tokens)
+        if taken is not None:
+            selections[node] = taken
         elif node.op == "output" or not _keeps_tokens(node, tokens, flow, modules):
             what = "the model's output" if node.op == "output" else getattr(node.target, "__name__", node.target)
             return f"{what} needs all its tokens"
@@ -112,11 +118,8 @@ def _narrow(graph: fx.Graph, flow: Dataflow, modules: dict[str, nn.Module]) -> s
     return None
 
 
-def _selected(node: fx.Node, tokens: int) -> int | None:
+def _selected(source: Any, index: Any, tokens: int) -> int | None:
     """The last token that `x[:, i]` or `x[:, :i]` takes; None for anything else."""
-    if node.target is not operator.getitem or not isinstance(node.args[0], fx.Node):
-        return None
-    source, index = node.args[0].meta["value"], value_of(node.args[1])
     if not isinstance(source, Tensor) or source.ndim != 3 or source.shape[1] != tokens:
         return None
     if not isinstance(index, tuple) or len(index) != 2 or index[0] != slice(None):

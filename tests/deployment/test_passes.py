@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from deployed import double, worst
 from oracle import outputs, randomize, relative_error
 from timm.layers import BatchNormAct2d
+from timm.models.vision_transformer import VisionTransformer
 from tiny_hosts import CASES
 from torch import nn
 
@@ -141,21 +142,38 @@ def test_only_tokens_that_the_head_reads_are_computed_to_the_end(name: str, conv
         assert torch.equal(model.forward_features(batch), deployed.forward_features(batch))
 
 
-def test_where_tokens_are_averaged_all_are_computed() -> None:
-    model, example = double("beit", False)
-    with pytest.raises(NothingToDeployError, match="needs all its tokens"):
+def test_where_all_tokens_are_read_beside_the_first_all_are_computed() -> None:
+    model, example = double("vit", False)
+    model.__class__ = _WithTokens
+    with pytest.raises(NothingToDeployError, match="the model's output needs all its tokens"):
         deploy(model, example_input=example, passes="drop-dead-tokens")
 
 
-def test_the_whole_model_is_not_followed_where_nothing_selects_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+class _WithTokens(VisionTransformer):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The class, and the tokens."""
+        x = self.norm(self.blocks(self._pos_embed(self.patch_embed(x))))
+        return self.head(x[:, 0]), x
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hf-swin",  # an average of all
+        "beit",  # an average of all but the first
+    ],
+)
+def test_the_whole_model_is_not_followed_where_nothing_reads_the_first_tokens(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It takes minutes where sizes are computed from sizes."""
 
     def never(*_: object) -> None:
         raise AssertionError
 
     monkeypatch.setattr(drop_dead_tokens_pass, "trace", never)
-    model, example = double("hf-swin", False)
-    with pytest.raises(NothingToDeployError, match="nothing selects tokens"):
+    model, example = double(name, False)
+    with pytest.raises(NothingToDeployError, match="nothing after it reads only its first tokens"):
         deploy(model, example_input=example, passes="drop-dead-tokens")
 
 
