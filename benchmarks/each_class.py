@@ -13,16 +13,17 @@ weights and converted. Then:
 - *deploy*: the deployed model's output is within 1e-5 (in float64 where rounding decides what the model selects), or
   deploying is refused, with the reason.
 
-What the original itself does not do (three images at once, compiling) is told so, and is no failure. Models of
-transformers have two layers in every part, few words and experts, and images of eight by eight patches where they run
-on such. What takes longer than ten minutes, or more than 14 GiB, is left.
+What the original itself does not do (three images at once, training, compiling) is told so, and is no failure. Models
+of transformers have two layers in every part, few words and experts, narrow MLPs, and images of eight by eight patches
+where they run on such. What takes longer than ten minutes, or more than 14 GiB, is left.
 """
 
 import argparse
+import contextlib
 import copy
-import gc
 import json
 import multiprocessing
+import os
 import resource
 import signal
 import sys
@@ -35,6 +36,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
+from small_configs import shrink
 from torch import Tensor, nn
 
 from armour_surgery import convert, deploy, load, save
@@ -53,10 +55,6 @@ _CANDIDATES = 5  # architectures of a class that are asked for; those that were 
 _NEAR = 1e-5
 _LONGEST = 600  # seconds that a class may take
 _MEMORY_GIB = 14
-_PATCHES = 8  # along a side of an image
-_WORDS = 1000  # that the language model behind a tower knows; it is not run
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_MOST_EXPERTS = 8
 _LARGE = 500_000_000  # parameters from which on a model is run with two layers in every part or not at all
 
 
@@ -80,25 +78,14 @@ def main() -> None:
     rows: list[dict[str, str]] = []
     if options.rows is not None and options.rows.is_file():
         rows = [json.loads(line) for line in options.rows.read_text(encoding="utf-8").splitlines()]
-    # Too much memory is to be one class's error. The other process has a limit of its own.
-    resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY_GIB << 30, resource.getrlimit(resource.RLIMIT_DATA)[1]))
-    reader = _Reader()
-    signal.signal(signal.SIGALRM, _give_up)
     for library, host, names in chosen:
         if any((row["library"], row["class"]) == (library, host) for row in rows):
             continue
         name = _plainest(library, names)
         started = time.perf_counter()
         known = [row for row in rows if (row["library"], row["architecture"]) == (library, name)]
-        signal.alarm(_LONGEST)
-        try:
-            # Converted is the whole architecture, with all classes that it has.
-            outcomes = {key: known[0][key] for key in CHECKS} if known else _examine(library, name, reader)
-        except _TooLongError:
-            outcomes = dict.fromkeys(CHECKS, f"not examined: it took longer than {_LONGEST} s")
-            reader.stop()  # what it is busy with would be its next answer
-            reader = _Reader()
-        signal.alarm(0)
+        # Converted is the whole architecture, with all classes that it has.
+        outcomes = {key: known[0][key] for key in CHECKS} if known else _examined_apart(library, name)
         print(f"{library} {host} {name} {time.perf_counter() - started:.1f} s {outcomes}", file=sys.stderr)
         rows.append({"library": library, "class": host, "architecture": name, **outcomes})
         if options.rows is not None:
@@ -106,7 +93,6 @@ def main() -> None:
                 file.write(json.dumps(rows[-1]) + "\n")
         if options.markdown is not None:  # after each: all of them take an hour
             options.markdown.write_text(_page(_ordered(rows, chosen), len(chosen), options), encoding="utf-8")
-        gc.collect()
     rows = _ordered(rows, chosen)
     if options.markdown is not None:
         options.markdown.write_text(_page(rows, len(chosen), options), encoding="utf-8")
@@ -121,12 +107,32 @@ def _ordered(rows: list[dict[str, str]], chosen: list[tuple[str, str, list[str]]
     return sorted(own, key=lambda row: order.index((row["library"], row["class"])))
 
 
-class _TooLongError(BaseException):
-    """Not one of the errors that a class may have."""
+def _examined_apart(library: str, name: str) -> dict[str, str]:
+    """The outcomes, from a process of its own: it may hang, or take all memory, and leaves none of it behind."""
+    context = multiprocessing.get_context("fork")  # what was imported is there at once
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_examine_and_send, args=(library, name, theirs))
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(_LONGEST):
+            return dict.fromkeys(CHECKS, f"not examined: it took longer than {_LONGEST} s")
+        return ours.recv()
+    except EOFError:
+        process.join()
+        return dict.fromkeys(CHECKS, f"FAILS: its process ended with {process.exitcode}")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+        process.join()
 
 
-def _give_up(*_: object) -> None:
-    raise _TooLongError
+def _examine_and_send(library: str, name: str, connection: Connection) -> None:
+    os.setpgid(0, 0)  # so that the process that loads ends with it
+    reader = _Reader()
+    # Too much memory is to be an error. The process that loads has a limit of its own.
+    resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY_GIB << 30, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    connection.send(_examine(library, name, reader))
 
 
 def _by_class(outcomes: list[dict[str, Any]]) -> dict[str, list[str]]:
@@ -166,32 +172,8 @@ def _builders(library: str, name: str) -> list[Callable[[], nn.Module]]:
     configs = []
     for config in entries:
         smaller = copy.deepcopy(config)
-        configs += [smaller, config] if _shrink(smaller) else [config]
+        configs += [smaller, config] if shrink(smaller) else [config]
     return [lambda config=config: cls(cls.config_class(**config)).eval() for config in configs]  # type: ignore[misc]
-
-
-def _shrink(entries: dict[str, Any]) -> bool:
-    """Make a config's images small, where it tells how large they and their patches are, and its dictionary of words.
-
-    Returns whether anything became smaller.
-    """
-    image, patch, words = (entries.get(key) for key in ("image_size", "patch_size", "vocab_size"))
-    if isinstance(patch, list | tuple):  # of a video: images in time, rows, columns
-        patch = patch[-1]
-    smaller = False
-    if isinstance(image, int) and isinstance(patch, int) and image > _PATCHES * patch:
-        entries["image_size"], smaller = _PATCHES * patch, True
-    if isinstance(words, int) and words > _WORDS:
-        entries["vocab_size"], smaller = _WORDS, True
-    for key in _EXPERTS:
-        if isinstance(entries.get(key), int) and entries[key] > _MOST_EXPERTS:
-            entries[key], smaller = _MOST_EXPERTS, True
-    for key, value in entries.items():
-        if isinstance(value, dict):
-            smaller |= _shrink(value)
-        elif str(key).endswith("_token_id") and isinstance(value, int) and value >= _WORDS:
-            entries[key] = 0
-    return smaller
 
 
 def _running(library: str, name: str) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -229,15 +211,9 @@ class _Reader:
     """Another process, which loads folders and has never built nor converted anything."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("fork")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_read, args=(theirs,), daemon=True)
-        self._process.start()
-
-    def stop(self) -> None:
-        """End the process, with the memory that it holds."""
-        self._process.kill()
-        self._process.join()
+        context.Process(target=_read, args=(theirs,), daemon=True).start()
 
     def outputs(self, folder: Path, inputs: list[dict[str, Tensor]]) -> list[list[Tensor]]:
         """What the model in a folder answers to each input."""
@@ -278,14 +254,14 @@ def _examine(library: str, name: str, reader: _Reader) -> dict[str, str]:
         expected = _quiet_outputs(converted, one)
     except Exception as error:
         return dict.fromkeys(CHECKS, _failed(error))
-    checks: dict[str, Callable[[], str]] = {
-        "copy": lambda: _same(_quiet_outputs(copy.deepcopy(converted), one), expected),
+    checks: dict[str, Callable[[nn.Module], str]] = {
+        "copy": lambda model: _same(_quiet_outputs(copy.deepcopy(model), one), expected),
         # Norms over a batch of one vector do not train.
-        "train": lambda: _train(converted, one if three is None else three),
-        "compile": lambda: _compile(original, converted, one, expected),
-        "deploy": lambda: _deploy(converted, one, expected),
+        "train": lambda model: _train(model, one if three is None else three),
+        "compile": lambda model: _compile(model, one),
+        "deploy": lambda model: _deploy(model, one, expected),
     }
-    outcomes = {key: _attempt(check) for key, check in checks.items()}
+    outcomes = {key: _attempt(key, check, converted, original) for key, check in checks.items()}
     loaded: dict[str, str] = {}
     try:
         inputs = [one] if three is None else [one, three]
@@ -303,11 +279,17 @@ def _examine(library: str, name: str, reader: _Reader) -> dict[str, str]:
     return {key: outcomes[key] for key in CHECKS}
 
 
-def _attempt(check: Callable[[], str]) -> str:
+def _attempt(key: str, check: Callable[[nn.Module], str], converted: nn.Module, original: nn.Module) -> str:
     try:
-        return check()
+        return check(converted)
     except Exception as error:
-        return _failed(error)
+        outcome = _failed(error)
+    if key in ("train", "compile") and outcome.startswith("FAILS"):
+        try:
+            check(original)
+        except Exception as error:
+            outcome = f"the original does not {key}: {_said(error)[:100]}"
+    return outcome
 
 
 def _failed(error: Exception) -> str:
@@ -321,16 +303,18 @@ def _said(error: Exception) -> str:
 
 
 def _same(got: list[Tensor], expected: list[Tensor]) -> str:
-    equal = [torch.equal(one, other) for one, other in zip(got, expected, strict=True)]
-    return "same" if all(equal) else f"FAILS: {largest_difference(expected, got):.1e}"
+    equal = all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+    return "same" if equal else f"FAILS: {largest_difference(expected, got):.1e}"
 
 
-def _train(converted: nn.Module, inputs: dict[str, Tensor]) -> str:
-    before = _quiet_outputs(converted, inputs)
-    student = copy.deepcopy(converted).train()
+def _train(model: nn.Module, inputs: dict[str, Tensor]) -> str:
+    before = _quiet_outputs(model, inputs)
+    student = copy.deepcopy(model).train()
     optimizer = torch.optim.SGD(student.parameters(), lr=1e-4)
-    loss = sum(output.float().square().mean() for output in _outputs(student, inputs) if output.requires_grad)
-    loss.backward()  # type: ignore[union-attr]
+    trained = [output.float().square().mean() for output in _outputs(student, inputs) if output.requires_grad]
+    if not trained:
+        raise ValueError("what its outputs depend on is frozen")
+    torch.stack(trained).sum().backward()
     gradients = [parameter.grad for parameter in student.parameters() if parameter.grad is not None]
     if not gradients or not all(gradient.isfinite().all() for gradient in gradients):
         return "FAILS: gradients are not finite"
@@ -341,18 +325,10 @@ def _train(converted: nn.Module, inputs: dict[str, Tensor]) -> str:
     return "finite" if all(one.all() for one in kept) else "FAILS: the output is not finite"
 
 
-def _compile(original: nn.Module, converted: nn.Module, inputs: dict[str, Tensor], expected: list[Tensor]) -> str:
+def _compile(model: nn.Module, inputs: dict[str, Tensor]) -> str:
     torch._dynamo.reset()
-    try:
-        got = _quiet_outputs(torch.compile(copy.deepcopy(converted), backend="aot_eager"), inputs)
-        difference = largest_difference(expected, got)
-    except Exception:
-        torch._dynamo.reset()
-        try:
-            _quiet_outputs(torch.compile(copy.deepcopy(original), backend="aot_eager"), inputs)
-        except Exception as error:
-            return f"the original does not compile: {_said(error)[:100]}"
-        raise
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager")
+    difference = largest_difference(_quiet_outputs(model, inputs), _quiet_outputs(compiled, inputs))
     return f"{difference:.0e}" if difference <= _NEAR else f"FAILS: {difference:.1e}"
 
 

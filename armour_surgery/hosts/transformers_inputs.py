@@ -61,7 +61,8 @@ def example(model: nn.Module) -> Told:
         shape = _image(vision, image == "pixel_values_videos")
         # A type may have models of videos besides (Perceiver).
         shape = shape[-3:] if "ForImage" in type(part).__name__ else shape
-        if type(config) in MODEL_FOR_KEYPOINT_MATCHING_MAPPING:
+        # A converted model's config has a class of its own, below the one that is known.
+        if any(kind in MODEL_FOR_KEYPOINT_MATCHING_MAPPING for kind in type(config).__mro__):
             # Two images, in which the same points are looked for. Without weights all pixels are points.
             shape = (2, shape[0], _SMALL, _SMALL)
         if _reads_patches(part, vision):

@@ -9,6 +9,7 @@ from torch import nn
 
 from armour_surgery.discover.record import record
 from armour_surgery.hosts import example_input
+from armour_surgery.hosts.transformers import mark_config
 from armour_surgery.hosts.transformers_inputs import _that_runs
 
 SMALL: dict[str, Any] = {
@@ -164,10 +165,17 @@ def test_a_model_runs_on_its_own_example(make: Any, shapes: dict[str, tuple[int,
     told = {name: tuple(value.shape) for name, value in example.items()}
     assert {name: told[name] for name in shapes} == shapes
     assert record(model, example).innermost
+    mark_config(model)  # as in a converted model
+    again = example_input(model)
+    assert {name: value.shape for name, value in again.items()} == {name: value.shape for name, value in example.items()}
 
 
-def test_models_that_match_points_get_two_images() -> None:
-    assert [tuple(value.shape) for value in example_input(superglue()).values()] == [(2, 2, 3, 32, 32)]
+@pytest.mark.parametrize("converted", [False, True])
+def test_models_that_match_points_get_two_images(converted: bool) -> None:
+    model = superglue()
+    if converted:
+        mark_config(model)
+    assert [tuple(value.shape) for value in example_input(model).values()] == [(2, 2, 3, 32, 32)]
 
 
 @pytest.mark.parametrize(
