@@ -18,13 +18,13 @@ from torchvision_hosts import swin, vit
 
 from armour_surgery import convert, plan
 from armour_surgery.copies import full_copy, meta_copy
-from armour_surgery.coverage.oracle import places_of
 from armour_surgery.discover import find_sites
 from armour_surgery.initialize.weights import locate, read, write
 from armour_surgery.measure.cost import count_macs
 from armour_surgery.records import RefusedSite
 from armour_surgery.rewrite import ArmourAttention
 from armour_surgery.surgery.perform import surgery_of
+from armour_surgery.surgery.rows import places_of
 from armour_surgery.traced import SeenSite
 
 Example = dict[str, torch.Tensor]
