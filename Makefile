@@ -59,9 +59,9 @@ $(STAMP): pyproject.toml
 		&& index=$(call pip_setting,index-url) && cert=$(call pip_setting,cert) \
 		&& { [ -z "$$index" ] || export UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$$index}"; } \
 		&& { [ -z "$$cert" ] || export SSL_CERT_FILE="$${SSL_CERT_FILE:-$$cert}"; } \
-		&& $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -e ".[demo]" --group dev; \
+		&& $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -e ".[demo,openvino]" --group dev; \
 	} || { echo "==> uv could not do it; using pip" \
 		&& $(BIN)/python -m pip install --upgrade "pip>=25.1" \
-		&& $(BIN)/python -m pip install -e ".[demo]" --group dev; }
+		&& $(BIN)/python -m pip install -e ".[demo,openvino]" --group dev; }
 	@touch $@
 	@echo "==> Ready: $(BIN)/armour-surgery --help"

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from armour_surgery.benchmarking.benchmark import benchmark as benchmark
     from armour_surgery.deployment import deploy as deploy
     from armour_surgery.errors import ArmourError as ArmourError
+    from armour_surgery.exporting.formats import export as export
     from armour_surgery.likeness.compare import redundancy as redundancy
     from armour_surgery.notes import ArmourWarning as ArmourWarning
     from armour_surgery.records import AttentionSite as AttentionSite
@@ -30,6 +31,7 @@ _HOME = {
     "benchmark": "benchmarking.benchmark",
     "convert": "surgery",
     "deploy": "deployment",
+    "export": "exporting.formats",
     "inspect": "surgery",
     "load": "saving",
     "plan": "surgery",
@@ -46,6 +48,7 @@ __all__ = [
     "benchmark",
     "convert",
     "deploy",
+    "export",
     "inspect",
     "load",
     "plan",

@@ -27,6 +27,7 @@ ArmourError                    exit code 1
 │   ├── ResumeError            there is no checkpoint to go on from, or it belongs to another run
 │   └── InterruptedRunError    a signal stopped the run; a checkpoint was written
 ├── BenchmarkError             a model does not compile or run as it is to be timed
+├── ExportError                a format cannot hold the model, or what it holds computes something else
 ├── SpecializationError        a converted attention was called in a way it cannot follow
 └── FolderError                a saved folder cannot be written or read
     ├── NotOursError           --out exists and was not written by this tool
@@ -51,6 +52,7 @@ __all__ = [
     "DiscoveryError",
     "DivergedError",
     "ExampleInputError",
+    "ExportError",
     "FolderError",
     "HubUnreachableError",
     "InterruptedRunError",
@@ -188,6 +190,10 @@ class InterruptedRunError(TrainingError):
 
 class BenchmarkError(ArmourError):
     """A model does not compile or run as it is to be timed."""
+
+
+class ExportError(ArmourError):
+    """A format cannot hold the model, or what it holds does not compute what the model does."""
 
 
 class SpecializationError(ArmourError):

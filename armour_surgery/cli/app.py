@@ -10,6 +10,7 @@ from armour_surgery.cli.convert import convert
 from armour_surgery.cli.coverage import coverage
 from armour_surgery.cli.demo import demo
 from armour_surgery.cli.eval import evaluate
+from armour_surgery.cli.export import export
 from armour_surgery.cli.finetune import finetune
 from armour_surgery.cli.inspect import inspect
 from armour_surgery.cli.paper import paper
@@ -49,6 +50,7 @@ app.command()(convert)
 app.command()(finetune)
 app.command("eval")(evaluate)
 app.command()(bench)
+app.command()(export)
 app.add_typer(recipes, name="recipes")
 app.command()(redundancy)
 app.command()(paper)

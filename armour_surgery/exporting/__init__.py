@@ -1,1 +1,1 @@
-"""Formats that other tools load, one file per format. There is none yet: `torch.onnx.export` takes converted models."""
+"""Formats that other tools load, one file per format; `formats.py` is the way in."""

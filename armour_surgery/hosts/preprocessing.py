@@ -18,7 +18,7 @@ from armour_surgery.errors import CalibrationError
 from armour_surgery.hosts.libraries import library_of
 from armour_surgery.hosts.running import example_input
 
-__all__ = ["Preprocessing", "preprocessing"]
+__all__ = ["Preprocessing", "preprocessing", "write_processor"]
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # PIL's numbers, which the image processors of transformers store.
@@ -226,6 +226,24 @@ def _transformers_config(model: nn.Module) -> Config:
         "crop_pct": crop_pct,
         "crop_mode": "squash" if isinstance(form, Mapping) and "height" in form else "center",
     }
+
+
+def write_processor(model: nn.Module, folder: Path) -> None:
+    """Write what transformers does to images before this model of its own: the file that came with it, or defaults.
+
+    Nothing is written where transformers has no image processor for the model.
+    """
+    config: Any = model.config
+    saved = _saved_processor(getattr(config, "_name_or_path", ""))
+    kind = _image_processor(config.model_type.removeprefix("armour_"))
+    if saved:
+        text = json.dumps(saved, indent=2, sort_keys=True) + "\n"
+        (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
+    elif kind is not None:
+        form = getattr(kind, "size", None)
+        edge = getattr(config, "image_size", None)
+        squares = isinstance(form, Mapping) and "height" in form and isinstance(edge, int)
+        kind(**({"size": {"height": edge, "width": edge}} if squares else {})).save_pretrained(folder)
 
 
 def _edge(size: Any) -> int:

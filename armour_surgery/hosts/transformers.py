@@ -1,6 +1,7 @@
 """transformers' models: loading, naming, rebuilding."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,8 @@ VOLATILE = ("_name_or_path", "_commit_hash", "transformers_version", "dtype", "t
 # Other names can mean kernels that are downloaded.
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flex_attention")
 ATTENTION_KEYS = ("attn_implementation", "_attn_implementation")
+# How transformers writes a number that JSON has not, as an entry of its own.
+_NOT_FINITE = "__float__"
 
 
 def owns(model: nn.Module) -> bool:
@@ -153,9 +156,9 @@ def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
         # Configs inside of the config have attentions of their own.
         if key in ATTENTION_KEYS:
             _refuse_unknown_attention(architecture, value)
-    arguments = dict(arguments)
-    attention = arguments.pop("attn_implementation", None) or arguments.pop("_attn_implementation", None)
-    config = config_class.from_dict(arguments)
+    values: dict[str, Any] = _with_infinities(arguments)
+    attention = values.pop("attn_implementation", None) or values.pop("_attn_implementation", None)
+    config = config_class.from_dict(values)
     if attention is not None:
         config._attn_implementation = attention
     model: nn.Module = cls(config)
@@ -281,7 +284,7 @@ def _entries(config: PreTrainedConfig) -> dict[str, Any]:
     for candidate in (config.to_diff_dict(), config.to_dict()):
         try:
             entries: dict[str, Any] = _comparable(candidate)
-            again = type(config).from_dict(json.loads(json.dumps(entries)))
+            again = type(config).from_dict(_with_infinities(json.loads(json.dumps(entries))))
             if _comparable(again.to_dict()) == wanted:
                 return entries
         except (TypeError, ValueError):
@@ -298,7 +301,18 @@ def _comparable(entries: Any) -> Any:
         return comparable
     if isinstance(entries, (list, tuple)):
         return [_comparable(value) for value in entries]
+    if isinstance(entries, float) and not math.isfinite(entries):
+        return {_NOT_FINITE: str(entries)}
     return json.loads(json.dumps(entries))
+
+
+def _with_infinities(entries: Any) -> Any:
+    """Entries as a config takes them: JSON has no infinity, and they are written as text."""
+    if isinstance(entries, Mapping):
+        if set(entries) == {_NOT_FINITE}:
+            return float(entries[_NOT_FINITE])
+        return {key: _with_infinities(value) for key, value in entries.items()}
+    return [_with_infinities(value) for value in entries] if isinstance(entries, list) else entries
 
 
 # One class for each config class, so that configs of two converted models still have the same type.

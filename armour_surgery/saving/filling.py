@@ -10,7 +10,7 @@ from armour_surgery.errors import KeyMismatchError, SchemaError
 from armour_surgery.saving.document import Document
 from armour_surgery.saving.staging import PLAN, WEIGHTS
 
-__all__ = ["fill"]
+__all__ = ["assign", "fill"]
 
 
 def fill(model: nn.Module, tensors: dict[str, torch.Tensor], document: Document, folder: Path, blame: str) -> None:
@@ -62,8 +62,13 @@ def _put_in(model: nn.Module, tensors: dict[str, torch.Tensor], tied: dict[str, 
     for name, place in wanted.items():
         tensor = tensors[tied.get(name, name)]
         whole[name] = tensor if place.is_meta else tensor.to(place.device)
+    assign(model, whole, tied)
+
+
+def assign(model: nn.Module, tensors: Mapping[str, torch.Tensor], tied: Mapping[str, str]) -> None:
+    """Make tensors the model's own, one for each name of its state dict, and tie names to others."""
     # Assigned and not copied: the model's own parameters are on the meta device, and have nowhere to copy to.
-    model.load_state_dict(whole, assign=True)
+    model.load_state_dict(tensors, assign=True)
     # Loading makes a parameter of its own for each name, so that ties are gone until here.
     for name, other in tied.items():
         owner, _, attribute = name.rpartition(".")

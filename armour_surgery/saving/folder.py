@@ -52,7 +52,16 @@ from armour_surgery.saving.staging import (
 from armour_surgery.surgery.perform import surgery_of
 from armour_surgery.surgery.targets import refuse_converted, refuse_deployed
 
-__all__ = ["TRAINING", "check_output", "is_saved_folder", "load", "read_plan", "save"]
+__all__ = [
+    "TRAINING",
+    "check_output",
+    "distinct_tensors",
+    "is_saved_folder",
+    "load",
+    "read_plan",
+    "rebuildable",
+    "save",
+]
 
 # A training run's record; it makes a folder ours before there is a model in it.
 TRAINING = "training.json"
@@ -120,8 +129,8 @@ def save(model: nn.Module, path: str | Path, *, model_args: Mapping[str, Any] | 
     target = Path(path)
     check_output(target)
     target = target.resolve()  # a link stays a link, and the folder behind it is written
-    surgery = replace(surgery, source=_rebuildable(model, surgery, dict(model_args or {})))
-    tensors, tied = _tensors(model)
+    surgery = replace(surgery, source=rebuildable(model, surgery, dict(model_args or {})))
+    tensors, tied = distinct_tensors(model)
     try:
         with written_aside(target) as folder:
             save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -218,7 +227,7 @@ def read_plan(path: str | Path) -> SurgeryPlan:
     return read_document(Path(path)).plan
 
 
-def _rebuildable(model: nn.Module, surgery: SurgeryPlan, model_args: dict[str, Any]) -> Source:
+def rebuildable(model: nn.Module, surgery: SurgeryPlan, model_args: dict[str, Any]) -> Source:
     """A source from which the host is rebuilt, and after the surgery equals the model in all but weights."""
     if surgery.source is not None and surgery.source.library == hosts.OWN:
         return _own(model, model_args, surgery.source)
@@ -273,7 +282,7 @@ def _own(model: nn.Module, model_args: dict[str, Any], source: Source) -> Source
     return source
 
 
-def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def distinct_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """What goes into the file, each storage once, and which other names share one."""
     tensors: dict[str, torch.Tensor] = {}
     tied: dict[str, str] = {}

@@ -1,22 +1,23 @@
 """Do a recorded surgery again."""
 
+from contextlib import suppress
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from armour_surgery import hosts
 from armour_surgery.copies import floating_type
 from armour_surgery.discover import find_sites
-from armour_surgery.errors import SchemaError
+from armour_surgery.errors import ExampleInputError, SchemaError
 from armour_surgery.examples import Example, rebuilt
 from armour_surgery.measure.cost import count_params
 from armour_surgery.modes import MODES, choose_rank
 from armour_surgery.records import RefusedSite, SurgeryPlan
-from armour_surgery.surgery.operation import SharedRewrites, operate
+from armour_surgery.surgery.operation import Operation, SharedRewrites, operate
 from armour_surgery.surgery.perform import keep_plan
 from armour_surgery.traced import FoundSite, SeenSite
 
-__all__ = ["replay"]
+__all__ = ["operations_of", "replay"]
 
 
 def replay(host: nn.Module, surgery: SurgeryPlan) -> nn.Module:
@@ -26,10 +27,22 @@ def replay(host: nn.Module, surgery: SurgeryPlan) -> nn.Module:
         SchemaError: the plan names a site that the host does not have, or a mode that does not fit there.
         UsageError: the plan gives a site a rank that it cannot have.
     """
-    for fqn, part in _parts(host, surgery).items():
-        _operate(host.get_submodule(fqn), part)
-        hosts.mark_converted(host.get_submodule(fqn))
+    for fqn, operations in operations_of(host, surgery).items():
+        part = host.get_submodule(fqn)
+        for operation in operations:
+            operate(part, operation)
+        hosts.mark_converted(part)
     return keep_plan(host, surgery)
+
+
+def operations_of(host: nn.Module, surgery: SurgeryPlan) -> dict[str, list[Operation]]:
+    """What a recorded surgery does to a freshly built host, by the modules that were converted: "", or parts of it.
+
+    Raises:
+        SchemaError, UsageError: see `replay`.
+    """
+    parts = _parts(host, surgery)
+    return {fqn: _operations(host.get_submodule(fqn), part) for fqn, part in parts.items()}
 
 
 def _parts(host: nn.Module, surgery: SurgeryPlan) -> dict[str, SurgeryPlan]:
@@ -54,7 +67,7 @@ def _parts(host: nn.Module, surgery: SurgeryPlan) -> dict[str, SurgeryPlan]:
     return parts
 
 
-def _operate(host: nn.Module, surgery: SurgeryPlan) -> None:
+def _operations(host: nn.Module, surgery: SurgeryPlan) -> list[Operation]:
     sites = {site.fqn: site for site in find_sites(host, _example_of(host, surgery))}
     # Whether a rank loses nothing was tried out with numbers when the surgery was recorded; here there are none yet.
     rewrites = SharedRewrites(host, check=False)
@@ -79,8 +92,7 @@ def _operate(host: nn.Module, surgery: SurgeryPlan) -> None:
                 "not produce; load the folder with the version that saved it"
             )
         operations.append(operation)
-    for operation in operations:
-        operate(host, operation)
+    return operations
 
 
 def _why_not(site: SeenSite | None, mode: str) -> str | None:
@@ -93,6 +105,15 @@ def _why_not(site: SeenSite | None, mode: str) -> str | None:
 
 
 def _example_of(host: nn.Module, surgery: SurgeryPlan) -> Example:
-    """What the surgery was done with; on the meta device but for whole numbers."""
+    """What the surgery was done with; on the meta device but for whole numbers, and for what a library knows of it."""
     # A fresh build is in float32, whatever the converted model was cast to.
-    return rebuilt(surgery.example, surgery.example_values, floating_type(host))
+    example = rebuilt(surgery.example, surgery.example_values, floating_type(host))
+    if hosts.library_of(host) is None:
+        return example
+    # Patches may begin with their place (Pix2Struct), and no plan keeps floating-point numbers.
+    with suppress(ExampleInputError):
+        for name, known in hosts.example_input(host).items():
+            value = example.get(name)
+            if isinstance(value, Tensor) and value.is_meta and not known.is_meta and known.shape == value.shape:
+                example[name] = known
+    return example

@@ -65,7 +65,7 @@ class Breaker:
 def test_a_write_that_breaks_off_leaves_the_old_folder_or_the_new_one_whole(
     vit: nn.Module, saved: Path, tmp_path: Path, occupied: bool, interrupt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder, "_rebuildable", lambda model, surgery, arguments: read_plan(saved).source)
+    monkeypatch.setattr(folder, "rebuildable", lambda model, surgery, arguments: read_plan(saved).source)
     wrong: list[str] = []
     for step in range(1, 30):
         parent = tmp_path / str(step)

@@ -29,7 +29,7 @@ def other() -> nn.Module:
 def _fast(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a model is built from is not worked out anew for every save."""
     source = read_plan(saved).source
-    monkeypatch.setattr(folder, "_rebuildable", lambda model, surgery, arguments: source)
+    monkeypatch.setattr(folder, "rebuildable", lambda model, surgery, arguments: source)
 
 
 def together(*actions: Callable[[], Any]) -> list[BaseException]:

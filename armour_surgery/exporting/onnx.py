@@ -1,0 +1,110 @@
+"""ONNX, by torch's own exporter; run by ONNX Runtime."""
+
+import importlib.util
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from armour_surgery.errors import ExportError
+from armour_surgery.exporting.comparison import Inputs
+from armour_surgery.exporting.graphs import free_axes, traced
+
+__all__ = ["load_onnx", "require", "to_int8", "write_onnx"]
+
+# A protobuf file cannot be larger, and the weights are in it.
+_LARGEST = 2**31
+_KEY = "armour_surgery"
+
+
+def require(*packages: str, extra: str) -> None:
+    """Say which packages are missing, and which extra brings them.
+
+    Raises:
+        ExportError: one of them is not installed.
+    """
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ExportError(f"{', '.join(missing)} is not installed; pip install 'armour-surgery[{extra}]'")
+
+
+def write_onnx(model: nn.Module, inputs: Inputs, path: Path, origin: dict[str, Any], *, any_size: bool) -> None:
+    """Write a model as one ONNX file with its weights in it, for any batch size.
+
+    Raises:
+        ExportError: torch cannot follow the model, a package is missing, or the weights do not fit one file.
+    """
+    require("onnx", "onnxscript", "onnxruntime", extra="onnx")
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    if size > _LARGEST:
+        raise ExportError(
+            f"{type(model).__name__} has {size / 2**30:.1f} GiB of weights, and one ONNX file holds 2 GiB; convert it "
+            "to bfloat16 or float16 first, or export to pt2 or openvino"
+        )
+
+    def follow() -> Any:
+        with _quiet():
+            return torch.onnx.export(
+                model,
+                (),
+                kwargs=inputs,
+                dynamo=True,
+                dynamic_shapes=free_axes(inputs, any_size=any_size),
+                external_data=False,
+                verbose=False,
+            )
+
+    program = traced(model, "ONNX", follow)
+    program.model.metadata_props[_KEY] = json.dumps(origin)
+    program.save(str(path), include_initializers=True, external_data=False)
+
+
+def to_int8(source: Path, target: Path) -> None:
+    """Quantize the weights of matrix products to 8 bits, and activations while it runs (dynamic quantization)."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with _quiet():
+        quantize_dynamic(source, target, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8)
+
+
+def load_onnx(path: Path, threads: int | None = None) -> Callable[[Inputs], list[Tensor]]:
+    """A function that runs the file with ONNX Runtime on the CPU.
+
+    `threads` None lets ONNX Runtime choose. Idle threads do not spin: whoever runs beside them would be slower.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # its warnings are about its own optimizations
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [one.name for one in session.get_inputs()]
+
+    def loaded(inputs: Inputs) -> list[Tensor]:
+        # An argument that the graph does not read is none of its inputs.
+        given = {name: inputs[name].numpy() for name in names}
+        return [torch.from_numpy(array) for array in session.run(None, given)]
+
+    return loaded
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter and the quantizer log and warn about themselves."""
+    logger = logging.getLogger()
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

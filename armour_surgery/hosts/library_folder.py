@@ -1,0 +1,86 @@
+"""Folders as the libraries themselves write and read them."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from armour_surgery.errors import ExportError
+from armour_surgery.hosts.building import build
+from armour_surgery.records import Source
+
+__all__ = ["read_folder", "write_folder"]
+
+_WEIGHTS = "model.safetensors"
+
+
+def write_folder(model: nn.Module, source: Source, folder: Path) -> str:
+    """Write an unconverted model the way its library does; returns the line of Python that loads it.
+
+    timm and transformers write a config beside the weights, transformers what is done to images too. torchvision, and a
+    user with a model of no library, load the weights alone.
+    """
+    library = source.library
+    if library == "timm":
+        from timm.models import save_for_hf
+
+        # timm writes the whole pretrained_cfg beside the arguments.
+        arguments = {name: value for name, value in source.arguments.items() if name != "pretrained_cfg_overlay"}
+        save_for_hf(model, str(folder), model_args=arguments or None, safe_serialization=True)
+        return 'timm.create_model("local-dir:FOLDER", pretrained=True)'
+    if library == "transformers":
+        from armour_surgery.hosts.preprocessing import write_processor
+
+        model.save_pretrained(folder)  # type: ignore[operator]
+        write_processor(model, folder)
+        return f'transformers.{type(model).__name__}.from_pretrained("FOLDER")'
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    fresh = f"{type(model).__name__}()"
+    if library == "torchvision":
+        fresh = f"torchvision.models.get_model({source.architecture!r}{_keywords(source.arguments)})"
+    return f'model = {fresh}; model.load_state_dict(safetensors.torch.load_file("FOLDER/{_WEIGHTS}"))'
+
+
+def read_folder(folder: Path, model: nn.Module, source: Source, fresh: nn.Module | None) -> nn.Module:
+    """What the library makes of such a folder, in eval mode; `model` is of the class and type that comes out.
+
+    `fresh` is a model of no library, of which a copy gets the weights.
+
+    Raises:
+        ExportError: the library does not take it; the message is the library's.
+    """
+    library = source.library
+    try:
+        if library == "timm":
+            import timm
+
+            loaded: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        elif library == "transformers":
+            loaded = _from_transformers(folder, type(model))
+        else:
+            loaded = build(source) if fresh is None else copy.deepcopy(fresh)
+            loaded.load_state_dict(load_file(folder / _WEIGHTS), strict=True, assign=True)
+    except Exception as error:
+        raise ExportError(
+            f"{type(model).__name__} of {library} does not load what was written: {type(error).__name__}: {error}; "
+            "please report it"
+        ) from error
+    return loaded.to(next(model.parameters()).dtype).eval()
+
+
+def _from_transformers(folder: Path, kind: Any) -> nn.Module:
+    loaded, told = kind.from_pretrained(folder, output_loading_info=True, dtype="auto", local_files_only=True)
+    absent = sorted({*told["missing_keys"], *told["unexpected_keys"]})
+    if absent:
+        # transformers fills what is missing with random numbers, and says so in a log.
+        raise ValueError(f"keys are missing or left over: {', '.join(absent[:3])}")
+    model: nn.Module = loaded
+    return model
+
+
+def _keywords(arguments: dict[str, Any]) -> str:
+    return "".join(f", {name}={json.dumps(value)}" for name, value in arguments.items())
