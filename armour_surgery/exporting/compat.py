@@ -48,8 +48,8 @@ def _card(origin: dict[str, Any], how: str) -> str:
     lines += [
         f"`{origin['converted_from']}` after Armour surgery (mode `{mode}`, init `{origin['init']}`), in the shape "
         "that it had before: a projection that serves twice is stored twice. It loads without armour-surgery and "
-        "computes what the converted model computes, but is neither smaller nor faster than the original. Converted to mode "
-        f"`{mode}` again it is the converted model.",
+        "computes what the converted model computes, but is neither smaller nor faster than the original. Converted to "
+        f"mode `{mode}` again it is the converted model.",
         "",
         "```python",
         how,
