@@ -4,11 +4,13 @@ A model becomes a subject (deployed, moved, compiled, with an example of what it
 turns at every batch size by `speed.compare`, and profiled. `results` has the records of that, `files` writes them.
 """
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,15 +25,20 @@ from armour_surgery.calls import given_in_order
 from armour_surgery.copies import full_copy
 from armour_surgery.deployment.pipeline import deploy
 from armour_surgery.errors import BenchmarkError, ExampleInputError, NothingToDeployError, UsageError
-from armour_surgery.examples import on_meta
+from armour_surgery.examples import on_meta, with_numbers
+from armour_surgery.exporting.onnx import load_onnx, require, write_onnx
+from armour_surgery.exporting.openvino import load_openvino
 from armour_surgery.hosts.wrappers import refuse_wrapped
 from armour_surgery.measure.cost import count_macs, count_params
 from armour_surgery.records import Progress
 from armour_surgery.surgery.targets import Example, plain_example_of
 
-__all__ = ["DTYPES", "ROUNDS", "benchmark"]
+__all__ = ["DTYPES", "ROUNDS", "RUNTIMES", "benchmark"]
+
+RunsInputs = Callable[[dict[str, Tensor]], list[Tensor]]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+RUNTIMES = ("torch", "compile", "onnx", "openvino")
 ROUNDS = 300
 
 _MIB = 2**20
@@ -40,18 +47,25 @@ _PERCENT = 100
 
 @dataclass(frozen=True)
 class _Subject:
-    """A model as it is timed: `run` is `module`, compiled or not; `example` has meta tensors of what it takes."""
+    """A model as it is timed: `run` is `module`, compiled or not; `example` has meta tensors of what it takes.
+
+    `loaded` gives what runs it in another runtime, prepared for a batch size.
+    """
 
     name: str
     module: nn.Module
     run: Callable[..., Any]
     example: dict[str, Tensor]
     device: torch.device
+    loaded: Callable[[int], RunsInputs] | None = None
 
     def caller(self, batch_size: int) -> Callable[[Tensor], Any]:
         """The model as a function of images; a model that takes images of another size has its own."""
         inputs = {name: _random(value, batch_size, self.device) for name, value in self.example.items()}
         argument, own = next(iter(inputs.items()))
+        if self.loaded is not None:
+            run = self.loaded(batch_size)
+            return lambda images: run({**inputs, argument: images if images.shape == own.shape else own})
         in_order = given_in_order(self.module, inputs)
 
         def call(images: Tensor) -> Any:
@@ -81,6 +95,7 @@ def benchmark(
     keep_freed_memory: bool = False,
     inplace: bool = False,
     progress: Progress | None = None,
+    runtime: str = "torch",
 ) -> Benchmark:
     """Time models in turns against the first of them, at every batch size and for one image alone.
 
@@ -103,6 +118,8 @@ def benchmark(
         keep_freed_memory: change this process for good, so that freed memory is not given back; see
             `speed.keep_memory`. The ratios are much steadier.
         inplace: use the models themselves instead of copies.
+        runtime: `torch`, `compile` (as `compile`), or `onnx` (ONNX Runtime) and `openvino`, on the CPU in fp32, with
+            a graph for exactly the batch size that is run, and threads that do not spin.
         progress: called with what is being done, and with how much of how much is done, never while a model is timed.
 
     Raises:
@@ -112,8 +129,10 @@ def benchmark(
     """
     tell = progress or (lambda what, done, total: None)
     place = _check(models, batch_sizes, device, dtype, threads)
+    compile = compile or runtime == "compile"
+    _check_runtime(runtime, place, dtype, compile=compile, profile=profile)
     kept = keep_memory() if keep_freed_memory else False
-    settings = Settings(dtype, compile, deploy, rounds, budget_s, kept)
+    settings = Settings(dtype, compile, deploy, rounds, budget_s, kept, "torch" if compile else runtime)
     first = next(iter(models))
     double = f"{first} again"
     while double in models:
@@ -121,11 +140,12 @@ def benchmark(
     given = {name: model if inplace else full_copy(model) for name, model in models.items()}
     # A copy in any case: that it has memory of its own is what the double is for.
     given[double] = full_copy(models[first])
-    with _threads(threads), many_compiled() if compile else nullcontext():
+    with _threads(threads), many_compiled() if compile else nullcontext(), tempfile.TemporaryDirectory() as files:
         everyone: list[_Subject] = []
         for name, model in given.items():
             takes = _example_of(model, example_input, everyone[0].example if everyone else None)
-            everyone.append(_subject(name, model, settings, place, takes))
+            tell("preparing", len(everyone), len(given))
+            everyone.append(_subject(name, model, settings, place, takes, Path(files) / f"{len(everyone)}.onnx"))
         # The double is timed and nothing else.
         subjects = everyone[:-1]
         costs = []
@@ -173,6 +193,22 @@ def _check(
     return place
 
 
+def _check_runtime(runtime: str, device: torch.device, dtype: str, *, compile: bool, profile: bool) -> None:
+    """Refuse what a runtime does not do, and one that is not there."""
+    if runtime not in RUNTIMES:
+        raise UsageError(f"runtime {runtime!r} is none; choose {', '.join(RUNTIMES)}")
+    if runtime in ("torch", "compile"):
+        return
+    for option, asked in (("compile", compile), ("profile", profile)):
+        if asked:
+            raise UsageError(f"{option} is for torch, not for the runtime {runtime}; leave one of them out")
+    if device.type != "cpu" or dtype != "fp32":
+        raise UsageError(f"the runtime {runtime} is timed on cpu in fp32, not on {device.type} in {dtype}")
+    require("onnx", "onnxscript", "onnxruntime", extra="onnx")
+    if runtime == "openvino":
+        require("openvino", extra="openvino")
+
+
 def _example_of(model: nn.Module, given: Example | None, of_first: dict[str, Tensor] | None) -> dict[str, Tensor]:
     """What a model takes; where nobody knows, what the first one takes: they are held against each other."""
     try:
@@ -186,7 +222,7 @@ def _example_of(model: nn.Module, given: Example | None, of_first: dict[str, Ten
 
 
 def _subject(
-    name: str, model: nn.Module, settings: Settings, device: torch.device, example: dict[str, Tensor]
+    name: str, model: nn.Module, settings: Settings, device: torch.device, example: dict[str, Tensor], file: Path
 ) -> _Subject:
     if settings.deployed:
         model = _deployed(model, settings.compiled, example)
@@ -196,7 +232,16 @@ def _subject(
     example = {key: value.to(dtype) if value.is_floating_point() else value for key, value in example.items()}
     # Without `dynamic=False` the second batch size would get code for any size, and the first code for its own.
     run = torch.compile(model, dynamic=False) if settings.compiled else model
-    return _Subject(name, model, run, example, device)
+    loaded = None
+    if settings.runtime != "torch":
+        write_onnx(model, with_numbers(example, device), file, {"model": name}, any_size=False)
+        load = load_onnx if settings.runtime == "onnx" else load_openvino
+        threads = torch.get_num_threads()
+
+        def loaded(batch_size: int) -> RunsInputs:
+            return load(file, threads, batch_size)
+
+    return _Subject(name, model, run, example, device, loaded)
 
 
 def _deployed(model: nn.Module, compiled: bool, example: dict[str, Tensor]) -> nn.Module:
@@ -226,7 +271,7 @@ def _at_batch(subjects: Sequence[_Subject], size: int, settings: Settings, tell:
 
     def before_block(done: float) -> None:
         tell(f"timing, batch {size}", int(_PERCENT * done), _PERCENT)
-        for subject in subjects:
+        for subject in subjects if settings.runtime == "torch" else ():
             _move_weights(subject.module)
         # The first call after a move reads memory that no cache has seen, and is not one to be timed.
         for call in calls.values():

@@ -42,6 +42,8 @@ class Environment:
     python: str
     system: str
     transformers: str = "not installed"
+    onnxruntime: str = "not installed"
+    openvino: str = "not installed"
     armour_surgery: str = "not installed"
     commit: str | None = None
     affinity: tuple[int, ...] = ()
@@ -75,6 +77,8 @@ def environment(device: torch.device | str = "cpu") -> Environment:
         python=platform.python_version(),
         system=f"{platform.system()} {platform.release()}",
         transformers=_version("transformers"),
+        onnxruntime=_version("onnxruntime"),
+        openvino=_version("openvino"),
         armour_surgery=_version("armour-surgery"),
         commit=_commit(),
         affinity=tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else (),

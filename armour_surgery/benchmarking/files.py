@@ -187,7 +187,7 @@ def _where(benchmark: Benchmark) -> str:
 
 def _way(settings: Settings) -> str:
     """How the models were run: `fp32, deployed, compiled`, say."""
-    kinds = (settings.dtype, "deployed" if settings.deployed else "", "compiled" if settings.compiled else "eager")
+    kinds = (settings.dtype, "deployed" if settings.deployed else "", settings.ran)
     return ", ".join(filter(None, kinds))
 
 

@@ -15,7 +15,8 @@ __all__ = ["BatchSpeed", "Benchmark", "ModelCost", "Settings"]
 class Settings:
     """How all models were treated, the first one and its double included.
 
-    `freed_memory_kept` is whether the process kept the memory that it freed; see `speed.keep_memory`.
+    `freed_memory_kept` is whether the process kept the memory that it freed; see `speed.keep_memory`. `runtime` is what
+    ran them: `torch` (compiled or not), `onnx` (ONNX Runtime) or `openvino`.
     """
 
     dtype: str
@@ -24,6 +25,14 @@ class Settings:
     rounds: int
     budget_s: float
     freed_memory_kept: bool
+    runtime: str = "torch"
+
+    @property
+    def ran(self) -> str:
+        """What ran them, for people."""
+        if self.runtime == "torch":
+            return "compiled" if self.compiled else "eager"
+        return {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}[self.runtime]
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,12 @@ def bench(
         ),
     ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile every model.")] = False,
+    runtime: Annotated[
+        str,
+        typer.Option(
+            metavar="RUNTIME", help="What runs them: torch, compile (as --compile), onnx (ONNX Runtime) or openvino."
+        ),
+    ] = "torch",
     deploy: Annotated[
         bool, typer.Option("--deploy", help="Make every model ready for inference first (BatchNorm folded, ...).")
     ] = False,
@@ -88,6 +94,7 @@ def bench(
             device=device,
             dtype=dtype,
             compile=compile,
+            runtime=runtime,
             deploy=deploy,
             profile=profile,
             rounds=rounds,

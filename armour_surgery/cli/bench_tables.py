@@ -27,7 +27,7 @@ def environment_line(benchmark: "Benchmark") -> str:
     ways = [settings.dtype]
     if settings.deployed:
         ways.append("deployed")
-    ways.append("compiled" if settings.compiled else "eager")
+    ways.append(settings.ran)
     load = f"; load {here.load:.2f} at the start" if here.load is not None else ""
     return (
         f"{here.processor}, {here.cpu_capability}; threads: {here.threads}; CPUs: {here.cores}{where}; "

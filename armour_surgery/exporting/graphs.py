@@ -9,7 +9,10 @@ from torch import nn
 from armour_surgery.errors import ExportError
 from armour_surgery.exporting.comparison import Inputs, image_name
 
-__all__ = ["free_axes", "traced"]
+__all__ = ["BATCH", "free_axes", "traced"]
+
+# What the axis of images is called in a graph.
+BATCH = "batch"
 
 T = TypeVar("T")
 
@@ -22,7 +25,7 @@ def free_axes(inputs: Inputs, *, any_size: bool) -> dict[str, dict[int, object]]
     for name, value in inputs.items():
         axes[name] = {}
         if value.ndim and value.shape[0] == count:
-            axes[name][0] = torch.export.Dim("batch")
+            axes[name][0] = torch.export.Dim(BATCH)
         if any_size and name == image:
             # By themselves: a host may want multiples of its patch.
             axes[name] |= {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from armour_surgery.errors import ExportError
 from armour_surgery.exporting.comparison import Inputs
-from armour_surgery.exporting.graphs import free_axes, traced
+from armour_surgery.exporting.graphs import BATCH, free_axes, traced
 
 __all__ = ["load_onnx", "require", "to_int8", "write_onnx"]
 
@@ -73,10 +73,11 @@ def to_int8(source: Path, target: Path) -> None:
         quantize_dynamic(source, target, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8)
 
 
-def load_onnx(path: Path, threads: int | None = None) -> Callable[[Inputs], list[Tensor]]:
+def load_onnx(path: Path, threads: int | None = None, batch: int | None = None) -> Callable[[Inputs], list[Tensor]]:
     """A function that runs the file with ONNX Runtime on the CPU.
 
-    `threads` None lets ONNX Runtime choose. Idle threads do not spin: whoever runs beside them would be slower.
+    `threads` None lets ONNX Runtime choose; with `batch` it is prepared for so many images alone. Idle threads do not
+    spin: whoever runs beside them would be slower.
     """
     import onnxruntime
 
@@ -85,6 +86,8 @@ def load_onnx(path: Path, threads: int | None = None) -> Callable[[Inputs], list
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if threads is not None:
         options.intra_op_num_threads = threads
+    if batch is not None:
+        options.add_free_dimension_override_by_name(BATCH, batch)
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [one.name for one in session.get_inputs()]
 

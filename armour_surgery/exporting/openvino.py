@@ -30,14 +30,25 @@ def write_openvino(source: Path, path: Path, origin: dict[str, Any]) -> None:
     openvino.save_model(model, path, compress_to_fp16=False)
 
 
-def load_openvino(path: Path, threads: int | None = None) -> Callable[[Inputs], list[Tensor]]:
-    """A function that runs the IR on the CPU; `threads` None lets OpenVINO choose."""
+def load_openvino(path: Path, threads: int | None = None, batch: int | None = None) -> Callable[[Inputs], list[Tensor]]:
+    """A function that runs the IR, or an ONNX file, on the CPU.
+
+    `threads` None lets OpenVINO choose; with `batch` it is prepared for so many images alone.
+    """
     import openvino
 
     options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads
-    compiled = openvino.Core().compile_model(path, "CPU", options)
+    core = openvino.Core()
+    model = core.read_model(path)
+    if batch is not None:
+        shapes = {port: port.get_partial_shape() for port in model.inputs}
+        for shape in shapes.values():
+            if shape.rank.get_length() and shape[0].is_dynamic:
+                shape[0] = batch
+        model.reshape(shapes)
+    compiled = core.compile_model(model, "CPU", options)
     names = [port.get_any_name() for port in compiled.inputs]
 
     def loaded(inputs: Inputs) -> list[Tensor]:

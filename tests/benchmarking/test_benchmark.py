@@ -226,3 +226,39 @@ def test_what_is_not_known_of_a_model_is_what_the_first_one_takes() -> None:
     assert [cost.name for cost in measured.costs] == ["known", "own"]
     with pytest.raises(ExampleInputError, match="its input is not known"):
         quick({"own": unknown, "known": vit()})
+
+
+@pytest.mark.parametrize(("runtime", "said"), [("onnx", "ONNX Runtime"), ("openvino", "OpenVINO")])
+def test_other_runtimes_take_turns_like_torch(runtime: str, said: str) -> None:
+    model = vit()
+    measured = quick({"stock": model, "armour": convert(model, "qv")}, runtime=runtime, batch_sizes=(3,), deploy=True)
+    assert (measured.settings.runtime, measured.settings.ran) == (runtime, said)
+    assert [batch.batch_size for batch in measured.batches] == [1, 3]
+    assert all(speed.images_per_s > 0 for batch in measured.batches for speed in batch.models)
+    assert measured.to_dict()["settings"]["runtime"] == runtime
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"runtime": "tflite"}, "runtime 'tflite' is none; choose torch, compile, onnx, openvino"),
+        ({"runtime": "onnx", "compile": True}, "compile is for torch"),
+        ({"runtime": "onnx", "profile": True}, "profile is for torch"),
+        ({"runtime": "openvino", "dtype": "bf16"}, "timed on cpu in fp32, not on cpu in bf16"),
+    ],
+)
+def test_what_a_runtime_does_not_do_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        quick({"stock": vit()}, **options)
+
+
+def test_compile_is_a_runtime_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+
+    def keep(model: nn.Module, **_: Any) -> nn.Module:
+        compiled.append(model)
+        return model
+
+    monkeypatch.setattr(torch, "compile", keep)
+    assert quick({"stock": vit()}, runtime="compile").settings.compiled
+    assert compiled
