@@ -5,6 +5,8 @@ discover -> rewrite -> initialize -> save: `convert` runs the story, `inspect` t
 
 from typing import TYPE_CHECKING, Any
 
+from armour_surgery.plugins.hook import register_with_libraries
+
 if TYPE_CHECKING:
     from armour_surgery.benchmarking.benchmark import benchmark as benchmark
     from armour_surgery.deployment import deploy as deploy
@@ -56,6 +58,9 @@ __all__ = [
     "save",
     "sensitivities",
 ]
+
+
+register_with_libraries()
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,7 @@ FLOORS = (
     ("cli",),
     ("paper",),
     ("recover", "benchmarking"),
-    ("exporting",),
+    ("exporting", "plugins"),
     ("saving", "likeness", "deployment", "coverage"),
     ("surgery", "demo"),
     ("images", "initialize", "rewrite", "discover"),

@@ -94,13 +94,16 @@ def outline(model: nn.Module, arguments: Mapping[str, Any]) -> Source:
         raise FolderError(str(error)) from error
 
 
-def mark_converted(model: nn.Module) -> None:
-    """Keep a converted model from being taken for an unconverted one by its library's own save and load."""
+def mark_converted(model: nn.Module, plan: Mapping[str, Any] | None = None) -> None:
+    """Keep a converted model from being taken for an unconverted one by its library's own save and load.
+
+    With the `plan` the library's own load does the surgery again, where it has a place for that.
+    """
     if library_of(model) == "transformers":
         # The only library whose saved folders name a class that rebuilds the model from the type of its config.
-        from armour_surgery.hosts.transformers import mark_config
+        from armour_surgery.hosts.transformers_marks import mark
 
-        mark_config(model)
+        mark(model, plan)
 
 
 def build(source: Source, limits: Limits | None = None) -> nn.Module:

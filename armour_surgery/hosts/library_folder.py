@@ -12,8 +12,10 @@ from armour_surgery.errors import ExportError
 from armour_surgery.hosts.building import build
 from armour_surgery.records import Source
 
-__all__ = ["read_folder", "write_folder"]
+__all__ = ["TIMM_ARCHITECTURE", "read_folder", "write_folder"]
 
+# What the config.json of a saved folder names for timm: whoever creates it finds the rest in surgery.json.
+TIMM_ARCHITECTURE = "armour_surgery_folder"
 _WEIGHTS = "model.safetensors"
 
 

@@ -199,7 +199,7 @@ def _transformers_config(model: nn.Module) -> Config:
     config: Any = model.config
     if (wrapped := getattr(model, "timm_model", None)) is not None:
         return _timm_config(model=wrapped)
-    # A converted model's config has a type of its own (see `mark_config` of hosts/transformers.py).
+    # A converted model's config has a type of its own (see hosts/transformers_marks.py).
     kind = _image_processor(config.model_type.removeprefix("armour_"))
     saved = _saved_processor(getattr(config, "_name_or_path", ""))
 

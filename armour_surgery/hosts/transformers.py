@@ -25,17 +25,18 @@ from armour_surgery.hosts.arguments import OPTIONS, spelled
 from armour_surgery.hosts.checkpoint import Selection, announce
 from armour_surgery.hosts.hub import hub_or_cache, offline, quiet, unreachable
 from armour_surgery.hosts.transformers_inputs import example
+from armour_surgery.hosts.transformers_marks import PLAN, PREFIX, stock_class
 from armour_surgery.hosts.transformers_weights import WEIGHT_FILES, load_checkpoint, load_published
 from armour_surgery.hosts.untrusted import entries, refuse_reaching
 from armour_surgery.hosts.weights_file import read_weights
 from armour_surgery.records import Source
 
-__all__ = ["build", "example", "known_names", "load", "mark_config", "owns", "source_of"]
+__all__ = ["build", "example", "known_names", "load", "owns", "source_of"]
 
 # What timm and this tool call an entry of a config.
 ENTRIES = {"img_size": "image_size", "in_chans": "num_channels"}
 # Keys of a config that say where this copy came from.
-VOLATILE = ("_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype")
+VOLATILE = ("_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype", PLAN)
 # Other names can mean kernels that are downloaded.
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flex_attention")
 ATTENTION_KEYS = ("attn_implementation", "_attn_implementation")
@@ -103,7 +104,7 @@ def load(
 
 def source_of(model: nn.Module, arguments: Mapping[str, Any]) -> Source:
     """The class and config of the model; `arguments` are config entries that win."""
-    cls = type(model)
+    cls = stock_class(type(model))
     config: Any = model.config
     if getattr(transformers, cls.__name__, None) is not cls:
         raise ModelError(
@@ -296,8 +297,8 @@ def _comparable(entries: Any) -> Any:
     if isinstance(entries, Mapping):
         comparable = {str(key): _comparable(value) for key, value in entries.items() if key not in VOLATILE}
         if isinstance(kind := comparable.get("model_type"), str):
-            # A part that was converted by itself has the mark of `mark_config`, and is to be built as what it was.
-            comparable["model_type"] = kind.removeprefix("armour_")
+            # A part that was converted by itself is marked (`transformers_marks`), and is to be built as what it was.
+            comparable["model_type"] = kind.removeprefix(PREFIX)
         return comparable
     if isinstance(entries, (list, tuple)):
         return [_comparable(value) for value in entries]
@@ -313,26 +314,3 @@ def _with_infinities(entries: Any) -> Any:
             return float(entries[_NOT_FINITE])
         return {key: _with_infinities(value) for key, value in entries.items()}
     return [_with_infinities(value) for value in entries] if isinstance(entries, list) else entries
-
-
-# One class for each config class, so that configs of two converted models still have the same type.
-_ARMOUR_CONFIGS: dict[type, type] = {}
-
-
-def mark_config(model: nn.Module) -> None:
-    """Give the model's config a model type of its own.
-
-    `save_pretrained` on a converted model would otherwise write a folder that looks like the plain architecture, and
-    `from_pretrained` would fill the projections that are gone with random weights.
-    """
-    config: Any = model.config
-    kind = type(config)
-    if kind in _ARMOUR_CONFIGS.values():
-        return  # a model and a part of it that was converted may hold one config
-    if kind not in _ARMOUR_CONFIGS:
-        members = {"model_type": f"armour_{kind.model_type}", "__module__": kind.__module__}
-        _ARMOUR_CONFIGS[kind] = type(f"Armour{kind.__name__}", (kind,), members)
-    # Whoever holds this config (each submodule does) has to see the change; a new object would reach only one of them.
-    object.__setattr__(config, "__class__", _ARMOUR_CONFIGS[kind])
-    # A config that was read from JSON has the type on itself as well, where it would hide that of its class.
-    vars(config).pop("model_type", None)

@@ -17,7 +17,7 @@ from armour_surgery.hosts.untrusted import entries
 from armour_surgery.records import SurgeryPlan
 from armour_surgery.saving.staging import PLAN, stays_inside
 
-__all__ = ["LARGEST", "SCHEMA_VERSION", "TOOL", "Document", "read_document"]
+__all__ = ["LARGEST", "SCHEMA_VERSION", "TOOL", "Document", "check_plan", "read_document"]
 
 SCHEMA_VERSION = 1
 TOOL = "armour-surgery"
@@ -81,7 +81,7 @@ def read_document(folder: Path) -> Document:
         raise SchemaError(f"{path} holds more than {MOST_VALUES} values, and no plan is as long; save the model again")
     try:
         document = TypeAdapter(Document).validate_json(text)
-        _check_plan(document.plan)
+        check_plan(document.plan)
     except ValidationError as error:
         if error.error_count() > MOST_TOLD:
             raise SchemaError(f"{path} holds {error.error_count()} wrong values; save the model again") from error
@@ -96,7 +96,7 @@ def read_document(folder: Path) -> Document:
     return document
 
 
-def _check_plan(surgery: SurgeryPlan) -> None:
+def check_plan(surgery: SurgeryPlan) -> None:
     """What types cannot say about the parts that are used before the surgery is done again.
 
     Raises:

@@ -31,7 +31,8 @@ def replay(host: nn.Module, surgery: SurgeryPlan) -> nn.Module:
         part = host.get_submodule(fqn)
         for operation in operations:
             operate(part, operation)
-        hosts.mark_converted(part)
+        if fqn:
+            hosts.mark_converted(part)
     return keep_plan(host, surgery)
 
 

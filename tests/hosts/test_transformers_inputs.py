@@ -9,8 +9,8 @@ from torch import nn
 
 from armour_surgery.discover.record import record
 from armour_surgery.hosts import example_input
-from armour_surgery.hosts.transformers import mark_config
 from armour_surgery.hosts.transformers_inputs import _that_runs
+from armour_surgery.hosts.transformers_marks import mark
 
 SMALL: dict[str, Any] = {
     "hidden_size": 24,
@@ -165,7 +165,7 @@ def test_a_model_runs_on_its_own_example(make: Any, shapes: dict[str, tuple[int,
     told = {name: tuple(value.shape) for name, value in example.items()}
     assert {name: told[name] for name in shapes} == shapes
     assert record(model, example).innermost
-    mark_config(model)  # as in a converted model
+    mark(model, None)  # as in a converted model
     again = example_input(model)
     assert {name: value.shape for name, value in again.items()} == {
         name: value.shape for name, value in example.items()
@@ -176,7 +176,7 @@ def test_a_model_runs_on_its_own_example(make: Any, shapes: dict[str, tuple[int,
 def test_models_that_match_points_get_two_images(converted: bool) -> None:
     model = superglue()
     if converted:
-        mark_config(model)
+        mark(model, None)
     assert [tuple(value.shape) for value in example_input(model).values()] == [(2, 2, 3, 32, 32)]
 
 

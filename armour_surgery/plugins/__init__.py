@@ -1,0 +1,1 @@
+"""How the libraries themselves find converted models: after `import armour_surgery`, by their own names and calls."""
