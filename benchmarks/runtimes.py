@@ -1,6 +1,6 @@
 """What converting is worth where models are deployed: ONNX Runtime and OpenVINO, beside the ratio of MACs.
 
-    python benchmarks/runtimes.py [--threads N] [--budget S] [--batch-size N] [--out FILE.json] [--markdown FILE.md]
+    python benchmarks/runtimes.py [--threads N] [--budget S] [--batch-size N] [--only NAME] [--out FILE.json] [--markdown FILE]
 
 The stock model, the converted one and the converted one after `deploy` take turns (`armour_surgery.benchmark`), with
 random weights, which change no speed. What is told is how many times as fast as the stock model each of the two is.
@@ -30,12 +30,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--budget", type=float, default=40.0, help="seconds of timing for each model and runtime")
     parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--only", choices=MODELS, help="this model alone")
     parser.add_argument("--out", type=Path, help="what was measured, as JSON")
     parser.add_argument("--markdown", type=Path, help="the table")
     options = parser.parse_args()
     keep_memory()
     found = {}
     for name, mode in MODELS.items():
+        if options.only not in (None, name):
+            continue
         for runtime in RUNTIMES:
             stock = timm.create_model(name).eval()
             armour = convert(stock, mode)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from armour_surgery import hosts
+from armour_surgery import __version__, hosts
 from armour_surgery.copies import full_copy
 from armour_surgery.deployment import deploy as deployed
 from armour_surgery.errors import ExportError, FolderError, NotOursError, UsageError
@@ -192,7 +192,7 @@ def _origin(model: nn.Module, name: str, deploy: bool) -> dict[str, Any]:
     """What a file says of where it came from."""
     surgery: SurgeryPlan | None = getattr(model, "surgery", None)
     origin: dict[str, Any] = {"model": name, "class": type(model).__name__, "deployed": deploy}
-    origin["versions"] = {"armour-surgery": importlib.metadata.version("armour-surgery"), "torch": torch.__version__}
+    origin["versions"] = {"armour-surgery": __version__, "torch": torch.__version__}
     if surgery is not None:
         source = surgery.source
         origin |= {"converted_from": source.name if source else None, "license": source.license if source else None}

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
-from saved_models import PLAN, WEIGHTS, armour, edit, host
+from saved_models import PLAN, WEIGHTS, edit, host
 from small_models import refused
 
 from armour_surgery import load
@@ -148,22 +147,3 @@ def test_all_problems_are_told_at_once(broken: Path) -> None:
     assert "lacks" in message
     assert "left over extra.0, extra.1, extra.2 and more" in message
     assert len(message) < 1000
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_converted_transformers_folder_is_not_taken_for_a_plain_one(tmp_path: Path) -> None:
-    converted = armour("hf-vit")
-    converted.save_pretrained(tmp_path)  # type: ignore[operator]
-    for auto in (transformers.AutoModelForImageClassification, transformers.AutoModel, transformers.AutoConfig):
-        with pytest.raises(ValueError, match="armour_vit"):
-            auto.from_pretrained(tmp_path)
-    assert armour("hf-vit").config.model_type == "armour_vit"  # type: ignore[union-attr]
-    assert host("hf-vit").config.model_type == "vit"  # type: ignore[union-attr]
-
-
-@pytest.mark.xfail(reason="transformers only warns when a class reads the config of another model type")
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_the_plain_class_does_not_fill_a_converted_folder_with_random_weights(tmp_path: Path) -> None:
-    armour("hf-vit").save_pretrained(tmp_path)  # type: ignore[operator]
-    with pytest.raises(Exception, match="armour"):
-        transformers.ViTForImageClassification.from_pretrained(tmp_path)
