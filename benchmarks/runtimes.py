@@ -1,6 +1,7 @@
 """What converting is worth where models are deployed: ONNX Runtime and OpenVINO, beside the ratio of MACs.
 
-    python benchmarks/runtimes.py [--threads N] [--budget S] [--batch-size N] [--only NAME] [--out FILE.json] [--markdown FILE]
+    python benchmarks/runtimes.py [--threads N] [--budget S] [--batch-size N] [--only NAME] [--out FILE.json]
+                                  [--markdown FILE.md]
 
 The stock model, the converted one and the converted one after `deploy` take turns (`armour_surgery.benchmark`), with
 random weights, which change no speed. What is told is how many times as fast as the stock model each of the two is.

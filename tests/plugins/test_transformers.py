@@ -1,4 +1,4 @@
-"""transformers' own calls find a converted model after `import armour_surgery`, and never fill it with random weights."""
+"""transformers' own calls find a converted model after `import armour_surgery`, and never draw weights for it."""
 
 import subprocess
 import sys
@@ -49,12 +49,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_fresh_process_loads_it_with_this_tool_and_fails_without(first: str, folder: Path, tmp_path: Path) -> None:
     torch.save((IMAGES, logits(armour("hf-vit"))), tmp_path / "wanted.pt")
     code = ANOTHER.format(first=first)
-    ran = subprocess.run(
-        [sys.executable, "-c", code, str(folder), str(tmp_path / "wanted.pt")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-c", code, str(folder), str(tmp_path / "wanted.pt")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
     if first.startswith("import"):
         assert ran.stdout == "equal ViTForImageClassification ArmourViTConfig\n", ran.stderr
     else:
