@@ -20,7 +20,7 @@ FLOORS = (
     ("__main__",),
     ("cli",),
     ("paper",),
-    ("recover", "benchmarking", "exporting"),
+    ("recover", "benchmarking", "exporting", "sharing"),
     ("saving", "likeness", "deployment", "coverage"),
     ("surgery", "demo"),
     ("images", "initialize", "rewrite", "discover"),

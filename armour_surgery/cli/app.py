@@ -13,6 +13,7 @@ from armour_surgery.cli.eval import evaluate
 from armour_surgery.cli.finetune import finetune
 from armour_surgery.cli.inspect import inspect
 from armour_surgery.cli.paper import paper
+from armour_surgery.cli.push import push
 from armour_surgery.cli.recipes import recipes
 from armour_surgery.cli.redundancy import redundancy
 
@@ -49,6 +50,7 @@ app.command()(convert)
 app.command()(finetune)
 app.command("eval")(evaluate)
 app.command()(bench)
+app.command()(push)
 app.add_typer(recipes, name="recipes")
 app.command()(redundancy)
 app.command()(paper)

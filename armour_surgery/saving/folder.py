@@ -23,6 +23,7 @@ from armour_surgery.copies import meta_copy
 from armour_surgery.errors import (
     ArmourError,
     FolderError,
+    ModelError,
     NotOursError,
     SchemaError,
     UsageError,
@@ -33,6 +34,7 @@ from armour_surgery.patching import on_cpu_by_default
 from armour_surgery.records import Source, SurgeryPlan
 from armour_surgery.saving.document import LARGEST, SCHEMA_VERSION, TOOL, read_document
 from armour_surgery.saving.filling import fill
+from armour_surgery.saving.from_hub import folder_of_plan, whole_folder
 from armour_surgery.saving.model_card import model_card
 from armour_surgery.saving.reading import read_whole
 from armour_surgery.saving.replay import replay
@@ -46,15 +48,29 @@ from armour_surgery.saving.staging import (
 from armour_surgery.surgery.perform import surgery_of
 from armour_surgery.surgery.targets import refuse_converted, refuse_deployed
 
-__all__ = ["TRAINING", "check_output", "is_saved_folder", "load", "read_plan", "save"]
+__all__ = ["TRAINING", "check_output", "find_folder", "is_saved_folder", "load", "read_plan", "save"]
 
 # A training run's record; it makes a folder ours before there is a model in it.
 TRAINING = "training.json"
 
 
 def is_saved_folder(path: str | Path) -> bool:
-    """Whether a path is a folder with a `surgery.json` in it."""
-    return (Path(path) / PLAN).is_file()
+    """Whether a path is a folder with a `surgery.json` in it, or hf-hub:ORG/NAME a repository with one."""
+    with suppress(ModelError):  # whoever asks takes the name for another model then, and hears why that is none
+        return (Path(path) / PLAN).is_file() or folder_of_plan(str(path)) is not None
+    return False
+
+
+def find_folder(path: str | Path) -> Path:
+    """A saved folder on this machine: `path` itself, or what hf-hub:ORG/NAME means, downloaded if it has to be.
+
+    Raises:
+        UnknownModelError: there is no such repository, or none that may be read.
+        HubUnreachableError: it is not in the cache and the hub did not answer.
+    """
+    if (Path(path) / PLAN).is_file():
+        return Path(path)
+    return whole_folder(str(path)) or Path(path)
 
 
 def _is_ours(path: Path) -> bool:
@@ -147,7 +163,8 @@ def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
     """Rebuild a saved model, in eval mode, with bit-identical outputs.
 
     Args:
-        path: a folder that `save` wrote.
+        path: a folder that `save` wrote, or `hf-hub:ORG/NAME`, where `push` put one (`hf-hub:ORG/NAME@REVISION` for a
+            branch, a tag or a commit).
         into: a fresh model of the class that was converted, built as it was then; a model of no library needs it. The
             surgery is done again on it, in place, and it gets the weights; where anything does not fit, it stays as it
             was.
@@ -160,8 +177,9 @@ def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
         FolderError: no library builds the model and `into` is missing; or there is a link among the unfinished files
             in it, or somebody writes to it all the time.
         UsageError: `into` is wrapped; AlreadyConvertedError: it is converted.
+        UnknownModelError, HubUnreachableError: the hub has no such repository, or does not answer.
     """
-    folder = Path(path)
+    folder = find_folder(path)
     if into is not None:
         if not isinstance(into, nn.Module):
             raise UsageError(f"into is {into!r}, and has to be a model: a fresh one, such as MyViT()")
@@ -202,12 +220,13 @@ def _replayed(host: nn.Module | Source, surgery: SurgeryPlan, folder: Path, limi
 
 
 def read_plan(path: str | Path) -> SurgeryPlan:
-    """The plan of a saved folder, without its weights.
+    """The plan of a saved folder, here or on the hub, without its weights.
 
     Raises:
-        SchemaError: see `load`.
+        SchemaError, UnknownModelError, HubUnreachableError: see `load`.
     """
-    return read_document(Path(path)).plan
+    local = (Path(path) / PLAN).is_file()
+    return read_document((None if local else folder_of_plan(str(path))) or Path(path)).plan
 
 
 def _rebuildable(model: nn.Module, surgery: SurgeryPlan, model_args: dict[str, Any]) -> Source:
