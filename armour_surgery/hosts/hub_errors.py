@@ -63,6 +63,7 @@ def _told_error(name: str, error: Exception) -> PushError:
         f"/{name}/upload/main; HF_ENDPOINT names another hub"
     )
     plain = "HF_HUB_DISABLE_XET=1 sends large files the plain way"
+    otherwise = plain if isinstance(error, ConnectionError) else by_hand
     reason = _reason(error)
     status = status_of(reason)
     if _is_offline(reason):
@@ -71,7 +72,7 @@ def _told_error(name: str, error: Exception) -> PushError:
         return HubOutageError(
             f"{endpoint()} did not answer, or the connection was cut "
             f"({type(reason).__name__}: {shortened(str(reason))}), several times, "
-            f"so {name} has no new commit; {again}; {plain if isinstance(reason, ConnectionError) else by_hand}"
+            f"so the push to {name} is not finished; {again}; {otherwise}"
         )
     if status is None:
         return PushError(

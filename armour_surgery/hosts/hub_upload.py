@@ -149,15 +149,22 @@ def upload(
                 if wait is None or not passes(error):
                     raise
                 time.sleep(wait)
-        arrived = _info(api, name, commit.oid)
-        there = _names(arrived) if arrived is not None else frozenset()
-    missing = sorted(set(files) - there)
+        _check_arrived(api, name, commit.oid, files)
+    return str(commit.oid)
+
+
+def _check_arrived(api: "HfApi", name: str, commit: str, files: Mapping[str, Path | bytes]) -> None:
+    """Make sure that the hub left nothing out, as it does with what a `.gitignore` in a repository names."""
+    try:
+        arrived = api.model_info(name, revision=commit, timeout=TIMEOUT)
+    except Exception:
+        return  # the commit is made, and that the hub cannot be asked about it now does not undo it
+    missing = sorted(set(files) - _names(arrived))
     if missing:
         raise PushError(
-            f"{name} has no {', '.join(missing)} after the commit {commit.oid}; is there a .gitignore in it that "
-            "leaves that out?"
+            f"{name} has no {', '.join(missing)} after the commit {commit}; is there a .gitignore in it that leaves "
+            "that out?"
         )
-    return str(commit.oid)
 
 
 def _text(content: Path | bytes) -> str:

@@ -56,6 +56,13 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(folder: Path, hub: Hub)
     assert len(hub.repos[REPO].branches["main"]) == 2
 
 
+def test_a_commit_is_done_though_nobody_can_ask_about_it(folder: Path, hub: Hub) -> None:
+    hub.make(REPO)
+    hub.fail("/api/models/me/tiny/revision/", 503, times=40)
+    assert send(folder).changed
+    assert arrived(hub, folder)
+
+
 def test_a_repository_whose_answer_is_lost_is_used(folder: Path, hub: Hub) -> None:
     hub.fail("answer to the creation", "cut")
     assert send(folder).changed
@@ -170,13 +177,21 @@ def test_a_server_that_is_no_hub(folder: Path, hub: Hub) -> None:
     assert f"is {hub.url} a hub, and REPO right?" in refused(PushError, lambda: send(folder))
 
 
-def test_an_answer_that_makes_no_sense(folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    def nonsense(*_: Any, **__: Any) -> None:
-        raise ValueError("Malformed response\nfrom server")
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(ValueError("Malformed response\nfrom server"), PushError), (ConnectionError("Network error"), HubOutageError)],
+)
+def test_what_other_parts_of_the_library_raise(
+    folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[PushError]
+) -> None:
+    """hf_xet, which sends large files to the hub's own store, has errors of its own."""
 
-    monkeypatch.setattr(HfApi, "preupload_lfs_files", nonsense)
-    message = refused(PushError, lambda: send(folder))
-    assert "(ValueError: Malformed response from server)" in message
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(HfApi, "preupload_lfs_files", fail)
+    message = refused(kind, lambda: send(folder))
+    assert f"({type(error).__name__}: {' '.join(str(error).split())})" in message
     assert "HF_HUB_DISABLE_XET=1" in message
 
 
