@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from armour_surgery.records import SurgeryPlan as SurgeryPlan
     from armour_surgery.saving.folder import load as load
     from armour_surgery.saving.folder import save as save
+    from armour_surgery.sharing.upload import push as push
     from armour_surgery.surgery.conversion import convert as convert
     from armour_surgery.surgery.conversion import inspect as inspect
     from armour_surgery.surgery.conversion import plan as plan
@@ -37,6 +38,7 @@ _HOME = {
     "inspect": "surgery",
     "load": "saving",
     "plan": "surgery",
+    "push": "sharing",
     "redundancy": "likeness",
     "save": "saving",
     "sensitivities": "surgery",
@@ -54,6 +56,7 @@ __all__ = [
     "inspect",
     "load",
     "plan",
+    "push",
     "redundancy",
     "save",
     "sensitivities",

@@ -29,6 +29,10 @@ ArmourError                    exit code 1
 ├── BenchmarkError             a model does not compile or run as it is to be timed
 ├── ExportError                a format cannot hold the model, or what it holds computes something else
 ├── SpecializationError        a converted attention was called in a way it cannot follow
+├── PushError                  a saved folder was not sent to the hub
+│   ├── LicenseError           the model card does not name the license of the base model
+│   ├── TokenError             there is no token for the hub, or it may not write there
+│   └── HubOutageError         the hub did not answer, or stopped in the middle; the same command goes on
 └── FolderError                a saved folder cannot be written or read
     ├── NotOursError           --out exists and was not written by this tool
     ├── SchemaError            surgery.json is unreadable, of an unknown schema, or names what must not be named
@@ -54,9 +58,11 @@ __all__ = [
     "ExampleInputError",
     "ExportError",
     "FolderError",
+    "HubOutageError",
     "HubUnreachableError",
     "InterruptedRunError",
     "KeyMismatchError",
+    "LicenseError",
     "ModelError",
     "NoAttentionError",
     "NotFiniteError",
@@ -65,10 +71,12 @@ __all__ = [
     "NothingToDeployError",
     "PatternError",
     "PostconditionError",
+    "PushError",
     "ResumeError",
     "SchemaError",
     "SpecializationError",
     "TeacherError",
+    "TokenError",
     "TraceError",
     "TrainingError",
     "UnknownModelError",
@@ -198,6 +206,22 @@ class ExportError(ArmourError):
 
 class SpecializationError(ArmourError):
     """A converted attention was called in a way that it cannot follow."""
+
+
+class PushError(ArmourError):
+    """A saved folder was not sent to the hub."""
+
+
+class LicenseError(PushError):
+    """The model card does not name the license of the base model, or another one than was given."""
+
+
+class TokenError(PushError):
+    """There is no token for the hub, or the hub does not let it write there."""
+
+
+class HubOutageError(PushError):
+    """The hub did not answer, or stopped in the middle; what arrived is not sent again."""
 
 
 class FolderError(ArmourError):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_stand_in import Hub, point_at, running
+from huggingface_hub import close_session
 from shared_hosts import changed
 from small_paper import SMALL
 
@@ -81,6 +83,15 @@ def short_turns(monkeypatch: pytest.MonkeyPatch, _hosts_of_before_stay: None) ->
     """Turns and profiles of tiny models are as good when they are short."""
     monkeypatch.setattr("armour_surgery.benchmarking.speed._TURN_S", 0.002)
     monkeypatch.setattr("armour_surgery.benchmarking.operators._SECONDS", 0.02)
+
+
+@pytest.fixture
+def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """An empty hub on this machine, and a token that may write to it."""
+    with running() as hub:
+        point_at(hub.url, tmp_path_factory.mktemp("hub"), monkeypatch)
+        yield hub
+        close_session()
 
 
 @pytest.fixture(scope="session")

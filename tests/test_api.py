@@ -19,8 +19,8 @@ from armour_surgery.modes import MODES
 
 
 def test_the_public_names() -> None:
-    functions = ["benchmark", "convert", "deploy", "inspect", "load", "plan", "redundancy", "save", "sensitivities"]
-    documented = ["ArmourError", "ArmourWarning", "AttentionSite", "SurgeryPlan", *functions]
+    functions = ["benchmark", "convert", "deploy", "inspect", "load", "plan", "push", "redundancy", "save"]
+    documented = ["ArmourError", "ArmourWarning", "AttentionSite", "SurgeryPlan", *functions, "sensitivities"]
     assert armour_surgery.__all__ == documented
     assert armour_surgery.__all__ == sorted(armour_surgery.__all__)
     assert all(getattr(armour_surgery, name).__doc__ for name in documented)
@@ -68,7 +68,7 @@ def test_submodules_do_not_hide_the_public_names() -> None:
     root = Path(armour_surgery.__file__).parent
     modules = [f"armour_surgery.{path.stem}" for path in sorted(root.glob("*.py")) if "__" not in path.stem]
     modules += [f"armour_surgery.{path.parent.name}" for path in sorted(root.glob("*/__init__.py"))]
-    names = ("bench", "convert", "inspect", "redundancy", "paper", "demo")
+    names = ("bench", "convert", "inspect", "push", "redundancy", "paper", "demo")
     modules += [f"armour_surgery.cli.{name}" for name in names]
     done = subprocess.run([sys.executable, "-c", ORDERS, *modules], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

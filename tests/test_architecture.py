@@ -20,7 +20,7 @@ FLOORS = (
     ("__main__",),
     ("cli",),
     ("paper",),
-    ("recover", "benchmarking"),
+    ("recover", "benchmarking", "sharing"),
     ("exporting", "plugins"),
     ("saving", "likeness", "deployment", "coverage"),
     ("surgery", "demo"),

@@ -14,6 +14,7 @@ from armour_surgery.cli.export import export
 from armour_surgery.cli.finetune import finetune
 from armour_surgery.cli.inspect import inspect
 from armour_surgery.cli.paper import paper
+from armour_surgery.cli.push import push
 from armour_surgery.cli.recipes import recipes
 from armour_surgery.cli.redundancy import redundancy
 
@@ -51,6 +52,7 @@ app.command()(finetune)
 app.command("eval")(evaluate)
 app.command()(bench)
 app.command()(export)
+app.command()(push)
 app.add_typer(recipes, name="recipes")
 app.command()(redundancy)
 app.command()(paper)

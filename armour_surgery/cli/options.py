@@ -42,7 +42,7 @@ Model = Annotated[
         metavar="MODEL",
         help="timm name, timm:NAME, hf-hub:ORG/NAME, local-dir:DIR, hf:ID_OR_DIR, torchvision:NAME, or your own "
         "FILE.py:CALLABLE (a class or a function, called with no arguments); but for inspect and convert also a folder "
-        "saved by this tool.",
+        "saved by this tool, here or pushed to hf-hub:ORG/NAME.",
         show_default=False,
     ),
 ]

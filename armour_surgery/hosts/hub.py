@@ -1,16 +1,31 @@
 """Reaching the hub, or finding out quickly that it cannot be reached, without a word on stderr."""
 
 import logging
+import sys
 import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from armour_surgery.errors import HubUnreachableError
+from armour_surgery.errors import HubUnreachableError, UnknownModelError
 
-__all__ = ["cached_folder", "hub_or_cache", "offline", "quiet", "require_url", "unreachable"]
+__all__ = [
+    "bars_for_people",
+    "cached_folder",
+    "fetch_file",
+    "hub_or_cache",
+    "offline",
+    "quiet",
+    "repository_of",
+    "require_url",
+    "unreachable",
+]
+
+# timm's grammar: hf-hub:ORG/NAME, or hf-hub:ORG/NAME@REVISION.
+PREFIX = "hf-hub:"
 
 # One attempt with this limit decides. The libraries would retry for about 25 s per candidate file name, and timm asks
 # for three names.
@@ -31,6 +46,23 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def bars_for_people() -> Iterator[None]:
+    """Inside, huggingface_hub draws its bars where somebody watches, and does not fill a log with them."""
+    from huggingface_hub import utils
+
+    bars: Any = utils  # its own list of names leaves these out
+    hide = not sys.stderr.isatty() and not bars.are_progress_bars_disabled()
+    with quiet():  # a switch in the environment wins, and both say so
+        if hide:
+            bars.disable_progress_bars()
+        try:
+            yield
+        finally:
+            if hide:
+                bars.enable_progress_bars()
 
 
 @contextmanager
@@ -97,6 +129,59 @@ def cached_folder(repo: str, revision: str | None, filenames: tuple[str, ...]) -
             # <cache>/models--ORG--NAME/snapshots/<commit>/<filename>
             return Path(path).parent
     return None
+
+
+def repository_of(name: str) -> tuple[str, str | None] | None:
+    """The repository and revision of hf-hub:ORG/NAME or hf-hub:ORG/NAME@REVISION; None for other names."""
+    if not name.startswith(PREFIX):
+        return None
+    repo, _, revision = name.removeprefix(PREFIX).partition("@")
+    return repo, revision or None
+
+
+def fetch_file(repo: str, filename: str, revision: str | None) -> Path | None:
+    """A file of a repository in the local cache, downloaded if it is not there; None where the repository has none.
+
+    It lies in a folder that is called as the commit that it is of.
+
+    Raises:
+        UnknownModelError: there is no such repository or revision, or none that may be read.
+        HubUnreachableError: the file is not in the cache and the hub did not answer.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        with bars_for_people():
+            return Path(hf_hub_download(repo, filename, revision=revision, etag_timeout=PROBE_SECONDS))
+    except EntryNotFoundError as error:
+        if not isinstance(error, LocalEntryNotFoundError):
+            return None
+        raise _not_fetched(repo, revision, error) from error
+    except Exception as error:
+        # The HTTP client, and with it the exceptions for "no network", differs between versions of huggingface_hub.
+        raise _not_fetched(repo, revision, error) from error
+
+
+def _not_fetched(repo: str, revision: str | None, error: Exception) -> UnknownModelError | HubUnreachableError:
+    from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
+
+    name = f"{PREFIX}{repo}" + (f"@{revision}" if revision else "")
+    if isinstance(error, HFValidationError):
+        return UnknownModelError(f"{name}: {repo!r} is no name of a repository; write hf-hub:ORG/NAME")
+    if isinstance(error, RevisionNotFoundError):
+        return UnknownModelError(f"{name}: the hub has {repo}, but no branch, tag or commit {revision!r} of it")
+    # An answer other than an outage: 401, 403 or 404.
+    status = getattr(getattr(error, "response", None), "status_code", 500)
+    if status < 500:
+        return UnknownModelError(
+            f"{name}: the hub has no repository {repo!r} that you may read ({status}); check the name, or log in with "
+            "`hf auth login`"
+        )
+    return HubUnreachableError(
+        f"cannot fetch {name}: it is not in the local cache, and the hub did not answer, or the "
+        "connection was cut; run it again (what is here is not fetched twice), or name a downloaded folder"
+    )
 
 
 def _hub_answers(repo: str) -> bool:

@@ -209,7 +209,7 @@ def _require_folder(folder: str) -> None:
 def _create_from_hub(name: str, repo: str, pretrained: bool, sizes: Mapping[str, Any]) -> nn.Module:
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
-    with hub_or_cache(repo) as answers:
+    with hub_or_cache(repo.partition("@")[0]) as answers:
         try:
             return _create(name, pretrained, sizes)
         except ModelError as error:

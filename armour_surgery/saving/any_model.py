@@ -9,7 +9,7 @@ from armour_surgery import hosts
 from armour_surgery.errors import UsageError
 from armour_surgery.hosts.examples import Written, keep_example
 from armour_surgery.records import Source
-from armour_surgery.saving.folder import is_saved_folder, load, read_plan
+from armour_surgery.saving.folder import find_folder, is_saved_folder, load, read_plan
 
 __all__ = ["NOTHING_SAID", "OwnModels", "load_any"]
 
@@ -33,6 +33,8 @@ def load_any(
 ) -> tuple[nn.Module, Source | None]:
     """MODEL as every command but `convert` takes it: a folder that this tool saved, or what the libraries know.
 
+    The folder may lie on the hub: hf-hub:ORG/NAME is ours if there is a `surgery.json` in it, and else timm's.
+
     Raises:
         ModelError, FolderError: it cannot be loaded; the message says why.
         UsageError: a checkpoint is given for a folder, or nothing says what makes the model that it is of.
@@ -41,11 +43,12 @@ def load_any(
         return hosts.load_model(name, pretrained=pretrained, checkpoint=checkpoint, example=own.example)
     if checkpoint is not None:
         raise UsageError(f"{name} has its weights in it; --checkpoint is for models of a library")
-    source = read_plan(name).source
+    folder = find_folder(name)
+    source = read_plan(folder).source
     fresh = None
     if source is not None and source.library == hosts.OWN:
         fresh, _ = hosts.load_model(_maker(name, source, own.into))
-    model = load(name, into=fresh)
+    model = load(folder, into=fresh)
     keep_example(model, own.example)
     return model, None
 

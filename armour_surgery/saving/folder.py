@@ -7,7 +7,6 @@ the weights strictly. A folder comes from anywhere: nothing in it is believed be
 import importlib.metadata
 import json
 import os
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -23,8 +22,8 @@ from armour_surgery import hosts
 from armour_surgery.copies import meta_copy
 from armour_surgery.errors import (
     ArmourError,
-    CorruptFileError,
     FolderError,
+    ModelError,
     NotOursError,
     SchemaError,
     UsageError,
@@ -33,20 +32,17 @@ from armour_surgery.hosts.limits import Limits
 from armour_surgery.hosts.skeleton import changed_attributes, first_difference
 from armour_surgery.patching import on_cpu_by_default
 from armour_surgery.records import Source, SurgeryPlan
-from armour_surgery.saving.document import LARGEST, SCHEMA_VERSION, TOOL, Document, read_document
+from armour_surgery.saving.document import LARGEST, SCHEMA_VERSION, TOOL, read_document
 from armour_surgery.saving.filling import fill
+from armour_surgery.saving.from_hub import folder_of_plan, whole_folder
 from armour_surgery.saving.model_card import model_card
+from armour_surgery.saving.reading import read_whole
 from armour_surgery.saving.replay import replay
 from armour_surgery.saving.staging import (
     CARD,
-    PATIENCE,
     PLAN,
-    STAGE,
     WEIGHTS,
-    check_stage,
     digest_of,
-    state_of,
-    stays_inside,
     written_aside,
 )
 from armour_surgery.surgery.perform import surgery_of
@@ -56,6 +52,7 @@ __all__ = [
     "TRAINING",
     "check_output",
     "distinct_tensors",
+    "find_folder",
     "is_saved_folder",
     "load",
     "read_plan",
@@ -65,13 +62,25 @@ __all__ = [
 
 # A training run's record; it makes a folder ours before there is a model in it.
 TRAINING = "training.json"
-# Each takes a moment to read, however small it is.
-MOST_TENSORS = 50_000
 
 
 def is_saved_folder(path: str | Path) -> bool:
-    """Whether a path is a folder with a `surgery.json` in it."""
-    return (Path(path) / PLAN).is_file()
+    """Whether a path is a folder with a `surgery.json` in it, or hf-hub:ORG/NAME a repository with one."""
+    with suppress(ModelError):  # whoever asks takes the name for another model then, and hears why that is none
+        return (Path(path) / PLAN).is_file() or folder_of_plan(str(path)) is not None
+    return False
+
+
+def find_folder(path: str | Path) -> Path:
+    """A saved folder on this machine: `path` itself, or what hf-hub:ORG/NAME means, downloaded if it has to be.
+
+    Raises:
+        UnknownModelError: there is no such repository, or none that may be read.
+        HubUnreachableError: it is not in the cache and the hub did not answer.
+    """
+    if (Path(path) / PLAN).is_file():
+        return Path(path)
+    return whole_folder(str(path)) or Path(path)
 
 
 def _is_ours(path: Path) -> bool:
@@ -164,7 +173,8 @@ def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
     """Rebuild a saved model, in eval mode, with bit-identical outputs.
 
     Args:
-        path: a folder that `save` wrote.
+        path: a folder that `save` wrote, or `hf-hub:ORG/NAME`, where `push` put one (`hf-hub:ORG/NAME@REVISION` for a
+            branch, a tag or a commit).
         into: a fresh model of the class that was converted, built as it was then; a model of no library needs it. The
             surgery is done again on it, in place, and it gets the weights; where anything does not fit, it stays as it
             was.
@@ -177,14 +187,15 @@ def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
         FolderError: no library builds the model and `into` is missing; or there is a link among the unfinished files
             in it, or somebody writes to it all the time.
         UsageError: `into` is wrapped; AlreadyConvertedError: it is converted.
+        UnknownModelError, HubUnreachableError: the hub has no such repository, or does not answer.
     """
-    folder = Path(path)
+    folder = find_folder(path)
     if into is not None:
         if not isinstance(into, nn.Module):
             raise UsageError(f"into is {into!r}, and has to be a model: a fresh one, such as MyViT()")
         hosts.refuse_wrapped(into)
         refuse_converted(into)
-    document, tensors = _read_whole(folder)
+    document, tensors = read_whole(folder)
     source = document.plan.source
     if source is None:
         raise SchemaError(f"{folder / PLAN} does not say how to build the model: its source is missing")
@@ -219,12 +230,13 @@ def _replayed(host: nn.Module | Source, surgery: SurgeryPlan, folder: Path, limi
 
 
 def read_plan(path: str | Path) -> SurgeryPlan:
-    """The plan of a saved folder, without its weights.
+    """The plan of a saved folder, here or on the hub, without its weights.
 
     Raises:
-        SchemaError: see `load`.
+        SchemaError, UnknownModelError, HubUnreachableError: see `load`.
     """
-    return read_document(Path(path)).plan
+    local = (Path(path) / PLAN).is_file()
+    return read_document((None if local else folder_of_plan(str(path))) or Path(path)).plan
 
 
 def rebuildable(model: nn.Module, surgery: SurgeryPlan, model_args: dict[str, Any]) -> Source:
@@ -318,57 +330,3 @@ def _versions() -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return versions
-
-
-def _read_whole(folder: Path) -> tuple[Document, dict[str, torch.Tensor]]:
-    """A plan and its weights; all of one version, also while somebody writes a new one."""
-    until = time.monotonic() + PATIENCE
-    while time.monotonic() < until:
-        before = state_of(folder)
-        try:
-            document = read_document(folder)
-            tensors = _read_weights(_weights_path(folder, document), document.sha256)
-        except CorruptFileError:
-            if state_of(folder) == before:
-                raise
-        else:
-            if state_of(folder) == before:
-                return document, tensors
-        time.sleep(0.01)
-    raise FolderError(f"{folder} was written again and again for {PATIENCE:.0f} s; load it when nobody writes to it")
-
-
-def _weights_path(folder: Path, document: Document) -> Path:
-    path = folder / WEIGHTS
-    if document.weights != WEIGHTS or not stays_inside(folder, path):
-        raise SchemaError(
-            f"{folder / PLAN} takes its weights from {document.weights!r}, and only {WEIGHTS} in its own folder is "
-            "read, nothing outside"
-        )
-    check_stage(folder)
-    staged = folder / STAGE / WEIGHTS
-    with suppress(OSError):  # a writer moves it away, or takes it back
-        if staged.is_file() and digest_of(staged) == document.sha256:
-            return staged  # saving was cut short after the new surgery.json had been put in place
-    if not path.is_file():
-        raise CorruptFileError(f"{path} is missing; copy the whole folder again")
-    return path
-
-
-def _read_weights(path: Path, digest: str) -> dict[str, torch.Tensor]:
-    tensors = {}
-    try:
-        with safe_open(path, framework="pt") as stream:
-            names = list(stream.keys())
-            if len(names) > MOST_TENSORS:
-                raise CorruptFileError(f"{path} holds {len(names)} tensors, and no model has more than {MOST_TENSORS}")
-            for name in names:
-                # Cloned: in the file, which is mapped, tensors begin where their neighbors end, and for memory that is
-                # not aligned torch takes other kernels, whose sums round differently.
-                tensors[name] = stream.get_tensor(name).clone()
-        found = digest_of(path)
-    except (SafetensorError, OSError, RuntimeError) as error:  # torch opens the file too, with errors of its own
-        raise CorruptFileError(f"{path} is truncated or damaged ({error}); copy it again") from error
-    if found != digest:
-        raise CorruptFileError(f"{path} is not the file that was saved (its sha256 differs); copy it again")
-    return tensors

@@ -1,14 +1,16 @@
 """The README of a saved folder: where the model came from, what was shared, and how to load it."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 
 from armour_surgery.hosts.libraries import OWN
 from armour_surgery.records import SitePlan, Source, SurgeryPlan
 from armour_surgery.report.wording import NEEDS_TRAINING, UNTIL_TRAINED, change, fidelity_clause, needs_training, way
+from armour_surgery.saving.licenses import license_lines, license_sentence
 
-__all__ = ["how_to_load", "model_card"]
+__all__ = ["how_to_load", "model_card", "named"]
 
 # Rows that the table of residuals has at most.
 _ROWS = 24
@@ -21,9 +23,8 @@ def model_card(surgery: SurgeryPlan, name: str) -> str:
     """
     source = surgery.source
     origin = source.name if source else "a model built in Python"
-    known_license = source.license if source else None
-    # The hub takes licenses that it knows, and "other" for everything else; "unknown" is for people.
-    lines = ["---", f"license: {known_license or 'other'}"]
+    license_of_base = source.license if source else None
+    lines = ["---", *license_lines(license_of_base)]
     if origin.startswith("hf-hub:"):
         lines.append(f"base_model: {origin.removeprefix('hf-hub:')}")
     converted = ", ".join(f"`{site.fqn}`" for site in surgery.sites)
@@ -52,7 +53,7 @@ def model_card(surgery: SurgeryPlan, name: str) -> str:
         lines += ["", "Left as they were:", ""]
     for site in surgery.refused:
         lines.append(f"- `{site.fqn}`: {site.reason}")
-    lines += ["", f"License of the base model: {known_license or 'unknown'}.", ""]
+    lines += ["", license_sentence(license_of_base), ""]
     return "\n".join(lines)
 
 
@@ -71,6 +72,13 @@ def how_to_load(source: Source | None, folder: str) -> list[str]:
         *lines,
         f"model = load({path}, into={make}())  # no library made this model: the surgery is done on a fresh one",
     ]
+
+
+def named(card: str, place: str) -> str:
+    """The card of a folder with another name for it in the line that loads it; without such a line, as it is."""
+    # A function, since in a text backslashes would mean something.
+    line = re.compile(r'^(model = load\()"(?:[^"\\]|\\.)*"', re.MULTILINE)
+    return line.sub(lambda found: found[1] + json.dumps(place), card)
 
 
 def _shared(surgery: SurgeryPlan) -> str:

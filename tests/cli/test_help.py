@@ -14,7 +14,19 @@ from armour_surgery import __version__
 from armour_surgery.cli import app
 from armour_surgery.modes import MODES
 
-COMMANDS = ("inspect", "convert", "finetune", "eval", "bench", "recipes", "redundancy", "paper", "coverage", "demo")
+COMMANDS = (
+    "inspect",
+    "convert",
+    "finetune",
+    "eval",
+    "bench",
+    "push",
+    "recipes",
+    "redundancy",
+    "paper",
+    "coverage",
+    "demo",
+)
 
 
 def test_the_command_line_loads_without_the_heavy_libraries() -> None:
@@ -61,6 +73,7 @@ def test_shells_complete_commands_and_options() -> None:
         ),
         ("redundancy", ["--out", "--layer", "--threshold", "--checkpoint", "--no-pretrained", "--img-size", "--json"]),
         ("paper", ["--no-speed", "--budget", "--markdown", "--json"]),
+        ("push", ["--license", "--private", "--revision", "--message", "--include", "--dry-run", "--json"]),
         ("demo", ["--json"]),
     ],
 )  # fmt: skip

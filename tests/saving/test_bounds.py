@@ -19,7 +19,7 @@ from armour_surgery.errors import CorruptFileError, FolderError, KeyMismatchErro
 from armour_surgery.saving import document as plans
 from armour_surgery.saving import folder
 from armour_surgery.saving.document import LARGEST
-from armour_surgery.saving.folder import MOST_TENSORS
+from armour_surgery.saving.reading import MOST_TENSORS
 from armour_surgery.saving.staging import digest_of
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from armour_surgery import convert, load, save
 from armour_surgery.errors import CorruptFileError, FolderError
-from armour_surgery.saving import folder, staging
+from armour_surgery.saving import folder, reading, staging
 from armour_surgery.saving.folder import read_plan
 
 
@@ -67,7 +67,7 @@ def test_writers_wait_for_each_other_and_readers_meet_one_version(
 
     def read() -> None:
         while not writing.is_set():
-            document, tensors = folder._read_whole(broken)
+            document, tensors = reading.read_whole(broken)
             mode = document.plan.mode
             seen.append(mode == "auto" or torch.equal(tensors[name], weights[mode]))
 
@@ -134,7 +134,7 @@ def test_a_process_that_was_killed_while_it_wrote_holds_nobody_up(vit: nn.Module
 def test_a_reader_that_is_overtaken_by_a_writer_reads_again(
     broken: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, times = folder._read_weights, []
+    read, times = reading._read_weights, []
 
     def overtaken(path: Path, digest: str) -> dict[str, torch.Tensor]:
         times.append(path)
@@ -147,7 +147,7 @@ def test_a_reader_that_is_overtaken_by_a_writer_reads_again(
             raise CorruptFileError(message)
         return read(path, digest)
 
-    monkeypatch.setattr(folder, "_read_weights", overtaken)
+    monkeypatch.setattr(reading, "_read_weights", overtaken)
     load(broken)
     assert len(times) == 2
 

@@ -1,0 +1,5 @@
+"""A saved folder on the hub: `push`."""
+
+from armour_surgery.sharing.upload import push
+
+__all__ = ["push"]
