@@ -239,8 +239,9 @@ def _document(model: str, surgery: "SurgeryPlan", target: Path | None, seconds: 
 def _tell(console: "Console", model: str, kind: str, surgery: "SurgeryPlan", target: Path | None) -> None:
     from rich.markup import escape
 
-    from armour_surgery.cli.tables import cost_table, fidelity_lines, frontier_table, refused_lines
+    from armour_surgery.cli.tables import cost_table, fidelity_lines, frontier_table
     from armour_surgery.saving.model_card import how_to_load
+    from armour_surgery.views import refused_lines
 
     verb = "converted" if target is not None else "would be converted"
     total = len(surgery.sites) + len(surgery.refused)

@@ -15,6 +15,7 @@ from armour_surgery.discover import find_sites
 from armour_surgery.errors import TraceError, UsageError
 from armour_surgery.initialize.weights import locate, read
 from armour_surgery.likeness.pairs import PAIRS, THRESHOLD, PairRedundancy, SiteRedundancy, compare_pair, why_not
+from armour_surgery.likeness.table import Redundancies
 from armour_surgery.modes import AUTO, choose
 from armour_surgery.patching import on_cpu_by_default
 from armour_surgery.records import AttentionSite, Progress, RefusedSite
@@ -67,14 +68,15 @@ def redundancy(
 
     Source: arXiv 2108.01778, section 3.2 and Figure 1.
     """
-    return compare_layers(
+    sites, _ = compare_layers(
         model,
         threshold=threshold,
         include=include,
         exclude=exclude,
         example_input=example_input,
         progress=progress,
-    )[0]
+    )
+    return Redundancies(sites, threshold)
 
 
 def compare_layers(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from armour_surgery.paper.printed import CAPTIONS
 from armour_surgery.paper.reproduction import Cell, ReproducedRow, Reproduction
+from armour_surgery.tabular import Table
 
 __all__ = ["View", "markdown_page", "notes", "remarks", "views"]
 
@@ -22,6 +23,12 @@ class View:
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     recipes: bool = False
+
+    def table(self) -> Table:
+        """The same with its names to the left and its numbers to the right."""
+        names = ("model", "mode", "recipe")
+        right = frozenset(place for place, header in enumerate(self.headers) if header not in names)
+        return Table(self.caption, self.headers, list(self.rows), right)
 
 
 def views(result: Reproduction) -> list[View]:

@@ -14,12 +14,10 @@ from armour_surgery.report.whole_file import check_target, write_whole
 from armour_surgery.report.wording import (
     NEEDS_TRAINING,
     UNTIL_TRAINED,
-    change,
     fidelity_figures,
-    millions,
     needs_training,
-    way,
 )
+from armour_surgery.spelled import change, millions, way
 
 __all__ = ["check_report", "html_report", "write_html"]
 

@@ -3,8 +3,6 @@
 Each place has markup of its own, which it adds; where a text differs between places, an argument says so.
 """
 
-import re
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from armour_surgery.records import Fidelity, SurgeryPlan
@@ -13,13 +11,9 @@ __all__ = [
     "NEEDS_TRAINING",
     "UNTIL_TRAINED",
     "FidelityFigures",
-    "change",
     "fidelity_clause",
     "fidelity_figures",
-    "grouped_names",
-    "millions",
     "needs_training",
-    "way",
 ]
 
 NEEDS_TRAINING = "It needs training."
@@ -32,21 +26,6 @@ class FidelityFigures(NamedTuple):
     cosine: str
     sqnr: str
     agreement: str | None
-
-
-def change(before: float, after: float, of_nothing: str = "-") -> str:
-    """A relative change in percent; `of_nothing` where there was nothing before."""
-    return f"{100 * (after - before) / before:+.1f} %" if before else of_nothing
-
-
-def millions(count: int, digits_of_billions: int = 4) -> str:
-    """A count in millions or billions, as papers print it."""
-    return f"{count / 1e9:,.{digits_of_billions}f} G" if count >= 1e9 else f"{count / 1e6:,.3f} M"
-
-
-def way(mode: str, rank: int | None, separator: str = ", ") -> str:
-    """How a site is converted: the mode, and the rank where the site has fewer channels than it could."""
-    return f"{mode}{separator}rank {rank}" if rank is not None else mode
 
 
 def needs_training(surgery: SurgeryPlan) -> bool:
@@ -69,33 +48,3 @@ def fidelity_clause(fidelity: Fidelity) -> str:
     figures = fidelity_figures(fidelity)
     same = f", same first choice on {figures.agreement}" if figures.agreement is not None else ""
     return f"cosine to the original's features {figures.cosine}, SQNR {figures.sqnr}{same}"
-
-
-def grouped_names(names: Sequence[str]) -> str:
-    """`blocks.0.attn`, `blocks.1.attn`, ... as `blocks.0-1.attn`; numbers that are not in a row stay a list."""
-    # Names with the same text between their numbers belong together.
-    groups: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
-    for name in names:
-        texts = tuple(re.split(r"\d+", name))
-        numbers = tuple(map(int, re.findall(r"\d+", name)))
-        groups.setdefault(texts, []).append(numbers)
-    return ", ".join(_group_name(texts, numbers) for texts, numbers in groups.items())
-
-
-def _group_name(texts: tuple[str, ...], numbers: list[tuple[int, ...]]) -> str:
-    """One name for a group. `texts` are what is before, between and after the numbers that each of its names has."""
-    name = texts[0]
-    for text, values in zip(texts[1:], zip(*numbers, strict=True), strict=True):
-        name += _spans(sorted(set(values))) + text
-    return name
-
-
-def _spans(values: list[int]) -> str:
-    """`0-2,5` for 0, 1, 2, 5."""
-    runs: list[list[int]] = []
-    for value in values:
-        if runs and value == runs[-1][1] + 1:
-            runs[-1][1] = value
-        else:
-            runs.append([value, value])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from armour_surgery.hosts.libraries import OWN
 from armour_surgery.records import SitePlan, Source, SurgeryPlan
-from armour_surgery.report.wording import NEEDS_TRAINING, UNTIL_TRAINED, change, fidelity_clause, needs_training, way
+from armour_surgery.report.wording import NEEDS_TRAINING, UNTIL_TRAINED, fidelity_clause, needs_training
+from armour_surgery.spelled import change, way
 
 __all__ = ["how_to_load", "model_card"]
 

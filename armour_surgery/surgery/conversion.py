@@ -36,6 +36,7 @@ from armour_surgery.surgery.targets import (
     select_sites,
 )
 from armour_surgery.traced import FoundSite, SeenSite
+from armour_surgery.views import Sensitivities, Sites
 
 __all__ = ["convert", "inspect", "plan", "sensitivities"]
 
@@ -58,7 +59,7 @@ def inspect(model: nn.Module, *, example_input: Example | None = None) -> list[A
     seen = find_sites(model, example_of(model, example_input))
     # What `auto` would do is tried out as `convert` does: of another mode it is known that its formula fits.
     left = {site.fqn: site.reason for site in prepare(model, seen, AUTO).refused}
-    return [_kept(_described(model, site), left.get(site.fqn)) for site in seen]
+    return Sites(_kept(_described(model, site), left.get(site.fqn)) for site in seen)
 
 
 def _kept(site: AttentionSite, reason: str | None) -> AttentionSite:
@@ -258,7 +259,7 @@ def sensitivities(
             f"mode {mode!r} fits none of the {len(sites)} attention sites of {type(model).__name__}; `armour-surgery "
             "inspect` lists the modes that fit"
         )
-    return options
+    return Sensitivities(options)
 
 
 def _describe(model: nn.Module) -> tuple[Source | None, str | None]:

@@ -167,7 +167,9 @@ def test_a_model_runs_on_its_own_example(make: Any, shapes: dict[str, tuple[int,
     assert record(model, example).innermost
     mark_config(model)  # as in a converted model
     again = example_input(model)
-    assert {name: value.shape for name, value in again.items()} == {name: value.shape for name, value in example.items()}
+    assert {name: value.shape for name, value in again.items()} == {
+        name: value.shape for name, value in example.items()
+    }
 
 
 @pytest.mark.parametrize("converted", [False, True])
