@@ -1,9 +1,13 @@
 """Counts, changes and names as people read them: on a terminal, on a page, in a figure."""
 
+import os
 import re
 from collections.abc import Sequence
 
-__all__ = ["change", "grouped_names", "millions", "short_names", "shortened", "way"]
+__all__ = ["change", "grouped_names", "millions", "names_only", "short_names", "shortened", "way"]
+
+# How timm's names of datasets begin; they have slashes and are no paths.
+_DATASET = re.compile(r"(?:hfds|hfids|tfds|wds|torch)/", re.IGNORECASE)
 
 
 def change(before: float, after: float, of_nothing: str = "-") -> str:
@@ -105,3 +109,24 @@ def shortened(text: str, width: int) -> str:
         return text
     head = (width - 1) // 2
     return f"{text[:head]}\u2026{text[len(text) - (width - 1 - head) :]}" if width > 1 else "\u2026"
+
+
+def names_only(text: str) -> str:
+    """A text from a command line without where files lie on this machine: of every path in it the last name.
+
+    `hf:/home/me/vit` is `hf:vit`, and `/home/me/photos,synthetic` is `photos,synthetic`. What libraries and the hub
+    call things (`hf:google/vit-base`, `hfds/ORG/NAME`) stays.
+    """
+    pieces = re.split(r"([:,;=])", text)
+    return "".join(_last_name(piece) if _is_path(piece) else piece for piece in pieces)
+
+
+def _is_path(piece: str) -> bool:
+    if not re.search(r"[/\\]", piece) or _DATASET.match(piece):
+        return False
+    # One slash may stand between an owner and a name of the hub, unless there is such a file here.
+    return not re.fullmatch(r"[^./~\\][^/\\]*/[^/\\]+", piece) or os.path.exists(piece)
+
+
+def _last_name(path: str) -> str:
+    return re.split(r"[/\\]+", path.rstrip("/\\"))[-1] or path

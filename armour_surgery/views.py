@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from armour_surgery.spelled import change, grouped_names, millions, way
+from armour_surgery.spelled import change, grouped_names, millions, names_only, way
 from armour_surgery.tabular import Listing, Table
 
 if TYPE_CHECKING:
@@ -102,7 +102,9 @@ def plan_table(surgery: "SurgeryPlan") -> Table:
     ]
     near = surgery.fidelity
     if near is not None:
-        notes.append(f"cosine to the original {near.cosine:.4f}, on {near.images} held-out images ({near.source})")
+        notes.append(
+            f"cosine to the original {near.cosine:.4f}, on {near.images} held-out images ({names_only(near.source)})"
+        )
     if surgery.trained is not None:
         notes.append(surgery.trained)
     notes += [f"left alone: {line}" for line in refused_lines(surgery.refused)]

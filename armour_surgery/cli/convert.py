@@ -264,10 +264,10 @@ def _tell(console: "Console", model: str, kind: str, surgery: "SurgeryPlan", tar
 
 def _advice(surgery: "SurgeryPlan") -> str:
     """What the model is good for now, in a sentence or two."""
-    from armour_surgery.report.wording import needs_training
+    from armour_surgery.report.wording import needs_training, verdict
 
     if surgery.fidelity is not None:
-        return "\nThe model can be used as it is, and fine-tuned from here."
+        return f"\n{verdict(surgery.fidelity)} No labels were used."
     if needs_training(surgery):
         return (
             "\nThis model needs training. Its projections now serve a purpose that they were not trained for (init "

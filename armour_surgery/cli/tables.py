@@ -12,7 +12,7 @@ from rich.text import Text
 
 from armour_surgery import views
 from armour_surgery.records import FrontierPoint, Sensitivity, SurgeryPlan
-from armour_surgery.report.wording import fidelity_clause
+from armour_surgery.report.wording import fidelity_clause, measured_on
 from armour_surgery.spelled import change, grouped_names, millions, shortened, way
 from armour_surgery.tabular import Table
 
@@ -104,7 +104,7 @@ def fidelity_lines(surgery: SurgeryPlan) -> list[str]:
     lines = []
     near = surgery.fidelity
     if near is not None:
-        lines.append(f"On {near.images} images ({near.source}) that nothing was fitted to: {fidelity_clause(near)}.")
+        lines.append(f"On {measured_on(near)}: {fidelity_clause(near)}.")
     residuals = {site.fqn: site.residual for site in surgery.sites if site.residual is not None}
     # After wq a residual only says how far two weights were apart, and of one site there is no median.
     if len(residuals) > 1 and surgery.init != "wq":

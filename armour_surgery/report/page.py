@@ -15,7 +15,9 @@ from armour_surgery.report.wording import (
     NEEDS_TRAINING,
     UNTIL_TRAINED,
     fidelity_figures,
+    measured_on,
     needs_training,
+    verdict,
 )
 from armour_surgery.spelled import change, millions, way
 
@@ -156,26 +158,13 @@ def _fidelity(surgery: SurgeryPlan) -> str:
     figures = fidelity_figures(near)
     noise = _share(10 ** (-near.sqnr_db / 10))
     named = [
-        ("images", f"{near.images}, held out: nothing was fitted to them. Source: {code(near.source)}"),
+        ("measured on", f"{escape(measured_on(near))}: nothing was fitted to them"),
         ("cosine", f"{figures.cosine}, mean over the final features\u2019 tokens; 1 is equal"),
         ("signal to noise", f"{figures.sqnr}: the difference has {noise} of the features\u2019 energy"),
     ]
     if figures.agreement is not None:
         named.append(("same first choice", f"{figures.agreement} of the images get the class that they had"))
-    return section(title, f'<p class="verdict">{_verdict(near)}</p>', facts(named))
-
-
-def _verdict(near: Fidelity) -> str:
-    """In words. The bounds are a reader's aid; what they mean for a task, only its own test images tell."""
-    if near.cosine >= 0.99:
-        said = "It computes nearly the same features as the original."
-    elif near.cosine >= 0.95:
-        said = "Its features are close to the original\u2019s."
-    elif near.cosine >= 0.8:
-        said = "Its features resemble the original\u2019s; expect some accuracy to be lost until it is fine-tuned."
-    else:
-        return "Its features are far from the original\u2019s: it needs training."
-    return f"{said} No labels were used: evaluate it on your own task before you rely on it."
+    return section(title, f'<p class="verdict">{escape(verdict(near))} No labels were used.</p>', facts(named))
 
 
 def _unmeasured(surgery: SurgeryPlan) -> str:

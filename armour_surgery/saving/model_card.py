@@ -6,7 +6,14 @@ from collections.abc import Sequence
 
 from armour_surgery.hosts.libraries import OWN
 from armour_surgery.records import SitePlan, Source, SurgeryPlan
-from armour_surgery.report.wording import NEEDS_TRAINING, UNTIL_TRAINED, fidelity_clause, needs_training
+from armour_surgery.report.wording import (
+    NEEDS_TRAINING,
+    UNTIL_TRAINED,
+    fidelity_clause,
+    measured_on,
+    needs_training,
+    verdict,
+)
 from armour_surgery.spelled import change, way
 
 __all__ = ["how_to_load", "model_card"]
@@ -95,7 +102,8 @@ def _advice(surgery: SurgeryPlan) -> list[str]:
     near = surgery.fidelity
     if near is not None:
         return [
-            f"On {near.images} held-out images ({near.source}): {fidelity_clause(near)}. Labels played no part.",
+            f"On {measured_on(near)}: {fidelity_clause(near)}. Labels played no part.",
+            verdict(near),
             "",
         ]
     if not needs_training(surgery):

@@ -84,7 +84,7 @@ def test_a_long_frontier_is_thinned_out_and_keeps_what_matters() -> None:
 def test_fidelity_in_lines() -> None:
     first, second = fidelity_lines(calibrated_plan(0.1, 0.4, 0.2, 0.3, 0.05))
     assert first == (
-        "On 41 images (photos) that nothing was fitted to: cosine to the original's features 0.9712, SQNR 13.5 dB, "
+        "On 41 held-out images (photos): cosine to the original's features 0.9712, SQNR 13.5 dB, "
         "same first choice on 96.8 %."
     )
     assert second == (
