@@ -19,7 +19,7 @@ from armour_surgery.report.wording import (
     needs_training,
     verdict,
 )
-from armour_surgery.spelled import change, millions, way
+from armour_surgery.spelled import change, millions, names_only, way
 
 __all__ = ["check_report", "html_report", "write_html"]
 
@@ -41,8 +41,10 @@ def html_report(
     """A whole page about a conversion: style and figures are inside, and it loads nothing.
 
     Everything in it follows from the arguments, and equal arguments give equal text. `name` is the title; `folder` is
-    where the model was saved, None where it was not. Names may hold anything, they are escaped.
+    where the model was saved, None where it was not. Names may hold anything, they are escaped; of paths the page has
+    the last names alone, for it is there to be handed on.
     """
+    name = names_only(name)
     title = f"{name}: Armour surgery"
     sections = [
         _fidelity(surgery),
@@ -117,7 +119,9 @@ def _header(surgery: SurgeryPlan, name: str) -> str:
     total = len(surgery.sites) + len(surgery.refused)
     ways = Counter((site.mode, site.rank) for site in surgery.sites)
     shared = ", ".join(f"{count} \u00d7 {_way(mode, rank)}" for (mode, rank), count in ways.items())
-    origin = code(surgery.source.name) if surgery.source and surgery.source.name else "A model built in Python"
+    origin = (
+        code(names_only(surgery.source.name)) if surgery.source and surgery.source.name else "A model built in Python"
+    )
     return (
         f'<header>\n<p class="eyebrow">Armour surgery</p>\n<h1>{escape(name)}</h1>\n'
         f"<p>{origin} with {len(surgery.sites)} of {total} attentions converted ({shared}); weights chosen by "
@@ -316,7 +320,7 @@ def _frontier(surgery: SurgeryPlan, points: Sequence[FrontierPoint]) -> str:
 
 
 def _loading(folder: str) -> str:
-    text = f"from armour_surgery import load\n\nmodel = load({json.dumps(folder, ensure_ascii=False)})"
+    text = f"from armour_surgery import load\n\nmodel = load({json.dumps(Path(folder).name, ensure_ascii=False)})"
     return (
         f"<pre><code>{escape(text)}</code></pre>\n<p>A model of the class that it was before, in eval mode. It trains, "
         "exports and compiles like the original.</p>"
@@ -328,7 +332,7 @@ def _origin(surgery: SurgeryPlan) -> str:
     if source is None:
         return "<p>A model built in Python; nothing was recorded about how to build it again.</p>"
     named = [
-        ("model", code(source.name or source.architecture)),
+        ("model", code(names_only(source.name or source.architecture))),
         ("library", escape(source.library)),
         ("architecture", code(source.architecture)),
     ]

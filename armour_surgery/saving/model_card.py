@@ -14,7 +14,7 @@ from armour_surgery.report.wording import (
     needs_training,
     verdict,
 )
-from armour_surgery.spelled import change, way
+from armour_surgery.spelled import change, names_only, way
 
 __all__ = ["how_to_load", "model_card"]
 
@@ -28,7 +28,7 @@ def model_card(surgery: SurgeryPlan, name: str) -> str:
     Everything in it follows from the plan; accuracy is stated only where it was measured.
     """
     source = surgery.source
-    origin = source.name if source else "a model built in Python"
+    origin = names_only(source.name) if source else "a model built in Python"
     known_license = source.license if source else None
     # The hub takes licenses that it knows, and "other" for everything else; "unknown" is for people.
     lines = ["---", f"license: {known_license or 'other'}"]

@@ -24,7 +24,7 @@ def test_the_page_says_what_was_done() -> None:
         "blocks.0.attn", "blocks.2.attn", "joint-svd, last layer", "0.0500", "0.1500", "5,300", "3,975", "−25.0 %",
         "relative error of the attention's output on images that nothing was fitted to",
         "down.attn", "downsampling attention: Q & V differ",
-        "What each site costs alone", "Parameters against loss", r'model = load("out/my \"folder\"")',
+        "What each site costs alone", "Parameters against loss", r'model = load("my \"folder\"")',
     ):  # fmt: skip
         assert part in text, part
 
