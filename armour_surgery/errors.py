@@ -30,6 +30,7 @@ ArmourError                    exit code 1
 ├── SpecializationError        a converted attention was called in a way it cannot follow
 └── FolderError                a saved folder cannot be written or read
     ├── NotOursError           --out exists and was not written by this tool
+    ├── OccupiedError          --out holds a trained model, or another one, which is replaced with --force alone
     ├── SchemaError            surgery.json is unreadable, of an unknown schema, or names what must not be named
     ├── CorruptFileError       a file is truncated or damaged
     └── KeyMismatchError       the tensors are not the ones that this surgery needs
@@ -61,6 +62,7 @@ __all__ = [
     "NotOursError",
     "NothingToConvertError",
     "NothingToDeployError",
+    "OccupiedError",
     "PatternError",
     "PostconditionError",
     "ResumeError",
@@ -200,6 +202,10 @@ class FolderError(ArmourError):
 
 class NotOursError(FolderError):
     """The output path exists and was not written by this tool."""
+
+
+class OccupiedError(FolderError):
+    """The output path holds a trained model, or another one than is to be written."""
 
 
 class SchemaError(FolderError):
