@@ -4,21 +4,23 @@ import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import zip_longest
 from typing import SupportsIndex, TypeVar, overload
 
 from armour_surgery.spelled import shortened
 
-__all__ = ["Listing", "Table", "Tabular"]
+__all__ = ["Layout", "Listing", "Table", "Tabular"]
 
 # What fits a terminal of 80 columns, and a screen beside whatever else is on it.
 WIDTH, LINES = 79, 20
 # Letters that a column of names keeps, however little room there is, and what stands between columns.
 _NARROWEST, _GAP = 8, "  "
 # What a column of lists wraps at rather than that names lose letters.
-_LISTS = 24
+_LISTS = 12
+# Letters of a header that stays in one line above a column of numbers that is less wide, and of a word in a longer one.
+_TITLE, _HEADER = 13, 16
 # Lines that remarks get, however many rows there are.
 _NOTES = 4
 # Nothing but gray, which is seen on white and on black; text keeps the color that the notebook gives it.
@@ -29,41 +31,78 @@ Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True)
+class Layout:
+    """A table laid out for a width: the lines of its headers, those of each row, and how wide its columns are."""
+
+    head: list[str]
+    rows: list[list[str]]
+    widths: list[int]
+
+    def rule(self, letter: str) -> str:
+        """The line between headers and rows."""
+        return _GAP.join(letter * wide for wide in self.widths)
+
+
+@dataclass(frozen=True)
 class Table:
-    """Headers and rows of plain text; `right` are the columns that hold numbers. `notes` stand below, a line each."""
+    """Headers and rows of plain text; `right` are the columns that hold numbers. `notes` stand below, a line each.
+
+    `whole` are columns that are never broken, though they hold no numbers; the `spare` ones among them, at the end, are
+    left out where there is no room.
+    """
 
     caption: str
     headers: tuple[str, ...]
     rows: list[tuple[str, ...]]
     right: frozenset[int] = frozenset()
     notes: tuple[str, ...] = ()
+    whole: frozenset[int] = frozenset()
+    spare: int = 0
 
     def text(self, width: int = WIDTH, lines: int = LINES) -> str:
         """So many lines at most, none longer than `width` but where numbers alone are wider.
 
-        Cells and remarks wrap at spaces, and a word that is still too long loses its middle. Rows and remarks that
-        there is no room for are counted.
+        Rows and remarks that there is no room for are counted.
         """
         shown = _wrapped(self.caption, width)
         notes = [_wrapped(note, width) for note in self.notes]
         if self.rows:
-            widths = self._widths(width)
-            shown += [*self._lines(self.headers, widths), _GAP.join("-" * wide for wide in widths)]
+            layout = self.laid_out(width)
+            shown += [*layout.head, layout.rule("-")]
             room = lines - len(shown) - min(_NOTES, sum(map(len, notes)))
-            shown += _fitting([self._lines(row, widths) for row in self.rows], room, "row")
+            shown += _fitting(layout.rows, room, "row")
         return "\n".join([*shown, *_fitting(notes, lines - len(shown), "remark")])
+
+    def laid_out(self, width: int) -> Layout:
+        """All rows in lines of at most so many letters; numbers stay whole, even where they alone are wider.
+
+        Cells wrap at spaces, and a word that is still too long loses its middle.
+        """
+        widths = self._widths(width)
+        if self.spare and sum(widths) + len(_GAP) * (len(widths) - 1) > width:
+            rows = [row[: -self.spare] for row in self.rows]
+            return replace(self, headers=self.headers[: -self.spare], rows=rows, spare=0).laid_out(width)
+        return Layout(self._lines(self.headers, widths), [self._lines(row, widths) for row in self.rows], widths)
 
     def _widths(self, width: int) -> list[int]:
         """How wide each column is; those of names give way where the line would be too long."""
-        widths, words = [], []
-        for column in zip(self.headers, *self.rows, strict=True):
-            widths.append(max(map(len, column)))
-            words.append(max(len(word) for cell in column for word in (cell.split() or [""])))
-        names = [place for place in range(len(widths)) if place not in self.right]
+        widths, least, giving = [], [], []
+        for place, header in enumerate(self.headers):
+            cells = [row[place] for row in self.rows]
+            longest = max(map(len, cells), default=0)
+            if place in self.right or place in self.whole:
+                head = len(header) if len(header) <= _TITLE else max(min(len(w), _HEADER) for w in header.split(" "))
+                widths.append(max(longest, head))
+                least.append(0)
+            else:
+                giving.append(place)
+                widths.append(max(longest, len(header)))
+                words = [len(word) for cell in (header, *cells) for word in cell.split(" ")]
+                least.append(max(max(words), _LISTS))
         while sum(widths) + len(_GAP) * (len(widths) - 1) > width:
             # What wraps at its spaces loses nothing; only then do words get shorter.
-            wrapping = [place for place in names if widths[place] > max(words[place], _LISTS)]
-            shrinking = wrapping or [place for place in names if widths[place] > _NARROWEST]
+            wrapping = [place for place in giving if widths[place] > least[place]]
+            shrinking = wrapping or [place for place in giving if widths[place] > _NARROWEST]
             if not shrinking:
                 break
             widths[max(shrinking, key=lambda place: widths[place])] -= 1
@@ -101,7 +140,8 @@ class Table:
 
 def _wrapped(text: str, width: int) -> list[str]:
     """Lines of at most so many letters, broken at spaces alone; a word that is longer loses its middle."""
-    words = " ".join(shortened(word, width) for word in text.split())
+    width = max(width, 1)  # of a column without a header and without a cell
+    words = " ".join(shortened(word, width) for word in text.split(" "))
     return textwrap.wrap(words, width, break_long_words=False, break_on_hyphens=False) or [""]
 
 

@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.table import Table as RichTable
-
-from armour_surgery.cli.tables import rich_table
+from armour_surgery.cli.tables import Shown
 from armour_surgery.tabular import Table
 
 if TYPE_CHECKING:
@@ -35,15 +33,15 @@ def environment_line(benchmark: "Benchmark") -> str:
     )
 
 
-def size_table(benchmark: "Benchmark") -> RichTable:
+def size_table(benchmark: "Benchmark") -> Shown:
     """A row for each model: what it is made of, at any batch size."""
     rows: list[tuple[str, ...]] = []
     for cost in benchmark.costs:
         rows.append((cost.name, f"{cost.params / 1e6:.3f}", f"{cost.macs / 1e9:.3f}"))
-    return rich_table(Table("", ("model", "params, M", "MACs, G"), rows, frozenset((1, 2))))
+    return Shown(Table("", ("model", "params, M", "MACs, G"), rows, frozenset((1, 2))))
 
 
-def model_table(benchmark: "Benchmark") -> RichTable:
+def model_table(benchmark: "Benchmark") -> Shown:
     """A row for each model and batch size."""
     compiled = benchmark.settings.compiled
     headers = ["model", "batch", "images/s", "ms", "p90", "MiB"]
@@ -65,10 +63,10 @@ def model_table(benchmark: "Benchmark") -> RichTable:
                 cells.append(f"{batch.compile_s[cost.name]:.1f}")
             # A model is named once, in the first of its rows.
             rows.append(("" if number else cost.name, *cells))
-    return rich_table(Table("", tuple(headers), rows, frozenset(range(1, len(headers)))))
+    return Shown(Table("", tuple(headers), rows, frozenset(range(1, len(headers)))))
 
 
-def pair_table(benchmark: "Benchmark") -> RichTable:
+def pair_table(benchmark: "Benchmark") -> Shown:
     """A row for each pair and batch size, the first model against its double beneath them."""
     from armour_surgery.benchmarking.intervals import CONFIDENCE
 
@@ -87,10 +85,10 @@ def pair_table(benchmark: "Benchmark") -> RichTable:
         rows.append((label, *_pair_cells(batch.noise, batch.batch_size), "noise"))
     headers = ("model", "batch", "speed-up", f"{100 * CONFIDENCE:.0f} % interval", "rounds", "verdict")
     caption = f"How many times as fast as {benchmark.costs[0].name}"
-    return rich_table(Table(caption, headers, rows, frozenset((1, 2, 3, 4))), styles)
+    return Shown(Table(caption, headers, rows, frozenset((1, 2, 3, 4))), styles)
 
 
-def profile_table(profiles: "Sequence[Profile]") -> RichTable:
+def profile_table(profiles: "Sequence[Profile]") -> Shown:
     """Milliseconds of the operators that take most, a column for each model."""
     from armour_surgery.benchmarking.operators import side_by_side
 
@@ -100,7 +98,7 @@ def profile_table(profiles: "Sequence[Profile]") -> RichTable:
         rows.append((name, *map(_milliseconds, milliseconds)))
     headers = ("operator", *(profile.name for profile in profiles))
     caption = f"Where the time goes, batch {profiles[0].batch_size}: ms in each operator itself"
-    return rich_table(Table(caption, headers, rows, frozenset(range(1, len(headers)))), {len(rows) - 1: "bold"})
+    return Shown(Table(caption, headers, rows, frozenset(range(1, len(headers)))), {len(rows) - 1: "bold"})
 
 
 def _milliseconds(value: float) -> str:

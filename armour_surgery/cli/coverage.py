@@ -104,16 +104,16 @@ def _command_line(
 
 
 def _show(console: "Console", result: "Coverage") -> None:
-    from armour_surgery.cli.tables import rich_table
+    from armour_surgery.cli.tables import Shown
     from armour_surgery.coverage import views
 
     for library, outcomes in result.outcomes.items():
         few = sum(outcome.attention for outcome in outcomes) <= _SHOWN
         for view in (views.class_table(result, library), views.architecture_table(result, library, all_of_them=few)):
             if view.rows:
-                console.print(rich_table(view))
+                console.print(Shown(view))
         for reason, number in result.count(library).refused.items():
             console.print(f"  {number} left as they are: {reason}", style="dim", markup=False)
         for line in views.failures(result, library):
             console.print(f"  {line}", style="red", markup=False)
-    console.print(rich_table(views.library_table(result)))
+    console.print(Shown(views.library_table(result)))

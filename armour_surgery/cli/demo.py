@@ -15,10 +15,10 @@ from armour_surgery.errors import FolderError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table as RichTable
     from torch import Tensor, nn
 
     from armour_surgery.benchmarking.speed import PairSpeed, SpeedReport
+    from armour_surgery.cli.tables import Shown
     from armour_surgery.records import SurgeryPlan
 
 __all__ = ["demo"]
@@ -110,10 +110,10 @@ def _story(console: "Console", folder: Path) -> dict[str, Any]:
 
 def _inspect(console: "Console", model: "nn.Module") -> None:
     from armour_surgery import inspect
-    from armour_surgery.cli.tables import rich_table
+    from armour_surgery.cli.tables import Shown
     from armour_surgery.views import site_table
 
-    console.print(rich_table(site_table(inspect(model)), caption=False))
+    console.print(Shown(site_table(inspect(model)), caption=False))
 
 
 def _convert(
@@ -217,8 +217,8 @@ def _summary_table(
     before: float,
     accuracies: dict[Trial, float],
     pairs: "dict[str, PairSpeed]",
-) -> "RichTable":
-    from armour_surgery.cli.tables import rich_table
+) -> "Shown":
+    from armour_surgery.cli.tables import Shown
     from armour_surgery.spelled import millions
     from armour_surgery.tabular import Table
 
@@ -243,7 +243,7 @@ def _summary_table(
             label, costs = "", ("", "", "")
     caption = "A ViT on scikit-learn's digits, 500 held-out images, no training"
     headers = ("model", "init", "accuracy", "parameters", "MACs", "times as fast")
-    return rich_table(Table(caption, headers, rows, frozenset((2, 3, 4, 5))), bold)
+    return Shown(Table(caption, headers, rows, frozenset((2, 3, 4, 5))), bold)
 
 
 def _recover(

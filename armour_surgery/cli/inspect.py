@@ -106,12 +106,12 @@ def inspect(
         return
     from rich.markup import escape
 
-    from armour_surgery.cli.tables import rich_table, sensitivity_table
+    from armour_surgery.cli.tables import Shown, sensitivity_table
     from armour_surgery.views import site_table
 
     view = site_table(sites)
     console.print(f"[bold]{escape(model)}[/bold]: {len(sites)} attention sites in a {type(host).__name__}")
-    console.print(rich_table(view, caption=False))
+    console.print(Shown(view, caption=False))
     for reason in view.notes:
         console.print(f"  {reason}", style="dim", markup=False)
     if measured:

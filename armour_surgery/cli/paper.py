@@ -50,10 +50,10 @@ def paper(
     if as_json:
         print_json(result.to_dict())
         return
-    from armour_surgery.cli.tables import rich_table
+    from armour_surgery.cli.tables import Shown
 
     for view in views.views(result):
-        console.print(rich_table(view.table()))
+        console.print(Shown(view.table()))
     for number, note in enumerate(views.notes(result), 1):
         console.print(f"[{number}] {note}", style="dim", markup=False)
     console.print()

@@ -18,7 +18,7 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe, or 
 @command
 def _list(as_json: AsJson = False) -> None:
     """List the shipped recipes."""
-    from armour_surgery.cli.tables import rich_table
+    from armour_surgery.cli.tables import Shown
     from armour_surgery.recover.recipe_files import load_recipe, recipe_names
     from armour_surgery.tabular import Table
 
@@ -27,8 +27,8 @@ def _list(as_json: AsJson = False) -> None:
         print_json({"recipes": [{"name": name, "description": text} for name, text in descriptions.items()]})
         return
     # A name is copied, and so is not broken.
-    table = rich_table(Table("", ("recipe", "what it does"), list(descriptions.items())), whole="recipe")
-    console_for(False).print(table)
+    table = Table("", ("recipe", "what it does"), list(descriptions.items()), whole=frozenset((0,)))
+    console_for(False).print(Shown(table))
 
 
 @recipes.command("show")

@@ -94,14 +94,14 @@ def redundancy(
         return
     from rich.markup import escape
 
-    from armour_surgery.cli.tables import rich_table
+    from armour_surgery.cli.tables import Shown
     from armour_surgery.likeness.table import redundancy_table
 
     console.print(f"[bold]{escape(model)}[/bold]: {len(sites)} attention sites in a {type(host).__name__}")
     if weights == "random":
         console.print(f"  {_RANDOM}; leave out --no-pretrained, or bring some with --checkpoint", style="bold")
     view = redundancy_table(sites, threshold)
-    console.print(rich_table(view))
+    console.print(Shown(view))
     for line in view.notes:
         console.print(line, style="dim", markup=False)
     if out is not None:

@@ -1,22 +1,18 @@
 """Tables that a person enjoys reading, at any width of a terminal: numbers stay whole, names give way."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.measure import Measurement
-from rich.table import Table as RichTable
 from rich.text import Text
 
 from armour_surgery import views
 from armour_surgery.records import FrontierPoint, Sensitivity, SurgeryPlan
 from armour_surgery.report.wording import fidelity_clause, measured_on
-from armour_surgery.spelled import change, grouped_names, millions, shortened, way
+from armour_surgery.spelled import change, grouped_names, millions, way
 from armour_surgery.tabular import Table
 
-__all__ = ["cost_table", "fidelity_lines", "frontier_table", "rich_table", "sensitivity_table"]
+__all__ = ["Shown", "cost_table", "fidelity_lines", "frontier_table", "sensitivity_table"]
 
 # Rows that a table of choices has at most.
 _CHOICES = 24
@@ -24,61 +20,27 @@ _CHOICES = 24
 _WORST = 3
 # Letters of the longest bar.
 _BAR = 12
-# Letters of a header that stays in one line, and of a word in it, above a column of numbers that is less wide.
-_TITLE, _HEADER = 13, 16
 
 
-class _Names:
-    """Text that wraps at spaces alone; a word that is longer than its column loses its middle."""
+class Shown:
+    """A table as wide as the terminal allows; `styles` are those of rows, by number."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def __str__(self) -> str:
-        return self.text
+    def __init__(self, view: Table, styles: Mapping[int, str] | None = None, *, caption: bool = True) -> None:
+        self.view = view
+        self._styles = styles or {}
+        self._caption = view.caption if caption else ""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        words = [shortened(word, options.max_width) for word in self.text.split(" ")]
-        yield Text(" ".join(words))
-
-    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        return Measurement(max(map(len, self.text.split(" "))), len(self.text))
-
-
-def rich_table(
-    view: Table, styles: Mapping[int, str] | None = None, *, caption: bool = True, whole: str | None = None
-) -> RichTable:
-    """A table of plain text as the terminal shows it; `styles` are those of rows, by number.
-
-    `whole` heads a column that is no number and is not to be broken either.
-    """
-    title = Text(view.caption, "bold") if caption and view.caption else None
-    table = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for place, header in enumerate(view.headers):
-        if place in view.right or header == whole:
-            longest = max((len(row[place]) for row in view.rows), default=0)
-            side = "right" if place in view.right else "left"
-            table.add_column(Text(_in_lines(header, longest)), justify=side, no_wrap=True)  # type: ignore[arg-type]
-        else:
-            table.add_column(_Names(header))
-    for number, row in enumerate(view.rows):
-        cells = []
-        for place, cell in enumerate(row):
-            unbroken = place in view.right or view.headers[place] == whole
-            cells.append(Text(cell) if unbroken else _Names(cell))
-        table.add_row(*cells, style=(styles or {}).get(number))
-    return table
+        layout = self.view.laid_out(options.max_width)
+        yield Text(f"{self._caption}\n" if self._caption else "", "bold")
+        yield Text("\n".join(layout.head), "bold", no_wrap=True)
+        yield Text(layout.rule("\u2500"), no_wrap=True)
+        for number, row in enumerate(layout.rows):
+            yield Text("\n".join(row), self._styles.get(number, ""), no_wrap=True)
+        yield Text("")
 
 
-def _in_lines(header: str, width: int) -> str:
-    """A header broken at spaces where it is wider than what is below it; the name of a model loses its middle."""
-    if len(header) <= max(width, _TITLE):
-        return header
-    words = " ".join(shortened(word, max(width, _HEADER)) for word in header.split(" "))
-    return textwrap.fill(words, max(width, _TITLE), break_long_words=False)
-
-
-def cost_table(surgery: SurgeryPlan) -> RichTable:
+def cost_table(surgery: SurgeryPlan) -> Shown:
     """Sites by mode and rank, and the model's cost before and after."""
     rows: list[tuple[str, ...]] = []
     for label, alike in views.sites_by_way(surgery.sites).items():
@@ -92,7 +54,7 @@ def cost_table(surgery: SurgeryPlan) -> RichTable:
     rows.append(("MACs per image", *_cost_cells(surgery.macs_before, surgery.macs_after)))
     headers = ("", "before", "after", "change")
     bold = dict.fromkeys((len(rows) - 2, len(rows) - 1), "bold")
-    return rich_table(Table("", headers, rows, frozenset((1, 2, 3))), bold)
+    return Shown(Table("", headers, rows, frozenset((1, 2, 3))), bold)
 
 
 def _cost_cells(before: int, after: int) -> tuple[str, str, str]:
@@ -114,17 +76,16 @@ def fidelity_lines(surgery: SurgeryPlan) -> list[str]:
     return lines
 
 
-def sensitivity_table(sensitivities: Sequence[Sensitivity]) -> RichTable:
+def sensitivity_table(sensitivities: Sequence[Sensitivity]) -> Shown:
     """What each site costs alone, with bars; see `views.sensitivity_table`."""
     view = views.sensitivity_table(sensitivities)
     largest = max((trial.loss for trial in sensitivities), default=0.0)
     rows = [(*row, _bar(trial.loss, largest)) for row, trial in zip(view.rows, sensitivities, strict=True)]
-    return rich_table(Table(view.caption, (*view.headers, ""), rows, view.right), whole="")
+    headers = (*view.headers, "")
+    return Shown(Table(view.caption, headers, rows, view.right, whole=frozenset((len(headers) - 1,)), spare=1))
 
 
-def frontier_table(
-    points: Sequence[FrontierPoint], params_before: int, chosen: FrontierPoint | None = None
-) -> RichTable:
+def frontier_table(points: Sequence[FrontierPoint], params_before: int, chosen: FrontierPoint | None = None) -> Shown:
     """Choices from the largest model to the smallest, the `chosen` one in bold with a mark.
 
     Of more choices than a screen has room for, evenly spaced ones are shown, and always the first, the last, the chosen
@@ -151,7 +112,7 @@ def frontier_table(
         )
         rows.append(row)
     headers = ("", "parameters", "change", "predicted loss", "measured loss", "converted")
-    return rich_table(Table("Parameters against loss", headers, rows, frozenset((1, 2, 3, 4))), bold)
+    return Shown(Table("Parameters against loss", headers, rows, frozenset((1, 2, 3, 4))), bold)
 
 
 def _converted(point: FrontierPoint) -> str:

@@ -41,7 +41,7 @@ def views(result: Reproduction) -> list[View]:
     for number, caption in CAPTIONS.items():
         rows = [row for row in result.rows if row.table == number]
         if rows:
-            listed += [_sizes(f"Table {number}. {caption}", rows, marks), _speeds(number, rows, marks)]
+            listed += [_sizes(f"Table {number}. {caption}", rows, marks), *_speeds(number, rows, marks)]
     return [*listed, _accuracies(result.rows)]
 
 
@@ -127,12 +127,30 @@ def _sizes(caption: str, rows: Sequence[ReproducedRow], marks: dict[str, str]) -
     return View(caption, tuple(headers), tuple(lines))
 
 
-def _speeds(number: int, rows: Sequence[ReproducedRow], marks: dict[str, str]) -> View:
+def _speeds(number: int, rows: Sequence[ReproducedRow], marks: dict[str, str]) -> list[View]:
+    """One table, or where two devices were timed one for each: a terminal has no room for both side by side."""
     timed: set[str] = set()
     for row in rows:
         timed.update(row.speed)
     devices = [device for device in _DEVICES if device in timed]
     columns = [column for column in ("gpu", "cpu") if _has_column(rows, column)]
+    caption = f"Table {number}, throughput and ratios"
+    if len(devices) < 2:
+        return [_speed_view(caption, rows, marks, devices, columns)]
+    listed = []
+    for device in devices:
+        of_its_kind = [column for column in columns if column.upper() == _DEVICES[device]]
+        listed.append(_speed_view(f"{caption}, {_DEVICES[device]}", rows, marks, [device], of_its_kind))
+    return listed
+
+
+def _speed_view(
+    caption: str,
+    rows: Sequence[ReproducedRow],
+    marks: dict[str, str],
+    devices: Sequence[str],
+    columns: Sequence[str],
+) -> View:
     headers = ["model"]
     for device in devices:
         headers += ["batch", f"{_DEVICES[device]} im/s", "ratio", "quartiles"]
@@ -146,7 +164,7 @@ def _speeds(number: int, rows: Sequence[ReproducedRow], marks: dict[str, str]) -
         line.append(f"{row.macs_ratio:.3f}" if row.macs_ratio else "-")
         line += [_of_the_paper(row, column, marks) for column in columns]
         lines.append(tuple(line))
-    return View(f"Table {number}, throughput and ratios", tuple(headers), tuple(lines))
+    return View(caption, tuple(headers), tuple(lines))
 
 
 def _cells(row: ReproducedRow) -> dict[str, Cell]:
