@@ -35,6 +35,7 @@ ArmourError                    exit code 1
 │   └── HubOutageError         the hub did not answer, or stopped in the middle; the same command goes on
 └── FolderError                a saved folder cannot be written or read
     ├── NotOursError           --out exists and was not written by this tool
+    ├── OccupiedError          --out holds a trained model, or another one, which is replaced with --force alone
     ├── SchemaError            surgery.json is unreadable, of an unknown schema, or names what must not be named
     ├── CorruptFileError       a file is truncated or damaged
     └── KeyMismatchError       the tensors are not the ones that this surgery needs
@@ -69,6 +70,7 @@ __all__ = [
     "NotOursError",
     "NothingToConvertError",
     "NothingToDeployError",
+    "OccupiedError",
     "PatternError",
     "PostconditionError",
     "PushError",
@@ -230,6 +232,10 @@ class FolderError(ArmourError):
 
 class NotOursError(FolderError):
     """The output path exists and was not written by this tool."""
+
+
+class OccupiedError(FolderError):
+    """The output path holds a trained model, or another one than is to be written."""
 
 
 class SchemaError(FolderError):

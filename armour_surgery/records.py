@@ -9,6 +9,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from armour_surgery.spelled import millions, shortened
+from armour_surgery.tabular import Table, Tabular
+from armour_surgery.views import plan_table
+
 __all__ = [
     "AttentionSite",
     "ConvertedPart",
@@ -30,6 +34,8 @@ __all__ = [
 Progress = Callable[[str, int, int], None]
 # The numbers of a tensor, or what is none.
 ExampleValue = tuple[int, ...] | bool | int | float | str | None
+# Letters of a reason that a record shows of itself.
+_REASON = 70
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,11 @@ class Projection:
     def head_dim(self) -> int:
         """Channels per head."""
         return len(self.channels[0])
+
+    def __repr__(self) -> str:
+        # Thousands of channels would fill a screen with numbers.
+        width = self.head_dim if self.channels else 0
+        return f"Projection({self.fqn!r}, {self.num_heads} heads x {width}, {self.tokens} tokens)"
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,14 @@ class AttentionSite:
         """The projection of each role by its letter; empty for a site that could not be followed."""
         roles = {"q": self.q, "k": self.k, "v": self.v}
         return {letter: role for letter, role in roles.items() if role is not None}
+
+    def __repr__(self) -> str:
+        sizes = f"{self.num_heads} heads, {self.key_dim} x {self.value_dim}, " if self.num_heads else ""
+        if self.modes:
+            modes = f"modes {', '.join(self.modes)}"
+        else:
+            modes = f"no mode: {shortened(next(iter(self.refused.values()), 'not known why'), _REASON)}"
+        return f"AttentionSite({self.fqn!r}, {self.kind}, {sizes}{modes})"
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: the contract's keys, and the name of each role's projection."""
@@ -203,6 +222,11 @@ class FrontierPoint:
     measured: float | None
     sites: tuple[tuple[str, str, int | None], ...]
 
+    def __repr__(self) -> str:
+        measured = "not measured" if self.measured is None else f"measured {self.measured:.5f}"
+        predicted = f"{len(self.sites)} converted, predicted {self.predicted:.5f}"
+        return f"FrontierPoint({millions(self.params)}, {predicted}, {measured})"
+
 
 @dataclass(frozen=True)
 class ConvertedPart:
@@ -213,8 +237,8 @@ class ConvertedPart:
     example_values: tuple[tuple[str, ExampleValue], ...] = ()
 
 
-@dataclass(frozen=True)
-class SurgeryPlan:
+@dataclass(frozen=True, repr=False)
+class SurgeryPlan(Tabular):
     """Everything that `convert` did (or, from `plan`, would do). It rides on the model as `model.surgery`.
 
     `sensitivities` and `frontier` are what was weighed for a budget, `max_loss`; empty without one.
@@ -252,6 +276,10 @@ class SurgeryPlan:
         """The point of a frontier whose sites are those that were converted."""
         converted = {(site.fqn, site.mode, site.rank) for site in self.sites}
         return next((point for point in points if set(point.sites) == converted), None)
+
+    def table(self) -> Table:
+        """What a session and a notebook show of it."""
+        return plan_table(self)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `from_dict` is its inverse."""

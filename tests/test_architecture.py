@@ -25,10 +25,14 @@ FLOORS = (
     ("saving", "likeness", "deployment", "coverage"),
     ("surgery", "demo"),
     ("images", "initialize", "rewrite", "discover"),
-    ("hosts", "measure", "report", "modes", "traced"),
+    ("hosts", "measure", "report", "modes", "traced", "progress"),
     ("errors", "notes", "records", "calls", "copies", "shapes", "altered"),
-    ("patching", "examples"),
+    ("patching", "examples", "views"),
+    ("tabular",),
+    ("spelled",),
 )
+# What commands import at once, since it imports nothing heavy.
+LIGHT = ("errors.py", "notes.py", "records.py", "report/wording.py", "spelled.py", "tabular.py", "views.py")
 LEVELS = {room: level for level, floor in enumerate(FLOORS) for room in floor}
 
 
@@ -192,14 +196,14 @@ def test_faces_that_light_commands_meet_are_empty(room: str) -> None:
 def test_commands_import_the_heavy_things_inside(path: Path) -> None:
     heavy = {"torch", "timm", "transformers", "torchvision", "safetensors", "numpy", "sklearn", "matplotlib"}
     assert not roots(path, lazy=False) & heavy
-    light = {PACKAGE / name for name in ("errors.py", "notes.py", "records.py", "report/wording.py")}
+    light = {PACKAGE / name for name in LIGHT}
     eager = {file_of(name) for room, name, lazy in inner(path) if not lazy and room != "cli"}
     assert eager <= light
 
 
 def test_what_commands_import_at_once_is_light() -> None:
     heavy = {"torch", "timm", "transformers", "torchvision", "safetensors", "numpy", "sklearn", "matplotlib"}
-    for name in ("errors.py", "notes.py", "records.py", "report/wording.py"):
+    for name in LIGHT:
         assert not roots(PACKAGE / name) & heavy
 
 

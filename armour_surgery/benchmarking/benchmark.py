@@ -30,6 +30,7 @@ from armour_surgery.exporting.onnx import load_onnx, require, write_onnx
 from armour_surgery.exporting.openvino import load_openvino
 from armour_surgery.hosts.wrappers import refuse_wrapped
 from armour_surgery.measure.cost import count_macs, count_params
+from armour_surgery.progress import told
 from armour_surgery.records import Progress
 from armour_surgery.surgery.targets import Example, plain_example_of
 
@@ -94,7 +95,7 @@ def benchmark(
     example_input: Example | None = None,
     keep_freed_memory: bool = False,
     inplace: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     runtime: str = "torch",
 ) -> Benchmark:
     """Time models in turns against the first of them, at every batch size and for one image alone.
@@ -120,14 +121,15 @@ def benchmark(
         inplace: use the models themselves instead of copies.
         runtime: `torch`, `compile` (as `compile`), or `onnx` (ONNX Runtime) and `openvino`, on the CPU in fp32, with
             a graph for exactly the batch size that is run, and threads that do not spin.
-        progress: called with what is being done, and with how much of how much is done, never while a model is timed.
+        progress: True shows a bar (tqdm, also in notebooks); a function is called with what is being done, how much of
+            it is done, and how much there is. Neither does anything while a model is timed.
 
     Raises:
-        UsageError: there is no model, a wrapper is around one, or a number, dtype or device is none that there is.
+        UsageError: there is no model, a wrapper is around one, or a number, dtype, device or `progress` is none that
+            there is.
         ExampleInputError: nobody knows what to feed the first model.
         BenchmarkError: a model does not compile or run with this dtype, device and batch size; the message names it.
     """
-    tell = progress or (lambda what, done, total: None)
     place = _check(models, batch_sizes, device, dtype, threads)
     compile = compile or runtime == "compile"
     _check_runtime(runtime, place, dtype, compile=compile, profile=profile)
@@ -140,7 +142,13 @@ def benchmark(
     given = {name: model if inplace else full_copy(model) for name, model in models.items()}
     # A copy in any case: that it has memory of its own is what the double is for.
     given[double] = full_copy(models[first])
-    with _threads(threads), many_compiled() if compile else nullcontext(), tempfile.TemporaryDirectory() as files:
+    with (
+        told(progress) as reported,
+        _threads(threads),
+        many_compiled() if compile else nullcontext(),
+        tempfile.TemporaryDirectory() as files,
+    ):
+        tell = reported or (lambda what, done, total: None)
         everyone: list[_Subject] = []
         for name, model in given.items():
             takes = _example_of(model, example_input, everyone[0].example if everyone else None)

@@ -7,6 +7,8 @@ from armour_surgery.benchmarking.environment import Environment
 from armour_surgery.benchmarking.intervals import CONFIDENCE, verdict
 from armour_surgery.benchmarking.operators import Profile
 from armour_surgery.benchmarking.speed import ModelSpeed, PairSpeed
+from armour_surgery.benchmarking.table import benchmark_table
+from armour_surgery.tabular import Table, Tabular
 
 __all__ = ["BatchSpeed", "Benchmark", "ModelCost", "Settings"]
 
@@ -78,8 +80,8 @@ class BatchSpeed:
         }
 
 
-@dataclass(frozen=True)
-class Benchmark:
+@dataclass(frozen=True, repr=False)
+class Benchmark(Tabular):
     """What was measured, where, and how. Batch sizes ascend from 1; the first model is `a` of every pair."""
 
     environment: Environment
@@ -92,6 +94,10 @@ class Benchmark:
     def largest(self) -> BatchSpeed:
         """The largest batch size: what throughput, speed-ups and peak memory are told of."""
         return self.batches[-1]
+
+    def table(self) -> Table:
+        """What a session and a notebook show of it."""
+        return benchmark_table(self)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary: the contract's keys, and per batch size everything that was measured."""

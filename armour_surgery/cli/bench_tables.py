@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
-from rich.table import Table
-
-from armour_surgery.cli.tables import plain_table
+from armour_surgery.cli.tables import Shown
+from armour_surgery.tabular import Table
 
 if TYPE_CHECKING:
     from armour_surgery.benchmarking.operators import Profile
@@ -35,27 +33,21 @@ def environment_line(benchmark: "Benchmark") -> str:
     )
 
 
-def size_table(benchmark: "Benchmark") -> Table:
+def size_table(benchmark: "Benchmark") -> Shown:
     """A row for each model: what it is made of, at any batch size."""
-    table = plain_table()
-    table.add_column("model", overflow="fold")
-    table.add_column("params, M", justify="right", no_wrap=True)
-    table.add_column("MACs, G", justify="right", no_wrap=True)
+    rows: list[tuple[str, ...]] = []
     for cost in benchmark.costs:
-        table.add_row(escape(cost.name), f"{cost.params / 1e6:.3f}", f"{cost.macs / 1e9:.3f}")
-    return table
+        rows.append((cost.name, f"{cost.params / 1e6:.3f}", f"{cost.macs / 1e9:.3f}"))
+    return Shown(Table("", ("model", "params, M", "MACs, G"), rows, frozenset((1, 2))))
 
 
-def model_table(benchmark: "Benchmark") -> Table:
+def model_table(benchmark: "Benchmark") -> Shown:
     """A row for each model and batch size."""
-    table = plain_table()
-    table.add_column("model", overflow="fold")
     compiled = benchmark.settings.compiled
-    headers = ["batch", "images/s", "ms", "p90", "MiB"]
+    headers = ["model", "batch", "images/s", "ms", "p90", "MiB"]
     if compiled:
         headers.append("compile, s")
-    for header in headers:
-        table.add_column(header, justify="right", no_wrap=True)
+    rows: list[tuple[str, ...]] = []
     for place, cost in enumerate(benchmark.costs):
         for number, batch in enumerate(benchmark.batches):
             speed = batch.models[place]
@@ -70,47 +62,43 @@ def model_table(benchmark: "Benchmark") -> Table:
             if compiled:
                 cells.append(f"{batch.compile_s[cost.name]:.1f}")
             # A model is named once, in the first of its rows.
-            table.add_row("" if number else escape(cost.name), *cells)
-    return table
+            rows.append(("" if number else cost.name, *cells))
+    return Shown(Table("", tuple(headers), rows, frozenset(range(1, len(headers)))))
 
 
-def pair_table(benchmark: "Benchmark") -> Table:
+def pair_table(benchmark: "Benchmark") -> Shown:
     """A row for each pair and batch size, the first model against its double beneath them."""
     from armour_surgery.benchmarking.intervals import CONFIDENCE
 
-    first = escape(benchmark.costs[0].name)
-    table = plain_table(f"How many times as fast as {first}")
-    table.add_column("model", overflow="fold")
-    for header in ("batch", "speed-up", f"{100 * CONFIDENCE:.0f} % interval", "rounds"):
-        table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("verdict")
+    rows: list[tuple[str, ...]] = []
+    styles: dict[int, str] = {}
     for place, cost in enumerate(benchmark.costs[1:]):
         for number, batch in enumerate(benchmark.batches):
             pair = batch.pairs[place]
             said = batch.verdict(pair)
-            label = "" if number else escape(cost.name)
-            table.add_row(label, *_pair_cells(pair, batch.batch_size), said, style=_STYLES.get(said))
+            if said in _STYLES:
+                styles[len(rows)] = _STYLES[said]
+            rows.append(("" if number else cost.name, *_pair_cells(pair, batch.batch_size), said))
     for number, batch in enumerate(benchmark.batches):
+        styles[len(rows)] = "dim"
         label = "" if number else "a copy of itself"
-        table.add_row(label, *_pair_cells(batch.noise, batch.batch_size), "noise", style="dim")
-    return table
+        rows.append((label, *_pair_cells(batch.noise, batch.batch_size), "noise"))
+    headers = ("model", "batch", "speed-up", f"{100 * CONFIDENCE:.0f} % interval", "rounds", "verdict")
+    caption = f"How many times as fast as {benchmark.costs[0].name}"
+    return Shown(Table(caption, headers, rows, frozenset((1, 2, 3, 4))), styles)
 
 
-def profile_table(profiles: "Sequence[Profile]") -> Table:
+def profile_table(profiles: "Sequence[Profile]") -> Shown:
     """Milliseconds of the operators that take most, a column for each model."""
     from armour_surgery.benchmarking.operators import side_by_side
 
-    table = plain_table(f"Where the time goes, batch {profiles[0].batch_size}: ms in each operator itself")
-    table.add_column("operator", overflow="ellipsis", no_wrap=True)
-    for profile in profiles:
-        table.add_column(escape(profile.name), justify="right", overflow="fold")
     *operators, (all_of_them, sums) = side_by_side(profiles, _OPERATORS)
-    for name, milliseconds in operators:
-        table.add_row(escape(name), *map(_milliseconds, milliseconds))
-    # A line between the operators and their sum.
-    table.add_section()
-    table.add_row(all_of_them, *map(_milliseconds, sums))
-    return table
+    rows: list[tuple[str, ...]] = []
+    for name, milliseconds in (*operators, (all_of_them, sums)):
+        rows.append((name, *map(_milliseconds, milliseconds)))
+    headers = ("operator", *(profile.name for profile in profiles))
+    caption = f"Where the time goes, batch {profiles[0].batch_size}: ms in each operator itself"
+    return Shown(Table(caption, headers, rows, frozenset(range(1, len(headers)))), {len(rows) - 1: "bold"})
 
 
 def _milliseconds(value: float) -> str:

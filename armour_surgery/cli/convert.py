@@ -1,5 +1,6 @@
 """`armour-surgery convert MODEL`."""
 
+import glob
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -99,6 +100,13 @@ def convert(
         Path | None,
         typer.Option(metavar="DIR", help="Folder to write. Default: NAME-armour-MODE.", show_default=False),
     ] = None,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Replace what is in DIR already; an earlier conversion of the same model is replaced without it.",
+        ),
+    ] = False,
     report: Annotated[
         Path | None,
         typer.Option(metavar="FILE.html", help="Write a page about the conversion.", show_default=False),
@@ -112,8 +120,8 @@ def convert(
     with console.status("loading the model"):
         from armour_surgery import convert as convert_model
         from armour_surgery import plan as plan_conversion
-        from armour_surgery import save
-        from armour_surgery.saving.folder import check_output
+        from armour_surgery.saving.folder import save_conversion
+        from armour_surgery.saving.occupied import check_replaceable
         from armour_surgery.surgery.order import check_options
         from armour_surgery.surgery.parts import plan_of_whole
         from armour_surgery.surgery.perform import keep_plan, surgery_of
@@ -121,7 +129,7 @@ def convert(
         channels = _rank(rank)
         check_options(mode, init, calib, channels, reconstruct, max_loss)
         if out is not None and not dry_run:
-            check_output(out)
+            check_replaceable(out, force=force)
         if report is not None:
             # Only who draws waits for matplotlib.
             from armour_surgery.report.page import check_report, html_report, write_html
@@ -140,13 +148,22 @@ def convert(
         "exclude": _below(submodule, exclude),
         "source": source,
     }
-    if dry_run:
+
+    def planned() -> "SurgeryPlan":
         with console.status("planning"):
-            surgery = plan_conversion(host, mode, rank=None if channels == "auto" else channels, **options)
+            return plan_conversion(host, mode, rank=None if channels == "auto" else channels, **options)
+
+    if dry_run:
+        surgery = planned()
         if submodule is not None:
             surgery = plan_of_whole(whole, {submodule: surgery}, source)
         target = None
     else:
+        # Before the work, which may take long. Only where a folder could be in its way is its name worth a plan.
+        if out is not None:
+            check_replaceable(out, source, force=force)
+        elif any(Path().glob(f"{glob.escape(name_for_folder(model))}-armour-*")):
+            check_replaceable(_default_name(model, planned()), source, force=force)
         with progress_bar(console, "rewriting attention") as tell:
             converted = convert_model(
                 host,
@@ -167,7 +184,7 @@ def convert(
             keep_plan(whole, surgery)
         target = out if out is not None else Path(_default_name(model, surgery))
         with console.status("saving"):
-            save(whole, target)
+            save_conversion(whole, target, force=force)
     if report is not None:
         folder = str(target) if target is not None else None
         write_html(report, html_report(surgery, model, surgery.sensitivities, surgery.frontier, folder))
@@ -239,8 +256,9 @@ def _document(model: str, surgery: "SurgeryPlan", target: Path | None, seconds: 
 def _tell(console: "Console", model: str, kind: str, surgery: "SurgeryPlan", target: Path | None) -> None:
     from rich.markup import escape
 
-    from armour_surgery.cli.tables import cost_table, fidelity_lines, frontier_table, refused_lines
+    from armour_surgery.cli.tables import cost_table, fidelity_lines, frontier_table
     from armour_surgery.saving.model_card import how_to_load
+    from armour_surgery.views import refused_lines
 
     verb = "converted" if target is not None else "would be converted"
     total = len(surgery.sites) + len(surgery.refused)
@@ -263,10 +281,10 @@ def _tell(console: "Console", model: str, kind: str, surgery: "SurgeryPlan", tar
 
 def _advice(surgery: "SurgeryPlan") -> str:
     """What the model is good for now, in a sentence or two."""
-    from armour_surgery.report.wording import needs_training
+    from armour_surgery.report.wording import needs_training, verdict
 
     if surgery.fidelity is not None:
-        return "\nThe model can be used as it is, and fine-tuned from here."
+        return f"\n{verdict(surgery.fidelity)} No labels were used."
     if needs_training(surgery):
         return (
             "\nThis model needs training. Its projections now serve a purpose that they were not trained for (init "

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from armour_surgery.coverage.summary import Coverage
-    from armour_surgery.coverage.views import Table
 
 __all__ = ["coverage"]
 
@@ -105,28 +104,16 @@ def _command_line(
 
 
 def _show(console: "Console", result: "Coverage") -> None:
+    from armour_surgery.cli.tables import Shown
     from armour_surgery.coverage import views
 
     for library, outcomes in result.outcomes.items():
         few = sum(outcome.attention for outcome in outcomes) <= _SHOWN
         for view in (views.class_table(result, library), views.architecture_table(result, library, all_of_them=few)):
             if view.rows:
-                _print_table(console, view)
+                console.print(Shown(view))
         for reason, number in result.count(library).refused.items():
             console.print(f"  {number} left as they are: {reason}", style="dim", markup=False)
         for line in views.failures(result, library):
             console.print(f"  {line}", style="red", markup=False)
-    _print_table(console, views.library_table(result))
-
-
-def _print_table(console: "Console", view: "Table") -> None:
-    from rich.markup import escape
-
-    from armour_surgery.cli.tables import plain_table
-
-    table = plain_table(view.caption)
-    for place, header in enumerate(view.headers):
-        table.add_column(header, justify="right" if place in view.right else "left", overflow="fold")
-    for row in view.rows:
-        table.add_row(*map(escape, row))
-    console.print(table)
+    console.print(Shown(views.library_table(result)))

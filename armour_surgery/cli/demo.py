@@ -15,10 +15,10 @@ from armour_surgery.errors import FolderError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
     from torch import Tensor, nn
 
     from armour_surgery.benchmarking.speed import PairSpeed, SpeedReport
+    from armour_surgery.cli.tables import Shown
     from armour_surgery.records import SurgeryPlan
 
 __all__ = ["demo"]
@@ -110,10 +110,10 @@ def _story(console: "Console", folder: Path) -> dict[str, Any]:
 
 def _inspect(console: "Console", model: "nn.Module") -> None:
     from armour_surgery import inspect
-    from armour_surgery.cli.tables import site_table
+    from armour_surgery.cli.tables import Shown
+    from armour_surgery.views import site_table
 
-    table, _ = site_table(inspect(model))
-    console.print(table)
+    console.print(Shown(site_table(inspect(model)), caption=False))
 
 
 def _convert(
@@ -198,7 +198,7 @@ def _summarize(
     pairs: "dict[str, PairSpeed]",
 ) -> None:
     """The table of it all, and what it shows."""
-    from armour_surgery.report.wording import change
+    from armour_surgery.spelled import change
     from armour_surgery.surgery.order import CALIBRATION_IMAGES
 
     original = plans["qv"]
@@ -217,18 +217,15 @@ def _summary_table(
     before: float,
     accuracies: dict[Trial, float],
     pairs: "dict[str, PairSpeed]",
-) -> "Table":
-    from armour_surgery.cli.tables import plain_table
-    from armour_surgery.report.wording import millions
+) -> "Shown":
+    from armour_surgery.cli.tables import Shown
+    from armour_surgery.spelled import millions
+    from armour_surgery.tabular import Table
 
-    table = plain_table("A ViT on scikit-learn's digits, 500 held-out images, no training")
-    for column in ("model", "init"):
-        table.add_column(column, no_wrap=True)
-    for column in ("accuracy", "parameters", "MACs", "times as fast"):
-        table.add_column(column, justify="right", no_wrap=True)
+    bold: dict[int, str] = {}
     original = plans["qv"]
     costs = (f"{original.params_before:,}", millions(original.macs_before), "1.00")
-    table.add_row("original", "", f"{before:.1f} %", *costs)
+    rows: list[tuple[str, ...]] = [("original", "", f"{before:.1f} %", *costs)]
     for mode, inits in _INITS.items():
         surgery, pair = plans[mode], pairs[mode]
         low, high = pair.speedup_iqr
@@ -240,10 +237,13 @@ def _summary_table(
             f"{pair.speedup:.2f} ({low:.2f}-{high:.2f})",
         )
         for init in inits:
-            style = "bold" if init == "calibrated" else None
-            table.add_row(label, init, f"{accuracies[mode, init]:.1f} %", *costs, style=style)
+            if init == "calibrated":
+                bold[len(rows)] = "bold"
+            rows.append((label, init, f"{accuracies[mode, init]:.1f} %", *costs))
             label, costs = "", ("", "", "")
-    return table
+    caption = "A ViT on scikit-learn's digits, 500 held-out images, no training"
+    headers = ("model", "init", "accuracy", "parameters", "MACs", "times as fast")
+    return Shown(Table(caption, headers, rows, frozenset((2, 3, 4, 5))), bold)
 
 
 def _recover(

@@ -106,12 +106,13 @@ def inspect(
         return
     from rich.markup import escape
 
-    from armour_surgery.cli.tables import sensitivity_table, site_table
+    from armour_surgery.cli.tables import Shown, sensitivity_table
+    from armour_surgery.views import site_table
 
-    table, reasons = site_table(sites)
+    view = site_table(sites)
     console.print(f"[bold]{escape(model)}[/bold]: {len(sites)} attention sites in a {type(host).__name__}")
-    console.print(table)
-    for reason in reasons:
+    console.print(Shown(view, caption=False))
+    for reason in view.notes:
         console.print(f"  {reason}", style="dim", markup=False)
     if measured:
         console.print(sensitivity_table(measured))

@@ -119,7 +119,8 @@ def read_model(
     from armour_surgery.hosts import load_model
     from armour_surgery.hosts.arguments import read_arguments
     from armour_surgery.hosts.examples import read_example
-    from armour_surgery.saving.folder import is_saved_folder, read_plan
+    from armour_surgery.saving.folder import read_plan
+    from armour_surgery.saving.occupied import is_saved_folder
 
     if is_saved_folder(name):
         plan = read_plan(name)

@@ -1,18 +1,13 @@
 """`armour-surgery paper`: the paper's Tables 1 to 4, counted and timed again."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from armour_surgery.cli.options import AsJson, MarkdownPage, check_page, page_option
 from armour_surgery.cli.progress import progress_bar
 from armour_surgery.cli.run import command, console_for, print_json
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from armour_surgery.paper.views import View
 
 __all__ = ["paper"]
 
@@ -55,8 +50,10 @@ def paper(
     if as_json:
         print_json(result.to_dict())
         return
+    from armour_surgery.cli.tables import Shown
+
     for view in views.views(result):
-        console.print(_table(view))
+        console.print(Shown(view.table()))
     for number, note in enumerate(views.notes(result), 1):
         console.print(f"[{number}] {note}", style="dim", markup=False)
     console.print()
@@ -75,20 +72,3 @@ def _command_line(speed: bool, budget: float, markdown: Path) -> str:
         words.append(f"--budget {budget:g}")
     words.append(page_option(markdown))
     return " ".join(words)
-
-
-def _table(view: "View") -> "Table":
-    from rich.markup import escape
-
-    from armour_surgery.cli.tables import plain_table
-
-    table = plain_table(view.caption)
-    # Less than other tables have, so that all columns fit into 80 letters.
-    table.padding = (0, 1, 0, 0)
-    for place, header in enumerate(view.headers):
-        # Names to the left, numbers to the right.
-        left = place == 0 or header in ("mode", "recipe")
-        table.add_column(header, justify="left" if left else "right", no_wrap=True)
-    for row in view.rows:
-        table.add_row(*map(escape, row))
-    return table

@@ -18,19 +18,17 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe, or 
 @command
 def _list(as_json: AsJson = False) -> None:
     """List the shipped recipes."""
-    from armour_surgery.cli.tables import plain_table
+    from armour_surgery.cli.tables import Shown
     from armour_surgery.recover.recipe_files import load_recipe, recipe_names
+    from armour_surgery.tabular import Table
 
     descriptions = {name: load_recipe(name).description for name in recipe_names()}
     if as_json:
         print_json({"recipes": [{"name": name, "description": text} for name, text in descriptions.items()]})
         return
-    table = plain_table()
-    table.add_column("recipe", no_wrap=True)
-    table.add_column("what it does")
-    for name, text in descriptions.items():
-        table.add_row(name, text)
-    console_for(False).print(table)
+    # A name is copied, and so is not broken.
+    table = Table("", ("recipe", "what it does"), list(descriptions.items()), whole=frozenset((0,)))
+    console_for(False).print(Shown(table))
 
 
 @recipes.command("show")

@@ -1,7 +1,7 @@
 """`armour-surgery redundancy MODEL --out FIGURE.png`: the paper's Figure 1, for any model."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -19,13 +19,6 @@ from armour_surgery.cli.options import (
 )
 from armour_surgery.cli.progress import progress_bar
 from armour_surgery.cli.run import command, console_for, print_json
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from rich.table import Table
-
-    from armour_surgery.likeness.pairs import PairRedundancy, SiteRedundancy
 
 __all__ = ["redundancy"]
 
@@ -101,80 +94,15 @@ def redundancy(
         return
     from rich.markup import escape
 
+    from armour_surgery.cli.tables import Shown
+    from armour_surgery.likeness.table import redundancy_table
+
     console.print(f"[bold]{escape(model)}[/bold]: {len(sites)} attention sites in a {type(host).__name__}")
     if weights == "random":
         console.print(f"  {_RANDOM}; leave out --no-pretrained, or bring some with --checkpoint", style="bold")
-    console.print(_table(sites, threshold))
-    for line in _notes(sites):
+    view = redundancy_table(sites, threshold)
+    console.print(Shown(view))
+    for line in view.notes:
         console.print(line, style="dim", markup=False)
     if out is not None:
         console.print(f"Drawn ({detail.fqn} in detail): {out}", markup=False, soft_wrap=True)
-
-
-def _table(sites: "Sequence[SiteRedundancy]", threshold: float) -> "Table":
-    from rich.markup import escape
-
-    from armour_surgery.cli.tables import plain_table
-    from armour_surgery.likeness.pairs import PAIRS
-    from armour_surgery.report.style import short_names
-
-    table = plain_table(f"Entries closer than {threshold:g} in % / by chance, and residuals")
-    names, pattern = short_names([site.fqn for site in sites])
-    numbers = [str(number) for number in range(len(sites))]
-    # `--layer` takes numbers; where the short names are these numbers, one column says both.
-    numbered = names != numbers
-    if numbered:
-        table.add_column("#", justify="right", no_wrap=True)
-    table.add_column(escape(pattern), overflow="fold")
-    for between in (", ", "="):
-        for pair in PAIRS:
-            table.add_column(_spelled(pair, between), justify="right", no_wrap=True)
-    for number, name, site in zip(numbers, names, sites, strict=True):
-        first = [number, escape(name)] if numbered else [escape(name)]
-        compared = [site.pairs.get(pair) for pair in PAIRS]
-        table.add_row(*first, *map(_share, compared), *map(_residual, compared))
-    return table
-
-
-def _spelled(pair: str, between: str) -> str:
-    return between.join(pair.upper())
-
-
-def _share(pair: "PairRedundancy | None") -> str:
-    return f"{pair.share:.1f}/{pair.share_by_chance:.1f}" if pair else "-"
-
-
-def _residual(pair: "PairRedundancy | None") -> str:
-    return f"{pair.residual:.3f}" if pair and pair.residual is not None else "-"
-
-
-def _notes(sites: "Sequence[SiteRedundancy]") -> list[str]:
-    """What a reader has to know about the table; each line once."""
-    from armour_surgery.report.wording import grouped_names
-
-    lines = [
-        "By chance: the same entries in random order. Residual: what the best shared weight (joint-svd, from the "
-        "weights alone) loses of logits and values, relative to their size."
-    ]
-    sites_by_remark: dict[str, list[str]] = {}
-    for site in sites:
-        for remark in _remarks(site):
-            sites_by_remark.setdefault(remark, []).append(site.fqn)
-    for remark, names in sites_by_remark.items():
-        lines.append(f"{grouped_names(names)}: {remark}")
-    refused = [pair for site in sites for pair in site.pairs.values() if pair.refused is not None]
-    if refused:
-        lines.append("-: no mode makes the two one there; `armour-surgery inspect` says why.")
-    return lines
-
-
-def _remarks(site: "SiteRedundancy") -> list[str]:
-    """Which pairs of a site were not compared, or not all of their channels."""
-    remarks = [f"{_spelled(pair, ' and ')} were not compared: {reason}" for pair, reason in site.skipped.items()]
-    wider = "V is" if site.value_dim > site.key_dim else "Q and K are"
-    shared = ", those that concat-half shares" if site.mode == "concat-half" else ""
-    widest = max(site.key_dim, site.value_dim)
-    # A set: pairs of which equally many were compared share a remark.
-    for channels in {pair.channels for pair in site.pairs.values() if pair.channels < widest}:
-        remarks.append(f"{wider} wider; the first {channels} channels of each head were compared{shared}")
-    return remarks

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from armour_surgery.coverage.examine import plain_reason
 from armour_surgery.coverage.outcome import Outcome, SiteKind
 from armour_surgery.coverage.summary import Coverage
+from armour_surgery.tabular import Table
 
-__all__ = ["Table", "architecture_table", "class_table", "failures", "library_table", "page"]
+__all__ = ["architecture_table", "class_table", "failures", "library_table", "page"]
 
 _EXPLAINED = (
     "An architecture is built without weights, and its attention is found and converted.",
@@ -21,16 +22,6 @@ _EXPLAINED = (
     " with fewer windows and tokens, and smaller images, where a module takes such.",
     "- *errors*: it could not be built, or did not run on what it was fed.",
 )
-
-
-@dataclass(frozen=True)
-class Table:
-    """Headers and rows; `right` are the columns that hold numbers."""
-
-    caption: str
-    headers: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-    right: frozenset[int] = frozenset()
 
 
 @dataclass

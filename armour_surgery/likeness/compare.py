@@ -15,8 +15,10 @@ from armour_surgery.discover import find_sites
 from armour_surgery.errors import TraceError, UsageError
 from armour_surgery.initialize.weights import locate, read
 from armour_surgery.likeness.pairs import PAIRS, THRESHOLD, PairRedundancy, SiteRedundancy, compare_pair, why_not
+from armour_surgery.likeness.table import Redundancies
 from armour_surgery.modes import AUTO, choose
 from armour_surgery.patching import on_cpu_by_default
+from armour_surgery.progress import told
 from armour_surgery.records import AttentionSite, Progress, RefusedSite
 from armour_surgery.surgery.new_weights import choose_weights
 from armour_surgery.surgery.operation import operate, prepare
@@ -46,7 +48,7 @@ def redundancy(
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     example_input: Example | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> list[SiteRedundancy]:
     """For every attention of a model, how alike the weights of Q, K and V are, and what sharing them costs.
 
@@ -56,8 +58,7 @@ def redundancy(
     weight in closed form (`joint-svd`: from the weights alone, tokens taken to be what the LayerNorm before the site
     makes of noise). Random weights give numbers that mean nothing. The model is not changed.
 
-    `include`, `exclude` and `example_input` are as in `convert`; `progress` is called with what is being done, how much
-    of it is done, and how much there is.
+    `include`, `exclude`, `example_input` and `progress` are as in `convert`.
 
     Raises:
         UsageError: the weights are on the meta device or no numbers, or the threshold is not above 0.
@@ -67,14 +68,16 @@ def redundancy(
 
     Source: arXiv 2108.01778, section 3.2 and Figure 1.
     """
-    return compare_layers(
-        model,
-        threshold=threshold,
-        include=include,
-        exclude=exclude,
-        example_input=example_input,
-        progress=progress,
-    )[0]
+    with told(progress) as tell:
+        sites, _ = compare_layers(
+            model,
+            threshold=threshold,
+            include=include,
+            exclude=exclude,
+            example_input=example_input,
+            progress=tell,
+        )
+    return Redundancies(sites, threshold)
 
 
 def compare_layers(

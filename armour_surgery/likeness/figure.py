@@ -12,7 +12,8 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from armour_surgery.likeness.pairs import PAIRS, SiteRedundancy, differences
-from armour_surgery.report.style import INK, LEGEND, MUTED, RULE, SERIES, blank_figure, plain, short_names, tidy
+from armour_surgery.report.style import INK, LEGEND, MUTED, RULE, SERIES, blank_figure, plain, tidy
+from armour_surgery.spelled import short_names
 
 __all__ = ["redundancy_figure"]
 

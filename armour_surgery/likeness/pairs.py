@@ -71,6 +71,11 @@ class SiteRedundancy:
     mode: str | None = None
     residual: float | None = None
 
+    def __repr__(self) -> str:
+        shares = ", ".join(f"{pair} {compared.share:.1f} %" for pair, compared in self.pairs.items())
+        residual = "" if self.residual is None else f", {self.mode} with residual {self.residual:.3f}"
+        return f"SiteRedundancy({self.fqn!r}, alike: {shares or 'not compared'}{residual})"
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
         return asdict(self)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from armour_surgery.paper.printed import CAPTIONS
 from armour_surgery.paper.reproduction import Cell, ReproducedRow, Reproduction
+from armour_surgery.tabular import Table
 
 __all__ = ["View", "markdown_page", "notes", "remarks", "views"]
 
@@ -23,6 +24,12 @@ class View:
     rows: tuple[tuple[str, ...], ...]
     recipes: bool = False
 
+    def table(self) -> Table:
+        """The same with its names to the left and its numbers to the right."""
+        names = ("model", "mode", "recipe")
+        right = frozenset(place for place, header in enumerate(self.headers) if header not in names)
+        return Table(self.caption, self.headers, list(self.rows), right)
+
 
 def views(result: Reproduction) -> list[View]:
     """For each of the paper's tables one about sizes and one about throughput; then one about accuracy.
@@ -34,7 +41,7 @@ def views(result: Reproduction) -> list[View]:
     for number, caption in CAPTIONS.items():
         rows = [row for row in result.rows if row.table == number]
         if rows:
-            listed += [_sizes(f"Table {number}. {caption}", rows, marks), _speeds(number, rows, marks)]
+            listed += [_sizes(f"Table {number}. {caption}", rows, marks), *_speeds(number, rows, marks)]
     return [*listed, _accuracies(result.rows)]
 
 
@@ -120,12 +127,30 @@ def _sizes(caption: str, rows: Sequence[ReproducedRow], marks: dict[str, str]) -
     return View(caption, tuple(headers), tuple(lines))
 
 
-def _speeds(number: int, rows: Sequence[ReproducedRow], marks: dict[str, str]) -> View:
+def _speeds(number: int, rows: Sequence[ReproducedRow], marks: dict[str, str]) -> list[View]:
+    """One table, or where two devices were timed one for each: a terminal has no room for both side by side."""
     timed: set[str] = set()
     for row in rows:
         timed.update(row.speed)
     devices = [device for device in _DEVICES if device in timed]
     columns = [column for column in ("gpu", "cpu") if _has_column(rows, column)]
+    caption = f"Table {number}, throughput and ratios"
+    if len(devices) < 2:
+        return [_speed_view(caption, rows, marks, devices, columns)]
+    listed = []
+    for device in devices:
+        of_its_kind = [column for column in columns if column.upper() == _DEVICES[device]]
+        listed.append(_speed_view(f"{caption}, {_DEVICES[device]}", rows, marks, [device], of_its_kind))
+    return listed
+
+
+def _speed_view(
+    caption: str,
+    rows: Sequence[ReproducedRow],
+    marks: dict[str, str],
+    devices: Sequence[str],
+    columns: Sequence[str],
+) -> View:
     headers = ["model"]
     for device in devices:
         headers += ["batch", f"{_DEVICES[device]} im/s", "ratio", "quartiles"]
@@ -139,7 +164,7 @@ def _speeds(number: int, rows: Sequence[ReproducedRow], marks: dict[str, str]) -
         line.append(f"{row.macs_ratio:.3f}" if row.macs_ratio else "-")
         line += [_of_the_paper(row, column, marks) for column in columns]
         lines.append(tuple(line))
-    return View(f"Table {number}, throughput and ratios", tuple(headers), tuple(lines))
+    return View(caption, tuple(headers), tuple(lines))
 
 
 def _cells(row: ReproducedRow) -> dict[str, Cell]:

@@ -33,7 +33,7 @@ from armour_surgery.recover.timm_parts import build_untrained, set_drop_path, tr
 from armour_surgery.recover.trainer import Judge, Outcome, Task, Watch, train
 from armour_surgery.recover.training_folder import check_saveable, open_folder, write_result
 from armour_surgery.saving.any_model import NOTHING_SAID, OwnModels, load_any
-from armour_surgery.saving.folder import check_output, is_saved_folder
+from armour_surgery.saving.occupied import check_output, is_saved_folder
 from armour_surgery.surgery.conversion import convert
 
 __all__ = ["Finetuned", "finetune"]

@@ -7,6 +7,7 @@ from armour_surgery.errors import DataError, UsageError
 from armour_surgery.hosts.preprocessing import Preprocessing
 from armour_surgery.images.sources import Pictures, Stream, has_split, held_out, open_pictures, open_stream
 from armour_surgery.recover.recipe import DataPart, Recipe
+from armour_surgery.spelled import names_only
 
 __all__ = ["adapted_preprocessing", "open_images"]
 
@@ -20,21 +21,23 @@ def open_images(source: str, recipe: Recipe, prep: Preprocessing) -> tuple[Pictu
     """
     training = _open_split(source, "train", recipe, prep)
     holdout = recipe.data.holdout
+    # These words travel with the model, in its card.
+    name = names_only(source)
     if isinstance(training, Stream):
         if holdout:
             raise UsageError(f"data.holdout: {source} is read in order, so nothing can be kept out of it; set it to 0")
-        return training, _open_split(source, "val", recipe, prep), f"the validation split of {source}"
+        return training, _open_split(source, "val", recipe, prep), f"the validation split of {name}"
     if not holdout and has_split(source, "val", recipe.data.val_split):
         # With the training images' classes, so that a label means the same in both.
         judged = _open_split(source, "val", recipe, prep, training.classes)
-        return training, judged, f"the validation images of {source}"
+        return training, judged, f"the validation images of {name}"
     if not holdout:
         raise DataError(
             f"{source} has no images to judge by (a folder val/); add them, or keep some of the training images out "
             "with --set data.holdout=0.1"
         )
     training, kept_out = held_out(training, holdout)
-    return training, kept_out, f"{len(kept_out)} images of {source} that were not trained on"
+    return training, kept_out, f"{len(kept_out)} images of {name} that were not trained on"
 
 
 def adapted_preprocessing(prep: Preprocessing, data: DataPart) -> Preprocessing:

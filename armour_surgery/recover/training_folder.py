@@ -17,7 +17,8 @@ from armour_surgery.recover.recipe import Recipe
 from armour_surgery.recover.recipe_files import to_yaml
 from armour_surgery.recover.timm_parts import save_pretrained
 from armour_surgery.recover.trainer import Outcome
-from armour_surgery.saving.folder import TRAINING, save
+from armour_surgery.saving.folder import save
+from armour_surgery.saving.occupied import TRAINING
 from armour_surgery.surgery.perform import surgery_of
 
 __all__ = ["check_saveable", "open_folder", "write_result"]

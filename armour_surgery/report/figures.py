@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from armour_surgery.records import FrontierPoint, Sensitivity
-from armour_surgery.report.style import INK, LEGEND, MUTED, PAPER, RULE, SERIES, blank_figure, plain, short_names, tidy
+from armour_surgery.report.style import INK, LEGEND, MUTED, PAPER, RULE, SERIES, blank_figure, plain, tidy
 from armour_surgery.report.whole_file import write_whole
-from armour_surgery.report.wording import way
+from armour_surgery.spelled import short_names, way
 
 __all__ = ["draw_confusion", "frontier_figure", "sensitivity_figure"]
 

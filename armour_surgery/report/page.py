@@ -14,12 +14,12 @@ from armour_surgery.report.whole_file import check_target, write_whole
 from armour_surgery.report.wording import (
     NEEDS_TRAINING,
     UNTIL_TRAINED,
-    change,
     fidelity_figures,
-    millions,
+    measured_on,
     needs_training,
-    way,
+    verdict,
 )
+from armour_surgery.spelled import change, millions, names_only, way
 
 __all__ = ["check_report", "html_report", "write_html"]
 
@@ -41,8 +41,10 @@ def html_report(
     """A whole page about a conversion: style and figures are inside, and it loads nothing.
 
     Everything in it follows from the arguments, and equal arguments give equal text. `name` is the title; `folder` is
-    where the model was saved, None where it was not. Names may hold anything, they are escaped.
+    where the model was saved, None where it was not. Names may hold anything, they are escaped; of paths the page has
+    the last names alone, for it is there to be handed on.
     """
+    name = names_only(name)
     title = f"{name}: Armour surgery"
     sections = [
         _fidelity(surgery),
@@ -117,7 +119,9 @@ def _header(surgery: SurgeryPlan, name: str) -> str:
     total = len(surgery.sites) + len(surgery.refused)
     ways = Counter((site.mode, site.rank) for site in surgery.sites)
     shared = ", ".join(f"{count} \u00d7 {_way(mode, rank)}" for (mode, rank), count in ways.items())
-    origin = code(surgery.source.name) if surgery.source and surgery.source.name else "A model built in Python"
+    origin = (
+        code(names_only(surgery.source.name)) if surgery.source and surgery.source.name else "A model built in Python"
+    )
     return (
         f'<header>\n<p class="eyebrow">Armour surgery</p>\n<h1>{escape(name)}</h1>\n'
         f"<p>{origin} with {len(surgery.sites)} of {total} attentions converted ({shared}); weights chosen by "
@@ -158,26 +162,13 @@ def _fidelity(surgery: SurgeryPlan) -> str:
     figures = fidelity_figures(near)
     noise = _share(10 ** (-near.sqnr_db / 10))
     named = [
-        ("images", f"{near.images}, held out: nothing was fitted to them. Source: {code(near.source)}"),
+        ("measured on", f"{escape(measured_on(near))}: nothing was fitted to them"),
         ("cosine", f"{figures.cosine}, mean over the final features\u2019 tokens; 1 is equal"),
         ("signal to noise", f"{figures.sqnr}: the difference has {noise} of the features\u2019 energy"),
     ]
     if figures.agreement is not None:
         named.append(("same first choice", f"{figures.agreement} of the images get the class that they had"))
-    return section(title, f'<p class="verdict">{_verdict(near)}</p>', facts(named))
-
-
-def _verdict(near: Fidelity) -> str:
-    """In words. The bounds are a reader's aid; what they mean for a task, only its own test images tell."""
-    if near.cosine >= 0.99:
-        said = "It computes nearly the same features as the original."
-    elif near.cosine >= 0.95:
-        said = "Its features are close to the original\u2019s."
-    elif near.cosine >= 0.8:
-        said = "Its features resemble the original\u2019s; expect some accuracy to be lost until it is fine-tuned."
-    else:
-        return "Its features are far from the original\u2019s: it needs training."
-    return f"{said} No labels were used: evaluate it on your own task before you rely on it."
+    return section(title, f'<p class="verdict">{escape(verdict(near))} No labels were used.</p>', facts(named))
 
 
 def _unmeasured(surgery: SurgeryPlan) -> str:
@@ -329,7 +320,7 @@ def _frontier(surgery: SurgeryPlan, points: Sequence[FrontierPoint]) -> str:
 
 
 def _loading(folder: str) -> str:
-    text = f"from armour_surgery import load\n\nmodel = load({json.dumps(folder, ensure_ascii=False)})"
+    text = f"from armour_surgery import load\n\nmodel = load({json.dumps(Path(folder).name, ensure_ascii=False)})"
     return (
         f"<pre><code>{escape(text)}</code></pre>\n<p>A model of the class that it was before, in eval mode. It trains, "
         "exports and compiles like the original.</p>"
@@ -341,7 +332,7 @@ def _origin(surgery: SurgeryPlan) -> str:
     if source is None:
         return "<p>A model built in Python; nothing was recorded about how to build it again.</p>"
     named = [
-        ("model", code(source.name or source.architecture)),
+        ("model", code(names_only(source.name or source.architecture))),
         ("library", escape(source.library)),
         ("architecture", code(source.architecture)),
     ]

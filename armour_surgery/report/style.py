@@ -1,8 +1,7 @@
-"""How all figures look, how names get short enough for them, and how they are written: to a file, or into a page."""
+"""How all figures look, and how they are written: to a file, or into a page."""
 
 import io
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -24,7 +23,6 @@ __all__ = [
     "inline_svg",
     "plain",
     "save_figure",
-    "short_names",
     "tidy",
 ]
 
@@ -101,51 +99,6 @@ def inline_svg(figure: Figure, label: str) -> str:
     # As wide as its place, within reason: letters should not outgrow the page's own.
     size = f'style="max-width: {76 * figure.get_figwidth():.0f}pt"'
     return re.sub(r'<svg width="[^"]*" height="[^"]*"', f'<svg role="img" aria-label="{label}" {size}', text, count=1)
-
-
-def short_names(fqns: Sequence[str]) -> tuple[list[str], str]:
-    """What tells names apart, and the pattern of the rest: `blocks.0.attn`, ... are `0`, ... of `blocks.*.attn`."""
-    if len(fqns) > 1:
-        # Text and numbers take turns: `blocks.0.attn` is `blocks.`, `0`, `.attn`.
-        splits = [re.split(r"(\d+)", name) for name in fqns]
-        texts = {tuple(parts[::2]) for parts in splits}
-        if len(texts) == 1:
-            return _short_numbers(splits)
-        labels, pattern = _short_paths([name.split(".") for name in fqns])
-        if pattern != "*":
-            return labels, pattern
-    return list(fqns), "attention"
-
-
-def _short_numbers(splits: list[list[str]]) -> tuple[list[str], str]:
-    """Names that differ in numbers alone; in each split these have the odd places."""
-    pattern = list(splits[0])
-    varying: list[tuple[str, ...]] = []
-    for place, column in enumerate(zip(*splits, strict=True)):
-        if place % 2 and len(set(column)) > 1:
-            pattern[place] = "*"
-            varying.append(column)
-    labels = map(".".join, zip(*varying, strict=True)) if varying else [""] * len(splits)
-    return list(labels), "".join(pattern)
-
-
-def _short_paths(paths: list[list[str]]) -> tuple[list[str], str]:
-    """Names that differ in words: what all begin and end with goes into the pattern."""
-    # Something is left of every name, even of one that is the beginning of all others.
-    room = min(map(len, paths)) - 1
-    start = _common(paths, room)
-    end = _common([path[::-1] for path in paths], room - start)
-    labels = [".".join(path[start : len(path) - end]) for path in paths]
-    first = paths[0]
-    return labels, ".".join([*first[:start], "*", *first[len(first) - end :]])
-
-
-def _common(paths: list[list[str]], most: int) -> int:
-    """With how many equal words the paths begin, `most` at most."""
-    count = 0
-    while count < most and len({path[count] for path in paths}) == 1:
-        count += 1
-    return count
 
 
 def blank_figure(width: float, height: float) -> Figure:

@@ -3,27 +3,57 @@
 Each place has markup of its own, which it adds; where a text differs between places, an argument says so.
 """
 
-import re
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from armour_surgery.records import Fidelity, SurgeryPlan
+from armour_surgery.spelled import names_only
 
 __all__ = [
+    "ENOUGH_IMAGES",
+    "GRADES",
     "NEEDS_TRAINING",
     "UNTIL_TRAINED",
     "FidelityFigures",
-    "change",
+    "Grade",
     "fidelity_clause",
     "fidelity_figures",
-    "grouped_names",
-    "millions",
+    "grade_of",
+    "measured_on",
     "needs_training",
-    "way",
+    "verdict",
 ]
 
 NEEDS_TRAINING = "It needs training."
 UNTIL_TRAINED = "until it is fine-tuned, its accuracy is near chance."
+
+
+class Grade(NamedTuple):
+    """What may be said of a converted model whose features and first choices are at least so near to the original's.
+
+    `cosine` and `agreement` (in percent, where there is a head) are as in `Fidelity`.
+    """
+
+    cosine: float
+    agreement: float
+    said: str
+
+
+# From the nearest on; a model gets the first that both of its numbers reach. Why these bounds: docs/decisions.md.
+GRADES = (
+    Grade(0.99, 95.0, "It computes nearly what the original does, and can be used as it is or fine-tuned from here."),
+    Grade(
+        0.95,
+        90.0,
+        "It is close to the original, and some accuracy may be lost (a point or two where that was tried): evaluate it "
+        "before you use it, or fine-tune it.",
+    ),
+    Grade(0.8, 70.0, "It resembles the original, but is not to be relied on: fine-tune it before you use it."),
+    Grade(-1.0, 0.0, "It is far from the original: it needs training."),
+)
+# Of fewer images than these a single one moves the share of equal first choices by more than the best grade allows.
+ENOUGH_IMAGES = 16
+# As the calibration calls images that are drawn instead of read.
+_DRAWN = "synthetic"
 
 
 class FidelityFigures(NamedTuple):
@@ -32,21 +62,6 @@ class FidelityFigures(NamedTuple):
     cosine: str
     sqnr: str
     agreement: str | None
-
-
-def change(before: float, after: float, of_nothing: str = "-") -> str:
-    """A relative change in percent; `of_nothing` where there was nothing before."""
-    return f"{100 * (after - before) / before:+.1f} %" if before else of_nothing
-
-
-def millions(count: int, digits_of_billions: int = 4) -> str:
-    """A count in millions or billions, as papers print it."""
-    return f"{count / 1e9:,.{digits_of_billions}f} G" if count >= 1e9 else f"{count / 1e6:,.3f} M"
-
-
-def way(mode: str, rank: int | None, separator: str = ", ") -> str:
-    """How a site is converted: the mode, and the rank where the site has fewer channels than it could."""
-    return f"{mode}{separator}rank {rank}" if rank is not None else mode
 
 
 def needs_training(surgery: SurgeryPlan) -> bool:
@@ -71,31 +86,37 @@ def fidelity_clause(fidelity: Fidelity) -> str:
     return f"cosine to the original's features {figures.cosine}, SQNR {figures.sqnr}{same}"
 
 
-def grouped_names(names: Sequence[str]) -> str:
-    """`blocks.0.attn`, `blocks.1.attn`, ... as `blocks.0-1.attn`; numbers that are not in a row stay a list."""
-    # Names with the same text between their numbers belong together.
-    groups: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
-    for name in names:
-        texts = tuple(re.split(r"\d+", name))
-        numbers = tuple(map(int, re.findall(r"\d+", name)))
-        groups.setdefault(texts, []).append(numbers)
-    return ", ".join(_group_name(texts, numbers) for texts, numbers in groups.items())
+def measured_on(fidelity: Fidelity) -> str:
+    """How many images a fidelity was measured on, and of which source: photos by their folder's name, or drawn ones."""
+    count = f"{fidelity.images} held-out image{'s' if fidelity.images != 1 else ''}"
+    sources = names_only(fidelity.source).split(",")
+    if set(sources) == {_DRAWN}:
+        return f"{count}, drawn and no photos"
+    named = ", ".join("drawn ones" if source == _DRAWN else source for source in sources)
+    return f"{count} ({named})"
 
 
-def _group_name(texts: tuple[str, ...], numbers: list[tuple[int, ...]]) -> str:
-    """One name for a group. `texts` are what is before, between and after the numbers that each of its names has."""
-    name = texts[0]
-    for text, values in zip(texts[1:], zip(*numbers, strict=True), strict=True):
-        name += _spans(sorted(set(values))) + text
-    return name
+def grade_of(fidelity: Fidelity) -> Grade:
+    """The first of the `GRADES` that a model is near enough for."""
+    for grade in GRADES:
+        if fidelity.cosine >= grade.cosine and (fidelity.agreement is None or fidelity.agreement >= grade.agreement):
+            return grade
+    return GRADES[-1]  # also where the numbers are none
 
 
-def _spans(values: list[int]) -> str:
-    """`0-2,5` for 0, 1, 2, 5."""
-    runs: list[list[int]] = []
-    for value in values:
-        if runs and value == runs[-1][1] + 1:
-            runs[-1][1] = value
-        else:
-            runs.append([value, value])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+def verdict(fidelity: Fidelity) -> str:
+    """What a converted model is good for, as far as it was measured, and what is left to find out."""
+    grade = grade_of(fidelity)
+    if grade is not GRADES[0]:
+        return grade.said
+    if fidelity.images < ENOUGH_IMAGES:
+        return (
+            "It computes nearly what the original does, as far as so few images can tell "
+            f"({fidelity.images}): calibrate with more, or evaluate it before you use it."
+        )
+    if set(fidelity.source.split(",")) == {_DRAWN}:
+        return (
+            "On drawn images it computes nearly what the original does; what it does on photos was not measured: "
+            "calibrate with some, or evaluate it before you use it."
+        )
+    return grade.said

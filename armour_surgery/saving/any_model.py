@@ -9,7 +9,8 @@ from armour_surgery import hosts
 from armour_surgery.errors import UsageError
 from armour_surgery.hosts.examples import Written, keep_example
 from armour_surgery.records import Source
-from armour_surgery.saving.folder import find_folder, is_saved_folder, load, read_plan
+from armour_surgery.saving.folder import find_folder, load, read_plan
+from armour_surgery.saving.occupied import is_saved_folder
 
 __all__ = ["NOTHING_SAID", "OwnModels", "load_any"]
 

@@ -23,8 +23,6 @@ from armour_surgery.copies import meta_copy
 from armour_surgery.errors import (
     ArmourError,
     FolderError,
-    ModelError,
-    NotOursError,
     SchemaError,
     UsageError,
 )
@@ -36,6 +34,7 @@ from armour_surgery.saving.document import LARGEST, SCHEMA_VERSION, TOOL, read_d
 from armour_surgery.saving.filling import fill
 from armour_surgery.saving.from_hub import folder_of_plan, whole_folder
 from armour_surgery.saving.model_card import model_card
+from armour_surgery.saving.occupied import AS_CONVERTED, TRAINING, check_output, check_replaceable
 from armour_surgery.saving.reading import read_whole
 from armour_surgery.saving.replay import replay
 from armour_surgery.saving.staging import (
@@ -48,27 +47,7 @@ from armour_surgery.saving.staging import (
 from armour_surgery.surgery.perform import surgery_of
 from armour_surgery.surgery.targets import refuse_converted, refuse_deployed
 
-__all__ = [
-    "TRAINING",
-    "check_output",
-    "distinct_tensors",
-    "find_folder",
-    "is_saved_folder",
-    "load",
-    "read_plan",
-    "rebuildable",
-    "save",
-]
-
-# A training run's record; it makes a folder ours before there is a model in it.
-TRAINING = "training.json"
-
-
-def is_saved_folder(path: str | Path) -> bool:
-    """Whether a path is a folder with a `surgery.json` in it, or hf-hub:ORG/NAME a repository with one."""
-    with suppress(ModelError):  # whoever asks takes the name for another model then, and hears why that is none
-        return (Path(path) / PLAN).is_file() or folder_of_plan(str(path)) is not None
-    return False
+__all__ = ["distinct_tensors", "find_folder", "load", "read_plan", "rebuildable", "save", "save_conversion"]
 
 
 def find_folder(path: str | Path) -> Path:
@@ -81,33 +60,6 @@ def find_folder(path: str | Path) -> Path:
     if (Path(path) / PLAN).is_file():
         return Path(path)
     return whole_folder(str(path)) or Path(path)
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether a folder's `surgery.json`, or the record of a run, says that this tool wrote it."""
-    for name in (PLAN, TRAINING):
-        try:
-            with (path / name).open("rb") as stream:
-                document = json.loads(stream.read(LARGEST + 1))
-        except (OSError, ValueError, RecursionError):
-            continue
-        if isinstance(document, dict) and document.get("tool") == TOOL:
-            return True
-    return False
-
-
-def check_output(path: str | Path) -> None:
-    """Make sure that a folder may be written at `path`: nothing is there, an empty folder, or one of ours.
-
-    Raises:
-        NotOursError: something else is there.
-    """
-    target = Path(path)
-    if target.is_dir() and (_is_ours(target) or not any(target.iterdir())):
-        return
-    if target.exists() or target.is_symlink():
-        what = "is a folder with other things in it" if target.is_dir() else "exists and is not a folder"
-        raise NotOursError(f"{target} {what}, so nothing was written; name another --out")
 
 
 @on_cpu_by_default
@@ -135,14 +87,36 @@ def save(model: nn.Module, path: str | Path, *, model_args: Mapping[str, Any] | 
     for module in model.modules():
         refuse_deployed(module)  # a part of it may be
     surgery = surgery_of(model)
+    check_output(path)
+    return _write(model, surgery, Path(path), dict(model_args or {}), {})
+
+
+@on_cpu_by_default
+def save_conversion(model: nn.Module, path: str | Path, *, force: bool = False) -> Path:
+    """`save` for a model as `convert` returned it: the folder may be replaced by another conversion of that model.
+
+    `force` replaces whatever folder is there, and a training run's record with it; other files stay.
+
+    Raises:
+        NotOursError, OccupiedError: see `occupied.check_replaceable`; and what `save` raises.
+    """
+    surgery = surgery_of(model)
     target = Path(path)
-    check_output(target)
+    check_replaceable(target, surgery.source, force=force)
+    written = _write(model, surgery, target, {}, AS_CONVERTED)
+    (written / TRAINING).unlink(missing_ok=True)
+    return written
+
+
+def _write(
+    model: nn.Module, surgery: SurgeryPlan, target: Path, model_args: dict[str, Any], marks: Mapping[str, str]
+) -> Path:
     target = target.resolve()  # a link stays a link, and the folder behind it is written
-    surgery = replace(surgery, source=rebuildable(model, surgery, dict(model_args or {})))
+    surgery = replace(surgery, source=rebuildable(model, surgery, model_args))
     tensors, tied = distinct_tensors(model)
     try:
         with written_aside(target) as folder:
-            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", **marks})
             # safetensors may write for the owner alone, and a folder is there to be handed on.
             os.chmod(folder / WEIGHTS, 0o644)
             document = {

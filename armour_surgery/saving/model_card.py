@@ -7,8 +7,16 @@ from collections.abc import Sequence
 
 from armour_surgery.hosts.libraries import OWN
 from armour_surgery.records import SitePlan, Source, SurgeryPlan
-from armour_surgery.report.wording import NEEDS_TRAINING, UNTIL_TRAINED, change, fidelity_clause, needs_training, way
+from armour_surgery.report.wording import (
+    NEEDS_TRAINING,
+    UNTIL_TRAINED,
+    fidelity_clause,
+    measured_on,
+    needs_training,
+    verdict,
+)
 from armour_surgery.saving.licenses import license_lines, license_sentence
+from armour_surgery.spelled import change, names_only, way
 
 __all__ = ["how_to_load", "model_card", "named"]
 
@@ -22,7 +30,7 @@ def model_card(surgery: SurgeryPlan, name: str) -> str:
     Everything in it follows from the plan; accuracy is stated only where it was measured.
     """
     source = surgery.source
-    origin = source.name if source else "a model built in Python"
+    origin = names_only(source.name) if source else "a model built in Python"
     license_of_base = source.license if source else None
     lines = ["---", *license_lines(license_of_base)]
     if origin.startswith("hf-hub:"):
@@ -102,7 +110,8 @@ def _advice(surgery: SurgeryPlan) -> list[str]:
     near = surgery.fidelity
     if near is not None:
         return [
-            f"On {near.images} held-out images ({near.source}): {fidelity_clause(near)}. Labels played no part.",
+            f"On {measured_on(near)}: {fidelity_clause(near)}. Labels played no part.",
+            verdict(near),
             "",
         ]
     if not needs_training(surgery):

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from armour_surgery.errors import UsageError
-from armour_surgery.saving.folder import TRAINING
+from armour_surgery.saving.occupied import TRAINING
 from armour_surgery.saving.staging import CARD, PLAN, WEIGHTS, stays_inside
 
 __all__ = ["LeftOut", "sort_files"]

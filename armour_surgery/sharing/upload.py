@@ -17,9 +17,10 @@ from armour_surgery.hosts.hub_errors import endpoint
 from armour_surgery.hosts.hub_upload import check_repository, find_token, open_repository, upload
 from armour_surgery.notes import ArmourWarning
 from armour_surgery.records import SurgeryPlan
-from armour_surgery.saving.folder import is_saved_folder, save
+from armour_surgery.saving.folder import save
 from armour_surgery.saving.licenses import check_license, license_of, with_license
 from armour_surgery.saving.model_card import model_card, named
+from armour_surgery.saving.occupied import is_saved_folder
 from armour_surgery.saving.reading import check_whole
 from armour_surgery.saving.staging import CARD, PLAN, WEIGHTS, stays_inside
 from armour_surgery.sharing.contents import LeftOut, sort_files

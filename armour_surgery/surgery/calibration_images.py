@@ -13,6 +13,7 @@ from armour_surgery.hosts.preprocessing import preprocessing
 from armour_surgery.images.for_calibration import calibration_batches
 from armour_surgery.initialize import HELD_OUT
 from armour_surgery.records import Progress
+from armour_surgery.spelled import names_only
 from armour_surgery.surgery.order import SYNTHETIC, Images
 
 __all__ = ["CalibrationData"]
@@ -38,7 +39,8 @@ class CalibrationData:
 
     def __init__(self, model: nn.Module, example: dict[str, Tensor], images: Images, progress: Progress | None) -> None:
         self.name = _images_argument(model, example)
-        self.source = images.source if isinstance(images.source, str) else "images given in Python"
+        # Names alone, since it is kept with the model, which travels.
+        self.source = names_only(images.source) if isinstance(images.source, str) else "images given in Python"
         self._images = images
         self._progress = progress
         self._like = next(p for p in model.parameters() if p.is_floating_point())

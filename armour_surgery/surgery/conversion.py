@@ -20,6 +20,7 @@ from armour_surgery.errors import ArmourError, NothingToConvertError
 from armour_surgery.modes import AUTO, MODES, choose
 from armour_surgery.notes import ArmourWarning
 from armour_surgery.patching import on_cpu_by_default
+from armour_surgery.progress import told
 from armour_surgery.records import AttentionSite, Progress, Sensitivity, Source, SurgeryPlan
 from armour_surgery.surgery.finite import refuse_not_finite
 from armour_surgery.surgery.operation import Prepared, prepare
@@ -36,6 +37,7 @@ from armour_surgery.surgery.targets import (
     select_sites,
 )
 from armour_surgery.traced import FoundSite, SeenSite
+from armour_surgery.views import Sensitivities, Sites
 
 __all__ = ["convert", "inspect", "plan", "sensitivities"]
 
@@ -58,7 +60,7 @@ def inspect(model: nn.Module, *, example_input: Example | None = None) -> list[A
     seen = find_sites(model, example_of(model, example_input))
     # What `auto` would do is tried out as `convert` does: of another mode it is known that its formula fits.
     left = {site.fqn: site.reason for site in prepare(model, seen, AUTO).refused}
-    return [_kept(_described(model, site), left.get(site.fqn)) for site in seen]
+    return Sites(_kept(_described(model, site), left.get(site.fqn)) for site in seen)
 
 
 def _kept(site: AttentionSite, reason: str | None) -> AttentionSite:
@@ -132,7 +134,7 @@ def convert(
     inplace: bool = False,
     example_input: Example | None = None,
     source: Source | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> nn.Module:
     """Rewrite a model's attention so that fewer projections do the work.
 
@@ -169,7 +171,8 @@ def convert(
             do models of transformers that mix images with words, where no example is given. Without `include`, `auto`
             leaves their text model as it is.
         source: how to build the model again, where the caller knows it (`save` needs it).
-        progress: called with what is being done, how much of it is done, and how much there is.
+        progress: True shows a bar (tqdm, also in notebooks); a function is called with what is being done, how much of
+            it is done, and how much there is.
 
     Raises:
         UsageError: a wrapper is around the model, unknown mode or init, `calibration`, `reconstruct`, `max_loss` or
@@ -186,23 +189,24 @@ def convert(
     problem: str | None = None
     if source is None:
         source, problem = _describe(model)
-    order = Order(
-        mode=mode,
-        init=init,
-        rank=rank,
-        max_loss=max_loss,
-        images=Images(SYNTHETIC if calibration is None else calibration, calibration_images),
-        steps=reconstruct,
-        example=example_of(model, example_input),
-        source=source,
-        progress=progress,
-    )
-    prepared = _prepare(model, order, include, exclude)
-    if problem is not None:
-        # Now, and not by `save`, after days of training.
-        warnings.warn(problem, ArmourWarning, stacklevel=3)  # past `on_cpu_by_default`
-    do = convert_within if order.weighs_sites and has_weights(model) else perform
-    return do(model, prepared, order, inplace=inplace)
+    with told(progress) as tell:
+        order = Order(
+            mode=mode,
+            init=init,
+            rank=rank,
+            max_loss=max_loss,
+            images=Images(SYNTHETIC if calibration is None else calibration, calibration_images),
+            steps=reconstruct,
+            example=example_of(model, example_input),
+            source=source,
+            progress=tell,
+        )
+        prepared = _prepare(model, order, include, exclude)
+        if problem is not None:
+            # Now, and not by `save`, after days of training.
+            warnings.warn(problem, ArmourWarning, stacklevel=3)  # past `on_cpu_by_default`
+        do = convert_within if order.weighs_sites and has_weights(model) else perform
+        return do(model, prepared, order, inplace=inplace)
 
 
 def _prepare(
@@ -233,7 +237,7 @@ def sensitivities(
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     example_input: Example | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> list[Sensitivity]:
     """What converting each site alone wins and costs, measured on images; arguments and errors as of `convert`.
 
@@ -242,23 +246,23 @@ def sensitivities(
     """
     check_options(mode, "calibrated", calibration, rank)
     refuse_converted(model)
-    order = Order(
-        mode=mode,
-        init="calibrated",
-        images=Images(calibration, calibration_images),
-        example=example_of(model, example_input),
-        progress=progress,
-    )
-    sites = select_sites(find_sites(model, order.example), include, exclude)
-    refuse_not_finite(model, [site for site in sites if isinstance(site, FoundSite)], computing=True)
-    with torch.inference_mode(False):
+    with told(progress) as tell, torch.inference_mode(False):
+        order = Order(
+            mode=mode,
+            init="calibrated",
+            images=Images(calibration, calibration_images),
+            example=example_of(model, example_input),
+            progress=tell,
+        )
+        sites = select_sites(find_sites(model, order.example), include, exclude)
+        refuse_not_finite(model, [site for site in sites if isinstance(site, FoundSite)], computing=True)
         options = measure_sites(model, sites, order, ranks=rank == "auto")
     if not options:
         raise NothingToConvertError(
             f"mode {mode!r} fits none of the {len(sites)} attention sites of {type(model).__name__}; `armour-surgery "
             "inspect` lists the modes that fit"
         )
-    return options
+    return Sensitivities(options)
 
 
 def _describe(model: nn.Module) -> tuple[Source | None, str | None]:

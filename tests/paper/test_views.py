@@ -1,6 +1,7 @@
 """The paper's tables for people, and the recipes that they name."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from small_paper import SMALL
@@ -27,6 +28,16 @@ def test_every_table_has_its_columns(timed: Reproduction) -> None:
     told = "the paper prints +9.0%: the paper's own throughputs, 500 and 510, give +2.0%"
     [number] = [number for number, note in enumerate(notes(timed), 1) if note.startswith(told)]
     assert armour[-1] == f"510 1.020 [{number}]"
+
+
+def test_two_devices_have_a_table_each_that_fits_a_terminal(timed: Reproduction) -> None:
+    rows = [replace(row, speed=dict.fromkeys(("cpu", "cuda"), row.speed["cpu"])) for row in timed.rows]
+    speeds = [view for view in views(replace(timed, rows=tuple(rows))) if "throughput" in view.caption]
+    assert [view.caption.rpartition(", ")[2] for view in speeds] == ["CPU", "GPU"] * 2
+    assert "GPU im/s" in speeds[1].headers
+    assert not any("CPU" in header for header in speeds[1].headers)
+    for view in speeds:
+        assert max(map(len, view.table().text(80, 99).splitlines())) <= 80
 
 
 def test_without_timing_the_papers_numbers_are_alone() -> None:

@@ -10,7 +10,8 @@ from page_by_hand import Page, frontier, sensitivities
 
 from armour_surgery.records import Sensitivity
 from armour_surgery.report.figures import frontier_figure, sensitivity_figure
-from armour_surgery.report.style import inline_svg, short_names
+from armour_surgery.report.style import inline_svg
+from armour_surgery.spelled import short_names
 
 
 def svg(figure: Figure) -> Page:

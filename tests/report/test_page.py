@@ -6,7 +6,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from page_by_hand import Page, everything, frontier, site, surgery
@@ -21,11 +20,11 @@ def test_the_page_says_what_was_done() -> None:
         "my model", "timm:vit_tiny.in1k", "3 of 4 attentions converted", "mit", "abc123", "pixels 3 × 56 × 40",
         "1,234,567", "1,111,111", "−10.0 %", "7,654,321", "6,543,210", "−14.5 %",
         "15,900", "11,925", "213,000", "159,000",
-        "41, held out", "photos", "0.9712", "13.5 dB", "96.8 %", "close to the original", "No labels were used",
+        "41 held-out images (photos)", "0.9712", "13.5 dB", "96.8 %", "close to the original", "No labels were used",
         "blocks.0.attn", "blocks.2.attn", "joint-svd, last layer", "0.0500", "0.1500", "5,300", "3,975", "−25.0 %",
         "relative error of the attention's output on images that nothing was fitted to",
         "down.attn", "downsampling attention: Q & V differ",
-        "What each site costs alone", "Parameters against loss", r'model = load("out/my \"folder\"")',
+        "What each site costs alone", "Parameters against loss", r'model = load("my \"folder\"")',
     ):  # fmt: skip
         assert part in text, part
 
@@ -86,18 +85,8 @@ def test_sections_are_there_when_there_is_something_to_say() -> None:
     assert "residual" not in Page(html_report(nothing, "x")).text.lower()
 
 
-@pytest.mark.parametrize(
-    ("cosine", "said"),
-    [
-        (0.995, "nearly the same"),
-        (0.96, "close to"),
-        (0.85, "expect some accuracy to be lost"),
-        (0.2, "needs training"),
-    ],
-)
-def test_fidelity_in_words(cosine: float, said: str) -> None:
-    text = Page(html_report(replace(surgery(), fidelity=Fidelity(7, "synthetic", cosine, 9.1, None)), "x")).text
-    assert said in text
+def test_a_fidelity_without_a_head() -> None:
+    text = Page(html_report(replace(surgery(), fidelity=Fidelity(7, "synthetic", 0.85, 9.1, None)), "x")).text
     assert "same first choice" not in text
     assert "9.1 dB" in text
 

@@ -18,7 +18,8 @@ from armour_surgery import load
 from armour_surgery.errors import CorruptFileError, HubUnreachableError, SchemaError, UnknownModelError
 from armour_surgery.hosts import load_model
 from armour_surgery.saving.any_model import load_any
-from armour_surgery.saving.folder import is_saved_folder, read_plan
+from armour_surgery.saving.folder import read_plan
+from armour_surgery.saving.occupied import is_saved_folder
 
 NAME = "hf-hub:me/tiny"
 

@@ -51,7 +51,7 @@ def test_the_rank_is_written_and_told(narrow: nn.Module, tmp_path: Path) -> None
     document = json.loads((save(narrow, tmp_path / "saved") / "surgery.json").read_text())
     assert [site["rank"] for site in document["plan"]["sites"]] == [8, None]
     assert "1 x `qv` with 8 channels a head, 1 x `qv`" in model_card(surgery_of(narrow), "saved")
-    assert "blocks.0.attn  (qv, rank 8)" in next(iter(cost_table(surgery_of(narrow)).columns))._cells
+    assert "blocks.0.attn  (qv, rank 8)" in [row[0] for row in cost_table(surgery_of(narrow)).view.rows]
 
 
 def _edited(folder: Path, rank: Any) -> Path:

@@ -14,7 +14,8 @@ from torch import nn
 
 from armour_surgery import ArmourError, SurgeryPlan, convert, load, save
 from armour_surgery.errors import FolderError, NotOursError, UsageError
-from armour_surgery.saving.folder import check_output, is_saved_folder, read_plan
+from armour_surgery.saving.folder import read_plan
+from armour_surgery.saving.occupied import check_output, is_saved_folder
 
 # The folder itself
 
