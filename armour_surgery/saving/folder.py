@@ -31,6 +31,7 @@ from armour_surgery.errors import (
 )
 from armour_surgery.hosts.limits import Limits
 from armour_surgery.hosts.skeleton import changed_attributes, first_difference
+from armour_surgery.hosts.weights_file import digest_of
 from armour_surgery.patching import on_cpu_by_default
 from armour_surgery.records import Source, SurgeryPlan
 from armour_surgery.saving.document import LARGEST, SCHEMA_VERSION, TOOL, Document, read_document
@@ -44,7 +45,6 @@ from armour_surgery.saving.staging import (
     STAGE,
     WEIGHTS,
     check_stage,
-    digest_of,
     state_of,
     stays_inside,
     written_aside,
@@ -231,8 +231,8 @@ def _rebuildable(model: nn.Module, surgery: SurgeryPlan, model_args: dict[str, A
         candidates.append(replace(surgery.source, arguments={**base, **model_args}))
     try:
         # After the conversion the head may have changed: read the arguments off the model as it is.
-        candidates.append(hosts.outline(model, model_args))
-        candidates.append(hosts.outline(model, {**base, **model_args}))
+        for arguments in (model_args, {**base, **model_args}):
+            candidates.append(_of_same_origin(hosts.outline(model, arguments), surgery.source))
     except FolderError as error:
         if not candidates and hosts.is_users_class(model):
             return _own(model, model_args, hosts.source_of_own(model))
@@ -260,6 +260,20 @@ def _rebuildable(model: nn.Module, surgery: SurgeryPlan, model_args: dict[str, A
     raise FolderError(
         f"{type(model).__name__} could not be rebuilt from its library: {problem}. Pass model_args={{...}}: the "
         "arguments that the model was built with; if it was changed after that, keep its state_dict()"
+    )
+
+
+def _of_same_origin(outlined: Source, source: Source | None) -> Source:
+    """A source that was read off a model, with what only the one that loaded it knew of its weights."""
+    if source is None:
+        return outlined
+    return replace(
+        outlined,
+        name=source.name,
+        revision=source.revision,
+        license=source.license,
+        options=source.options,
+        checkpoint=source.checkpoint,
     )
 
 

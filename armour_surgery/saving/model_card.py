@@ -20,7 +20,7 @@ def model_card(surgery: SurgeryPlan, name: str) -> str:
     Everything in it follows from the plan; accuracy is stated only where it was measured.
     """
     source = surgery.source
-    origin = source.name if source else "a model built in Python"
+    origin = _named(source.name) if source else "a model built in Python"
     known_license = source.license if source else None
     # The hub takes licenses that it knows, and "other" for everything else; "unknown" is for people.
     lines = ["---", f"license: {known_license or 'other'}"]
@@ -33,7 +33,8 @@ def model_card(surgery: SurgeryPlan, name: str) -> str:
         "---",
         f"# {name}",
         "",
-        f"`{origin}` after Armour surgery (arXiv 2108.01778): {_shared(surgery)}, initialized with `{surgery.init}`.",
+        f"`{origin}`{_weights(source)} after Armour surgery (arXiv 2108.01778): {_shared(surgery)}, initialized with "
+        f"`{surgery.init}`.",
         "",
         "| | before | after | change |",
         "|---|---:|---:|---:|",
@@ -71,6 +72,28 @@ def how_to_load(source: Source | None, folder: str) -> list[str]:
         *lines,
         f"model = load({path}, into={make}())  # no library made this model: the surgery is done on a fresh one",
     ]
+
+
+def _named(name: str) -> str:
+    """MODEL without the folders of the machine that it lay on."""
+    prefix, _, path = name.rpartition(":")
+    if not path.startswith(("/", "~", ".")) and "\\" not in path:
+        return name
+    last = _last_part(path)
+    return f"{prefix}:{last}" if prefix else last
+
+
+def _weights(source: Source | None) -> str:
+    """Which file the weights came from, where they did: its name, and what tells it from others."""
+    if source is None or source.checkpoint is None:
+        return ""
+    # A name may hold what Markdown would take for the end of the code.
+    name = " ".join(_last_part(source.checkpoint.path).replace("`", "'").split())
+    return f" with the weights of `{name}` (sha256 `{source.checkpoint.sha256}`)"
+
+
+def _last_part(path: str) -> str:
+    return path.replace("\\", "/").rstrip("/").rpartition("/")[2]
 
 
 def _shared(surgery: SurgeryPlan) -> str:
