@@ -90,7 +90,7 @@ def load(
         repo = _require_known(name, pretrained)
         model = _create_registered(name, repo, pretrained, sizes)
     if weights is not None:
-        load_weights(model, weights, checkpoint or "", name)
+        load_weights(model, weights, checkpoint or "", name, headless=sizes.get("num_classes") == 0)
     model.eval().float()
     source = source_of(model, sizes)
     revision = None

@@ -16,8 +16,14 @@ from armour_surgery.hosts.weights_file import Tables
 __all__ = ["load_weights"]
 
 
-def load_weights(model: nn.Module, tables: Tables, path: str | Path, name: str) -> None:
-    """Load the weights as they are, or in the first other form of them that fits."""
+def load_weights(model: nn.Module, tables: Tables, path: str | Path, name: str, *, headless: bool) -> None:
+    """Load the weights as they are, or in the first other form of them that fits.
+
+    `headless` says that the model was to have no head: one in the file is left aside.
+
+    Raises:
+        CheckpointError: nothing in the file fits.
+    """
     named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     classifiers = (named,) if isinstance(named, str) else named
     head = [key for key in model.state_dict() if key.rpartition(".")[0] in classifiers]
@@ -27,7 +33,19 @@ def load_weights(model: nn.Module, tables: Tables, path: str | Path, name: str) 
         path=path,
         builder=Builder(name, ("num_classes", "in_chans"), head, _headless(name)),
         forms=(dict, partial(_filtered, model), partial(_from_facebook_levit, model)),
+        without=[absent for absent in map(partial(_absent, model), classifiers) if absent] if headless else (),
     )
+
+
+def _absent(model: nn.Module, classifier: str) -> str | None:
+    """The module that stands in for a classifier, or for the head around it, where the model has none."""
+    parts = classifier.split(".")
+    for end in range(1, len(parts) + 1):
+        name = ".".join(parts[:end])
+        # The classifier's own parts are gone with the head around it.
+        if isinstance(dict(model.named_modules()).get(name), nn.Identity):
+            return name
+    return None
 
 
 def _headless(name: str) -> str:
@@ -36,7 +54,7 @@ def _headless(name: str) -> str:
     for tagged in timm.list_pretrained(f"{architecture}.*"):
         if get_pretrained_cfg(tagged).num_classes == 0:
             return f"name {tagged} as MODEL, which has none"
-    return f"in Python, timm.create_model({name!r}, num_classes=0) makes the model without one, which convert takes"
+    return "pass --num-classes 0 for the model without one"
 
 
 def _filtered(model: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
