@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from armour_surgery.errors import DataError, UsageError
 from armour_surgery.hosts.preprocessing import preprocessing
-from armour_surgery.hosts.running import head_size
+from armour_surgery.hosts.running import has_no_head, head_size
 from armour_surgery.images.sources import Pictures, Stream, check_labels, open_pictures, open_stream
 from armour_surgery.images.timm_datasets import imagenet_real_labels
 from armour_surgery.measure.accuracy import Choices, agreement, choices, confusion, real_hits, top_hits
@@ -18,7 +18,7 @@ from armour_surgery.recover.loading import evaluation_batches
 from armour_surgery.recover.recipe import DataPart
 from armour_surgery.recover.splits import adapted_preprocessing
 from armour_surgery.recover.student import Runner, evaluating
-from armour_surgery.saving.any_model import NOTHING_SAID, OwnModels, load_any
+from armour_surgery.saving.any_model import NOTHING_ASKED, NOTHING_SAID, Asked, OwnModels, load_any, shared_out
 
 __all__ = ["Evaluated", "Options", "evaluate"]
 
@@ -27,7 +27,8 @@ __all__ = ["Evaluated", "Options", "evaluate"]
 class Options:
     """How to evaluate: which split, what to change about the model's preprocessing, what else to count or draw.
 
-    `own` says what makes and feeds models of no library.
+    `asked` is shared out over both models as `saving.any_model.shared_out` does it; with `vs_checkpoint` each has a
+    file of its own. `own` says what makes and feeds models of no library.
     """
 
     split: str | None = None
@@ -39,7 +40,8 @@ class Options:
     batch_size: int = 64
     workers: int = 0
     pretrained: bool = True
-    checkpoint: Path | None = None
+    asked: Asked = NOTHING_ASKED
+    vs_checkpoint: Path | None = None
     own: OwnModels = NOTHING_SAID
 
 
@@ -92,23 +94,39 @@ def evaluate(
         UsageError: an option does not fit the model or the data.
     """
     options = options or Options()
-    chosen, evaluated = _evaluate(model, data, process, options)
+    first, second = _shares(model, vs, options)
+    chosen, evaluated = _evaluate(model, data, process, replace(options, asked=first))
     if vs is None:
         return evaluated
-    # Weights from a file and a figure were asked for the first model alone.
-    theirs, other = _evaluate(vs, data, process, replace(options, confusion=None, checkpoint=None))
+    # A figure was asked for the first model alone.
+    theirs, other = _evaluate(vs, data, process, replace(options, confusion=None, asked=second))
     same, counted = process.sum(agreement(chosen, theirs))
     return replace(evaluated, vs=other, agreement=100 * same / max(1, counted))
 
 
+def _shares(model: str, vs: str | None, options: Options) -> tuple[Asked, Asked]:
+    """What was asked of each of the two models."""
+    if vs is None:
+        if options.vs_checkpoint is not None:
+            raise UsageError("--vs-checkpoint is for the model that --vs names, and there is none; use --checkpoint")
+        return options.asked, NOTHING_ASKED
+    first, second = shared_out([model, vs], options.asked)
+    if options.vs_checkpoint is not None:
+        first = replace(first, checkpoint=options.asked.checkpoint)
+        second = replace(second, checkpoint=options.vs_checkpoint)
+    return first, second
+
+
 def _evaluate(name: str, data: str, process: Process, options: Options) -> tuple[Choices, Evaluated]:
     """What one model chose in this process, and how right it was in all of them."""
-    model, _ = load_any(name, pretrained=options.pretrained, checkpoint=options.checkpoint, own=options.own)
+    model, _ = load_any(name, pretrained=options.pretrained, asked=options.asked, own=options.own)
     part = DataPart(crop_pct=options.crop_pct, mean=options.mean, std=options.std)
     prep = adapted_preprocessing(preprocessing(model), part)
     opened = open_stream(data, "val", named_split=options.split, batch_size=options.batch_size, seed=0)
     pictures = opened or open_pictures(data, "val", size=prep.size, labelled=True, named_split=options.split)
     classes = head_size(model)
+    if has_no_head(model):
+        raise DataError(f"{name} has no head for classes, so it has no accuracy; name a classifier")
     if isinstance(pictures, Pictures):
         check_labels(pictures, classes)
     runner = Runner(model).to(process.device)

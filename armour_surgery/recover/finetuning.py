@@ -6,7 +6,7 @@ parameters of the training leave no trace.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,11 @@ from armour_surgery.recover.loading import evaluation_batches
 from armour_surgery.recover.recipe import Recipe
 from armour_surgery.recover.splits import adapted_preprocessing, open_images
 from armour_surgery.recover.student import evaluating
-from armour_surgery.recover.teacher import Teacher, find_teacher
+from armour_surgery.recover.teacher import GivenTeacher, Teacher, find_teacher
 from armour_surgery.recover.timm_parts import build_untrained, set_drop_path, training_transform
 from armour_surgery.recover.trainer import Judge, Outcome, Task, Watch, train
 from armour_surgery.recover.training_folder import check_saveable, open_folder, write_result
-from armour_surgery.saving.any_model import NOTHING_SAID, OwnModels, load_any
+from armour_surgery.saving.any_model import NOTHING_ASKED, NOTHING_SAID, Asked, OwnModels, load_any
 from armour_surgery.saving.folder import check_output, is_saved_folder
 from armour_surgery.surgery.conversion import convert
 
@@ -43,11 +43,15 @@ JUDGE_BATCH = 64
 
 @dataclass(frozen=True)
 class Finetuned:
-    """A run that ended: what came of it, how the training data was judged, and the folder, which `load` reads."""
+    """A run that ended: what came of it, how the training data was judged, and the folder, which `load` reads.
+
+    `teacher` says who taught, None where nobody did.
+    """
 
     outcome: Outcome
     folder: Path
     judged_on: str
+    teacher: str | None
 
 
 def finetune(
@@ -57,7 +61,9 @@ def finetune(
     process: Process,
     *,
     data: str | None = None,
+    asked: Asked = NOTHING_ASKED,
     teacher: str | nn.Module | None = None,
+    teacher_checkpoint: Path | None = None,
     resume: bool = False,
     own: OwnModels = NOTHING_SAID,
     watch: Watch | None = None,
@@ -67,8 +73,11 @@ def finetune(
     Args:
         model: a converted model, MODEL, or an unconverted model that the recipe converts or trains as it is.
         data: see `images.sources.open_pictures`; without it the recipe's.
+        asked: how MODEL is to be built and filled, where it is no saved folder. Its sizes also count for a teacher
+            that is named.
         teacher: MODEL or a module; without it the recipe's, and without that the model that the student was
-            converted from.
+            converted from, which has to have the weights that it had then.
+        teacher_checkpoint: a file with the teacher's weights.
         resume: go on from the checkpoint in `out`.
         own: what makes and feeds models of no library.
 
@@ -78,7 +87,9 @@ def finetune(
     _check_folder(out, resume)
     # Before the first process writes, all have to have looked.
     process.wait()
-    student = _make_student(model, recipe, own)
+    # What was converted is as it is, and sizes are then meant for a teacher beside it.
+    settled = isinstance(model, nn.Module) or (is_saved_folder(model) and (teacher or teacher_checkpoint) is not None)
+    student = _make_student(model, recipe, own, replace(asked, img_size=None, num_classes=None) if settled else asked)
     surgery: SurgeryPlan | None = getattr(student, "surgery", None)
     check_saveable(student)
     usual = preprocessing(student)
@@ -91,7 +102,8 @@ def finetune(
     for pictures in (training, judged):
         if recipe.labelled and isinstance(pictures, Pictures):
             check_labels(pictures, classes)
-    guide = find_teacher(student, surgery, recipe, usual, prep, teacher, own)
+    said = GivenTeacher(teacher, replace(asked, checkpoint=teacher_checkpoint))
+    guide = find_teacher(student, surgery, recipe, usual, prep, said, own)
     if process.first:
         open_folder(out, recipe)
     process.wait()
@@ -115,10 +127,10 @@ def finetune(
         kept.load_state_dict(outcome.weights)
         write_result(kept, out, recipe, outcome, prep, judged_on)
     process.wait()
-    return Finetuned(outcome, out, judged_on)
+    return Finetuned(outcome, out, judged_on, guide.name if guide is not None else None)
 
 
-def _make_student(model: str | nn.Module, recipe: Recipe, own: OwnModels) -> nn.Module:
+def _make_student(model: str | nn.Module, recipe: Recipe, own: OwnModels, asked: Asked) -> nn.Module:
     """The model to train, converted if the recipe says so."""
     part, source = recipe.model, None
     torch.manual_seed(recipe.seed)  # random weights are the same in every process
@@ -129,15 +141,20 @@ def _make_student(model: str | nn.Module, recipe: Recipe, own: OwnModels) -> nn.
                 f"{f' ({recipe.written_for})' if recipe.written_for else ''}, or keep the weights with --set "
                 "model.start=weights --set model.args={}"
             )
+        if part.start == "scratch" and asked.checkpoint is not None:
+            raise UsageError(
+                f"this recipe trains from scratch, and --checkpoint {asked.checkpoint} has weights: leave it out, or "
+                "start from them with --set model.start=weights --set model.args={}"
+            )
         if part.args and is_own(model):
             raise UsageError(
                 f"this recipe has arguments for a builder of timm, and {model} is called with none; leave them out "
                 "with --set model.args={}"
             )
         if part.args:
-            model = build_untrained(model.removeprefix("timm:"), part.args)
+            model = build_untrained(model.removeprefix("timm:"), {**part.args, **asked.sizes})
         else:
-            model, source = load_any(model, pretrained=part.start == "weights", own=own)
+            model, source = load_any(model, pretrained=part.start == "weights", asked=asked, own=own)
     if part.mode is None:
         return model
     surgery = getattr(model, "surgery", None)
