@@ -7,6 +7,7 @@ import typer
 
 from armour_surgery.cli.options import (
     AsJson,
+    ClassMap,
     Example,
     Into,
     Model,
@@ -57,6 +58,7 @@ def evaluate(
     img_size: OtherImgSize = None,
     num_classes: OtherNumClasses = None,
     pretrained: Pretrained = True,
+    class_map: ClassMap = None,
     split: Annotated[
         str | None, typer.Option(metavar="NAME", help="The split, where it is not called val.", show_default=False)
     ] = None,
@@ -108,6 +110,7 @@ def evaluate(
             pretrained=pretrained,
             asked=Asked(checkpoint, img_size, num_classes),
             vs_checkpoint=vs_checkpoint,
+            class_map=class_map,
             own=own_models(into, example),
         )
     with distributed(device) as process, console.status("evaluating"):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from armour_surgery.cli.options import AsJson, Checkpoint, Example, Into, Model, name_for_folder, own_models
+from armour_surgery.cli.options import AsJson, Checkpoint, ClassMap, Example, Into, Model, name_for_folder, own_models
 from armour_surgery.cli.run import command, console_of_first_rank, print_json
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def finetune(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: optimizer.lr=1e-4.", show_default=False),
     ] = None,
+    class_map: ClassMap = None,
     into: Into = None,
     example: Example = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
@@ -107,6 +108,7 @@ def finetune(
             asked=Asked(checkpoint, img_size, num_classes),
             teacher=teacher,
             teacher_checkpoint=teacher_checkpoint,
+            class_map=class_map,
             resume=resume,
             own=own_models(into, example),
             watch=display.update,
@@ -187,6 +189,7 @@ def _document(model: str, name: str, chosen: "Recipe", done: "Finetuned", second
         "average": outcome.average,
         "judged_on": done.judged_on,
         "teacher": done.teacher,
+        "classes": done.order.way if done.order is not None else None,
         "start": outcome.start,
         "end": outcome.end,
         "images": outcome.images,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AsJson",
     "Checkpoint",
+    "ClassMap",
     "Example",
     "ImgSize",
     "InChans",
@@ -87,6 +88,16 @@ ModelKwargs = Annotated[
         "--model-kwargs",
         metavar="KEY=VALUE",
         help="An argument of the library's builder (hf: an entry of the config), such as depth=6; any number.",
+        show_default=False,
+    ),
+]
+ClassMap = Annotated[
+    Path | None,
+    typer.Option(
+        "--class-map",
+        metavar="FILE",
+        help="Which folder is which class: class names in the model's order, one a line (timm's class maps), or JSON, "
+        "a list of them or {name: index}. Default: the names that the model has, else the order of the folders.",
         show_default=False,
     ),
 ]

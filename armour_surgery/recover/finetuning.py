@@ -5,6 +5,7 @@ saved is a copy of the model as it came, with the weights that were kept, so tha
 parameters of the training leave no trace.
 """
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,11 +17,14 @@ from torch import Tensor, nn
 
 from armour_surgery.copies import full_copy
 from armour_surgery.errors import ResumeError, UsageError
+from armour_surgery.hosts.class_names import class_names
 from armour_surgery.hosts.own import is_own
 from armour_surgery.hosts.preprocessing import Preprocessing, preprocessing
 from armour_surgery.hosts.running import head_size
+from armour_surgery.images.class_order import ClassOrder, class_order, in_order
 from armour_surgery.images.sources import Pictures, Stream, check_labels
 from armour_surgery.measure.held_out import held_out_scores
+from armour_surgery.notes import ArmourWarning
 from armour_surgery.records import SurgeryPlan
 from armour_surgery.recover import checkpoint
 from armour_surgery.recover.distributed import Process
@@ -31,7 +35,7 @@ from armour_surgery.recover.student import evaluating
 from armour_surgery.recover.teacher import GivenTeacher, Teacher, find_teacher
 from armour_surgery.recover.timm_parts import build_untrained, set_drop_path, training_transform
 from armour_surgery.recover.trainer import Judge, Outcome, Task, Watch, train
-from armour_surgery.recover.training_folder import check_saveable, open_folder, write_result
+from armour_surgery.recover.training_folder import check_same_classes, check_saveable, open_folder, write_result
 from armour_surgery.saving.any_model import NOTHING_ASKED, NOTHING_SAID, Asked, OwnModels, load_any
 from armour_surgery.saving.folder import check_output, is_saved_folder
 from armour_surgery.surgery.conversion import convert
@@ -39,19 +43,21 @@ from armour_surgery.surgery.conversion import convert
 __all__ = ["Finetuned", "finetune"]
 
 JUDGE_BATCH = 64
+BEYOND_CHANCE = 1.5
 
 
 @dataclass(frozen=True)
 class Finetuned:
     """A run that ended: what came of it, how the training data was judged, and the folder, which `load` reads.
 
-    `teacher` says who taught, None where nobody did.
+    `teacher` says who taught, None where nobody did; `order` which class each label was, None without labels.
     """
 
     outcome: Outcome
     folder: Path
     judged_on: str
     teacher: str | None
+    order: ClassOrder | None
 
 
 def finetune(
@@ -64,6 +70,7 @@ def finetune(
     asked: Asked = NOTHING_ASKED,
     teacher: str | nn.Module | None = None,
     teacher_checkpoint: Path | None = None,
+    class_map: Path | None = None,
     resume: bool = False,
     own: OwnModels = NOTHING_SAID,
     watch: Watch | None = None,
@@ -78,6 +85,7 @@ def finetune(
         teacher: MODEL or a module; without it the recipe's, and without that the model that the student was
             converted from, which has to have the weights that it had then.
         teacher_checkpoint: a file with the teacher's weights.
+        class_map: a file with the names of the model's classes, where labels are names of folders.
         resume: go on from the checkpoint in `out`.
         own: what makes and feeds models of no library.
 
@@ -99,13 +107,26 @@ def finetune(
         raise UsageError("this recipe needs images; name them with --data")
     training, judged, judged_on = open_images(given, recipe, prep)
     classes = head_size(student)
-    for pictures in (training, judged):
-        if recipe.labelled and isinstance(pictures, Pictures):
-            check_labels(pictures, classes)
+    order: ClassOrder | None = None
+    if recipe.labelled and isinstance(training, Pictures):
+        order = class_order(training, class_names(student), classes, class_map)
+        training = in_order(training, order)
+    elif class_map is not None:
+        raise UsageError(f"--class-map is about labels that are names of folders, and {given} has none here")
+    if order is not None and isinstance(judged, Pictures):
+        # Its labels are the training images', whatever folders it has.
+        check_labels(judged, len(order.numbers))
+        judged = in_order(judged, order)
     said = GivenTeacher(teacher, replace(asked, checkpoint=teacher_checkpoint))
     guide = find_teacher(student, surgery, recipe, usual, prep, said, own)
+    if order is not None and recipe.model.start == "weights" and (note := order.note(given)):
+        warnings.warn(note, ArmourWarning, stacklevel=2)
+    numbers = order.numbers if order is not None else ()
+    if resume:
+        check_same_classes(out, numbers)
+        process.wait()  # all have to have read what the first one writes anew
     if process.first:
-        open_folder(out, recipe)
+        open_folder(out, recipe, numbers)
     process.wait()
     # Before anything about the training (stochastic depth, frozen parameters, wrappers) is done to the student.
     kept = full_copy(student)
@@ -125,9 +146,20 @@ def finetune(
     outcome = train(task, process, resume=resume, watch=watch)
     if process.first:
         kept.load_state_dict(outcome.weights)
-        write_result(kept, out, recipe, outcome, prep, judged_on)
+        write_result(kept, out, recipe, outcome, prep, judged_on, _names_to_keep(order, outcome))
     process.wait()
-    return Finetuned(outcome, out, judged_on, guide.name if guide is not None else None)
+    return Finetuned(outcome, out, judged_on, guide.name if guide is not None else None, order)
+
+
+def _names_to_keep(order: ClassOrder | None, outcome: Outcome) -> tuple[str, ...]:
+    """What the classes are called from now on: as they were by name, or as the folders that they were trained on."""
+    if order is None or order.way == "numbers":
+        return ()
+    # Nobody knew whether the model's classes are in the order of the folders. If it is right far more often than by
+    # chance, they are by now.
+    if order.way == "folders" and outcome.end.get("top1", 0.0) < BEYOND_CHANCE * 100 / len(order.names):
+        return ()
+    return order.names
 
 
 def _make_student(model: str | nn.Module, recipe: Recipe, own: OwnModels, asked: Asked) -> nn.Module:
