@@ -95,6 +95,10 @@ def finetune(
     _check_folder(out, resume)
     # Before the first process writes, all have to have looked.
     process.wait()
+    if recipe.model.args and asked.sizes:
+        # What was built is written down with the recipe, and saved with the model.
+        part = recipe.model.model_copy(update={"args": {**recipe.model.args, **asked.sizes}})
+        recipe = recipe.model_copy(update={"model": part})
     # What was converted is as it is, and sizes are then meant for a teacher beside it.
     settled = isinstance(model, nn.Module) or (is_saved_folder(model) and (teacher or teacher_checkpoint) is not None)
     student = _make_student(model, recipe, own, replace(asked, img_size=None, num_classes=None) if settled else asked)
@@ -184,7 +188,7 @@ def _make_student(model: str | nn.Module, recipe: Recipe, own: OwnModels, asked:
                 "with --set model.args={}"
             )
         if part.args:
-            model = build_untrained(model.removeprefix("timm:"), {**part.args, **asked.sizes})
+            model = build_untrained(model.removeprefix("timm:"), part.args)
         else:
             model, source = load_any(model, pretrained=part.start == "weights", asked=asked, own=own)
     if part.mode is None:

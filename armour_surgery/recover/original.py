@@ -34,9 +34,10 @@ def load_original(student: nn.Module, surgery: SurgeryPlan | None, asked: Asked)
     source = surgery.source
     if source.library == hosts.OWN or is_own(source.name):
         # Nothing that a folder names is called by itself: it may come from anywhere.
+        file = f" and --teacher-checkpoint FILE ({source.checkpoint.path})" if source.checkpoint is not None else ""
         raise TeacherError(
             f"the original, {source.name}, is of no library, and only you can make it with its weights; name what "
-            "does with --teacher FILE.py:CALLABLE"
+            f"does with --teacher FILE.py:CALLABLE{file}"
         )
     if source.name == "digits_vit":
         from armour_surgery.demo.digits_vit import load_digits_vit

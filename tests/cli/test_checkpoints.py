@@ -14,6 +14,7 @@ from PIL import Image
 
 from armour_surgery import load
 from armour_surgery.hosts.weights_file import digest_of
+from armour_surgery.saving.any_model import load_any
 from armour_surgery.saving.folder import read_plan
 
 SIZES = ["--num-classes", "3", "--img-size", "32"]
@@ -117,6 +118,38 @@ def test_finetune_converts_a_checkpoint_and_learns_from_it(here: Path) -> None:
     found = document("finetune", "test_vit", *OWN, *QUICK, *settings, "--out", "out")
     assert found["teacher"] == "the original, test_vit"
     assert load("out").surgery.source.checkpoint.path == "own.pth"  # type: ignore[union-attr]
+
+
+def test_sizes_win_over_those_of_a_recipe_that_builds_its_model(here: Path) -> None:
+    arguments = "{patch_size: 8, embed_dim: 24, depth: 1, num_heads: 3, num_classes: 7, img_size: 64}"
+    common = ["--recipe", "deit_tiny_300ep", "--data", "photos", "--set", f"model.args={arguments}"]
+    for one in ("data.batch_size=4", "data.workers=0", "schedule.epochs=5"):
+        common += ["--set", one]
+    good("finetune", "vit_tiny_patch16_224", *common, *SIZES, "--out", "out")
+    model, _ = load_any("local-dir:out")
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+
+
+def test_the_original_of_a_users_own_class_is_named_with_its_file(here: Path) -> None:
+    Path("mine.py").write_text(
+        "import timm\nfrom torch import nn\n\n\nclass Mine(nn.Module):\n    def __init__(self):\n"
+        "        super().__init__()\n        self.img_size, self.in_chans = 32, 3\n"
+        "        self.inner = timm.create_model('test_vit', img_size=32, num_classes=3)\n\n"
+        "    def forward(self, images):\n        return self.inner(images)\n",
+        encoding="utf-8",
+    )
+    for name in ("own", "other"):
+        weights = torch.load(f"{name}.pth", weights_only=True)["model"]
+        torch.save({f"inner.{key}": value for key, value in weights.items()}, f"my-{name}.pth")
+    good("convert", "mine.py:Mine", "--checkpoint", "my-own.pth", "--out", "armour")
+    own = ["--into", "mine.py:Mine"]
+    said = refused("finetune", "armour", *QUICK, *own, "--out", "out")
+    assert said.rstrip().endswith("--teacher FILE.py:CALLABLE and --teacher-checkpoint FILE (my-own.pth)")
+    named = ["--teacher", "mine.py:Mine", "--teacher-checkpoint"]
+    assert good("finetune", "armour", *QUICK, *own, *named, "my-own.pth", "--out", "out").stderr == ""
+    told = good("finetune", "out", *QUICK, *own, *named, "my-other.pth", "--out", "again")
+    assert "note: the teacher mine.py:Mine is not what the student was converted from (mine.py:Mine)" in told.stderr
+    assert document("eval", "out", *own, "--vs", "mine.py:Mine", "--checkpoint", "my-own.pth", "--data", "photos")["vs"]
 
 
 def test_the_card_names_the_file_and_no_place_on_the_machine(here: Path) -> None:
