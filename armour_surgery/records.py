@@ -28,6 +28,7 @@ __all__ = [
     "SitePlan",
     "Source",
     "SurgeryPlan",
+    "WeightsFile",
 ]
 
 # Told while long work goes on: what is being done, how much of it is done, and how much there is.
@@ -123,6 +124,14 @@ class AttentionSite:
 
 
 @dataclass(frozen=True)
+class WeightsFile:
+    """A file that weights were read from: its path as it was given, and the sha256 of what is in it."""
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Source:
     """How to build the unconverted host again, from its library alone.
 
@@ -131,6 +140,9 @@ class Source:
     (transformers); JSON values only. `attributes` are plain values that differ from a fresh build
     (`{"blocks.0.attn.attn_drop.p": 0.1}`) and are put back after it. A model of no library has the library `own`: its
     `architecture` is its class, `name` says what made it (`vit.py:MyViT`), and nobody but its user can build it.
+
+    `name`, `options` and `checkpoint` are how the weights came: MODEL, what of `hosts.load_model`'s sizes and arguments
+    was given with it (None where the model was not loaded by name), and the file that was read, if one was.
     """
 
     library: str
@@ -140,6 +152,8 @@ class Source:
     name: str = ""
     revision: str | None = None
     license: str | None = None
+    options: dict[str, Any] | None = None
+    checkpoint: WeightsFile | None = None
 
 
 @dataclass(frozen=True)
@@ -247,6 +261,9 @@ class SurgeryPlan(Tabular):
     `trained` is a sentence about the training that came afterwards; `fidelity` then no longer holds and is None.
     `parts` are the modules that were converted instead of the whole model; `sites` are then named from the model, and
     MACs, example and fidelity are theirs.
+    `original` has a digest of every tensor that the model had before (`surgery.original`); empty where there were no
+    weights, and in folders of older versions. `classes` are the names of the head's classes where training settled
+    them and the model's own library has no place for such.
     """
 
     mode: str
@@ -266,6 +283,8 @@ class SurgeryPlan(Tabular):
     trained: str | None = None
     example_values: tuple[tuple[str, ExampleValue], ...] = ()
     parts: tuple[ConvertedPart, ...] = ()
+    original: dict[str, str] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
 
     @property
     def loss(self) -> float:
@@ -310,12 +329,18 @@ class SurgeryPlan(Tabular):
             "example": _examples(data["example"]),
             "example_values": _values(data.get("example_values", ())),
             "parts": tuple(parts),
-            "source": Source(**source) if source else None,
+            "source": _source(source) if source else None,
             "fidelity": Fidelity(**fidelity) if fidelity else None,
             "sensitivities": tuple(Sensitivity(**option) for option in data.get("sensitivities", ())),
             "frontier": tuple(frontier),
+            "classes": tuple(data.get("classes", ())),
         }
         return cls(**{**data, **records})
+
+
+def _source(data: dict[str, Any]) -> Source:
+    file = data.get("checkpoint")
+    return Source(**{**data, "checkpoint": WeightsFile(**file) if file else None})
 
 
 def _examples(entries: Iterable[Any]) -> tuple[tuple[str, tuple[int, ...], str], ...]:

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from armour_surgery.cli.options import AsJson, Example, Into, Model, own_models
+from armour_surgery.cli.options import (
+    AsJson,
+    Example,
+    Into,
+    Model,
+    OtherCheckpoint,
+    OtherImgSize,
+    OtherNumClasses,
+    own_models,
+)
 from armour_surgery.cli.progress import progress_bar
 from armour_surgery.cli.run import command, console_for, print_json
 
@@ -15,7 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from armour_surgery.benchmarking.results import Benchmark
-    from armour_surgery.saving.any_model import OwnModels
+    from armour_surgery.saving.any_model import Asked, OwnModels
 
 __all__ = ["bench"]
 
@@ -29,6 +38,9 @@ def bench(
     ] = None,
     into: Into = None,
     example: Example = None,
+    checkpoint: OtherCheckpoint = None,
+    img_size: OtherImgSize = None,
+    num_classes: OtherNumClasses = None,
     device: Annotated[str, typer.Option(metavar="D", help="cpu, cuda, or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(metavar="T", help="fp32, bf16 or fp16, for weights and inputs.")] = "fp32",
     batch_size: Annotated[
@@ -86,7 +98,10 @@ def bench(
         # Before the work, whose numbers would be lost.
         check_speed_file(path)
     with console.status("building the models"):
-        models = _load([model, *(vs or ())], pretrained, own_models(into, example))
+        from armour_surgery.saving.any_model import Asked
+
+        asked = Asked(checkpoint, img_size, num_classes)
+        models = _load([model, *(vs or ())], pretrained, asked, own_models(into, example))
     with progress_bar(console, "counting", still=True) as tell:
         measured = benchmark(
             models,
@@ -115,17 +130,17 @@ def bench(
         console.print(f"Written: {path}", markup=False, soft_wrap=True)
 
 
-def _load(names: Sequence[str], pretrained: bool, own: "OwnModels") -> "dict[str, nn.Module]":
+def _load(names: Sequence[str], pretrained: bool, asked: "Asked", own: "OwnModels") -> "dict[str, nn.Module]":
     """The models by name; one that is named again gets a number."""
-    from armour_surgery.saving.any_model import load_any
+    from armour_surgery.saving.any_model import load_any, shared_out
 
     models: dict[str, nn.Module] = {}
-    for name in names:
+    for name, share in zip(names, shared_out(names, asked), strict=True):
         label, number = name, 1
         while label in models:
             number += 1
             label = f"{name} ({number})"
-        models[label], _ = load_any(name, pretrained=pretrained, own=own)
+        models[label], _ = load_any(name, pretrained=pretrained, asked=share, own=own)
     return models
 
 

@@ -5,7 +5,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from armour_surgery.cli.options import AsJson, Checkpoint, Example, Into, Model, Pretrained, own_models
+from armour_surgery.cli.options import (
+    AsJson,
+    ClassMap,
+    Example,
+    Into,
+    Model,
+    OtherCheckpoint,
+    OtherImgSize,
+    OtherNumClasses,
+    Pretrained,
+    own_models,
+)
 from armour_surgery.cli.run import command, console_of_first_rank, print_json
 
 if TYPE_CHECKING:
@@ -34,8 +45,20 @@ def evaluate(
     ] = None,
     into: Into = None,
     example: Example = None,
-    checkpoint: Checkpoint = None,
+    checkpoint: OtherCheckpoint = None,
+    vs_checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            "--vs-checkpoint",
+            metavar="FILE",
+            help="Weights to load for --vs; --checkpoint is then for MODEL.",
+            show_default=False,
+        ),
+    ] = None,
+    img_size: OtherImgSize = None,
+    num_classes: OtherNumClasses = None,
     pretrained: Pretrained = True,
+    class_map: ClassMap = None,
     split: Annotated[
         str | None, typer.Option(metavar="NAME", help="The split, where it is not called val.", show_default=False)
     ] = None,
@@ -73,6 +96,7 @@ def evaluate(
         from armour_surgery.recover.distributed import distributed
         from armour_surgery.recover.evaluation import Options
         from armour_surgery.recover.evaluation import evaluate as run
+        from armour_surgery.saving.any_model import Asked
 
         options = Options(
             split=split,
@@ -84,7 +108,9 @@ def evaluate(
             batch_size=batch_size,
             workers=workers,
             pretrained=pretrained,
-            checkpoint=checkpoint,
+            asked=Asked(checkpoint, img_size, num_classes),
+            vs_checkpoint=vs_checkpoint,
+            class_map=class_map,
             own=own_models(into, example),
         )
     with distributed(device) as process, console.status("evaluating"):

@@ -49,11 +49,11 @@ def export(
     with console.status("loading PyTorch"):
         from armour_surgery.exporting.formats import check_export
         from armour_surgery.exporting.formats import export as run_export
-        from armour_surgery.saving.any_model import load_any
+        from armour_surgery.saving.any_model import Asked, load_any
     check_export(out, format, deploy=deploy, int8=int8)
     own = own_models(into, example)
     with console.status("loading the model"):
-        loaded, _ = load_any(model, pretrained=pretrained, checkpoint=checkpoint, own=own)
+        loaded, _ = load_any(model, pretrained=pretrained, asked=Asked(checkpoint=checkpoint), own=own)
         fresh = _fresh(into) if format == "compat" else None
     with console.status(f"writing {format}, and loading it again"):
         result = run_export(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from armour_surgery.cli.options import AsJson, Example, Into, Model, name_for_folder, own_models
+from armour_surgery.cli.options import AsJson, Checkpoint, ClassMap, Example, Into, Model, name_for_folder, own_models
 from armour_surgery.cli.run import command, console_of_first_rank, print_json
 
 if TYPE_CHECKING:
@@ -43,10 +43,40 @@ def finetune(
             show_default=False,
         ),
     ] = None,
+    teacher_checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            "--teacher-checkpoint",
+            metavar="FILE",
+            help="The teacher's weights. Default: where MODEL was converted from a file, that one. The original has to "
+            "have the weights that it was converted with; another teacher is taken if --teacher names it.",
+            show_default=False,
+        ),
+    ] = None,
+    checkpoint: Checkpoint = None,
+    img_size: Annotated[
+        int | None,
+        typer.Option(
+            "--img-size",
+            metavar="N",
+            help="Input height and width of MODEL, and of a teacher that --teacher names, where they are no saved "
+            "folders.",
+        ),
+    ] = None,
+    num_classes: Annotated[
+        int | None,
+        typer.Option(
+            "--num-classes",
+            metavar="N",
+            help="Classes of MODEL, and of a teacher that --teacher names, where they are no saved folders; 0: no "
+            "head.",
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: optimizer.lr=1e-4.", show_default=False),
     ] = None,
+    class_map: ClassMap = None,
     into: Into = None,
     example: Example = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
@@ -66,6 +96,7 @@ def finetune(
     with console.status("loading PyTorch"):
         from armour_surgery.recover.distributed import distributed
         from armour_surgery.recover.finetuning import finetune as run
+        from armour_surgery.saving.any_model import Asked
     _announce(console, chosen, recipe, target)
     with distributed(chosen.run.device) as process, _Display(console) as display:
         done = run(
@@ -74,7 +105,10 @@ def finetune(
             target,
             process,
             data=data,
+            asked=Asked(checkpoint, img_size, num_classes),
             teacher=teacher,
+            teacher_checkpoint=teacher_checkpoint,
+            class_map=class_map,
             resume=resume,
             own=own_models(into, example),
             watch=display.update,
@@ -154,6 +188,8 @@ def _document(model: str, name: str, chosen: "Recipe", done: "Finetuned", second
         "kept": outcome.kept,
         "average": outcome.average,
         "judged_on": done.judged_on,
+        "teacher": done.teacher,
+        "classes": done.order.way if done.order is not None else None,
         "start": outcome.start,
         "end": outcome.end,
         "images": outcome.images,
@@ -169,6 +205,8 @@ def _tell(console: "Console", done: "Finetuned") -> None:
         before = f"{outcome.start[name]:.5g} -> " if name in outcome.start else ""
         console.print(f"  {name}: {before}{value:.5g}", markup=False)
     console.print(f"  (on {done.judged_on})", markup=False, soft_wrap=True)
+    if done.teacher is not None:
+        console.print(f"  (taught by {done.teacher})", markup=False, soft_wrap=True)
     if outcome.kept == "start":
         console.print("No step was better than the start, so the weights are what they were.")
     elif outcome.kept != "last":

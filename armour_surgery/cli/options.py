@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AsJson",
     "Checkpoint",
+    "ClassMap",
     "Example",
     "ImgSize",
     "InChans",
@@ -26,6 +27,9 @@ __all__ = [
     "Model",
     "ModelKwargs",
     "NumClasses",
+    "OtherCheckpoint",
+    "OtherImgSize",
+    "OtherNumClasses",
     "Pretrained",
     "Submodule",
     "check_page",
@@ -49,14 +53,34 @@ Model = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; everything else on stderr.")]
 Checkpoint = Annotated[
     Path | None,
-    typer.Option("--checkpoint", metavar="FILE", help="Weights to load (safetensors, or plain weights)."),
+    typer.Option("--checkpoint", metavar="FILE", help="Weights to load for MODEL (safetensors, or plain weights)."),
+]
+OtherCheckpoint = Annotated[
+    Path | None,
+    typer.Option(
+        "--checkpoint",
+        metavar="FILE",
+        help="Weights to load, for MODEL, or if that is a saved folder, for the first --vs that is none.",
+    ),
+]
+OtherImgSize = Annotated[
+    int | None,
+    typer.Option(
+        "--img-size", metavar="N", help="Input height and width of MODEL and of --vs, where they are no saved folders."
+    ),
+]
+OtherNumClasses = Annotated[
+    int | None,
+    typer.Option(
+        "--num-classes", metavar="N", help="Classes of MODEL and of --vs, where they are no saved folders; 0: no head."
+    ),
 ]
 Pretrained = Annotated[
     bool,
     typer.Option("--pretrained/--no-pretrained", help="Take the library's pretrained weights, or random ones."),
 ]
 ImgSize = Annotated[int | None, typer.Option("--img-size", metavar="N", help="Input height and width.")]
-NumClasses = Annotated[int | None, typer.Option("--num-classes", metavar="N", help="Size of a new head.")]
+NumClasses = Annotated[int | None, typer.Option("--num-classes", metavar="N", help="Size of the head; 0 for none.")]
 InChans = Annotated[int | None, typer.Option("--in-chans", metavar="N", help="Input channels.")]
 ModelKwargs = Annotated[
     list[str] | None,
@@ -64,6 +88,16 @@ ModelKwargs = Annotated[
         "--model-kwargs",
         metavar="KEY=VALUE",
         help="An argument of the library's builder (hf: an entry of the config), such as depth=6; any number.",
+        show_default=False,
+    ),
+]
+ClassMap = Annotated[
+    Path | None,
+    typer.Option(
+        "--class-map",
+        metavar="FILE",
+        help="Which folder is which class: class names in the model's order, one a line (timm's class maps), or JSON, "
+        "a list of them or {name: index}. Default: the names that the model has, else the order of the folders.",
         show_default=False,
     ),
 ]

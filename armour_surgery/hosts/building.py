@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from armour_surgery.errors import ArmourError, FolderError, ModelError, SchemaError, UsageError
+from armour_surgery.hosts.examples import keep_image_size
 from armour_surgery.hosts.hub import offline, quiet
 from armour_surgery.hosts.libraries import LIBRARIES, adapter, library_of
 from armour_surgery.hosts.limits import Limits
@@ -24,6 +25,9 @@ from armour_surgery.hosts.skeleton import (
 from armour_surgery.records import Source
 
 __all__ = ["build", "compared", "describe", "mark_converted", "outline"]
+
+# Pixels; what a folder says of images is fed to the model later on.
+LARGEST_IMAGE = 2**14
 
 
 def describe(model: nn.Module, arguments: Mapping[str, Any] | None = None) -> Source:
@@ -151,6 +155,11 @@ def build(source: Source, limits: Limits | None = None) -> nn.Module:
             f"{source.library} could not build {source.architecture} with {_short(source.arguments)}: {_short(error)}"
         ) from error
     restore_attributes(model, source.attributes)
+    if source.library == "transformers" and (size := (source.options or {}).get("img_size")) is not None:
+        if type(size) is not int or not 0 < size <= LARGEST_IMAGE:
+            raise SchemaError(f"the options of {source.architecture} name an img_size of {size!r}, which no image has")
+        # Where positions are interpolated, the config has the size that they were trained for.
+        keep_image_size(model, library.example(model), size)
     return model.eval()
 
 

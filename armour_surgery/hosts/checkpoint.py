@@ -4,7 +4,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,17 @@ class Selection:
     beside: tuple[str, ...]
     # How many of the model's keys it has.
     known: int
+    # Whether the tensors of a head that was not wanted are among those beside.
+    headless: bool = False
+
+    def without(self, heads: Collection[str]) -> "Selection":
+        """The same without the tensors of these modules."""
+        below = tuple(f"{head}." for head in heads)
+        dropped = tuple(key for key in self.weights if key.startswith(below))
+        if not dropped:
+            return self
+        weights = {key: value for key, value in self.weights.items() if key not in dropped}
+        return replace(self, weights=weights, beside=(*self.beside, *dropped), headless=True)
 
     @property
     def place(self) -> str:
@@ -148,16 +159,18 @@ def load_checkpoint(
     path: str | Path,
     builder: Builder,
     forms: Sequence[Form] = (dict,),
+    without: Collection[str] = (),
 ) -> None:
     """Copy a file's weights into the model: those behind one prefix, in the first form in which all of them fit.
 
-    Warns (`ArmourWarning`) of what was chosen, where the file gives a choice.
+    `without` names heads that the model was to be built without; what the file has for them is left aside. Warns
+    (`ArmourWarning`) of that, of what was chosen where the file gives a choice, and of tables for another image size.
 
     Raises:
         CheckpointError: nothing fits; the message names up to three keys of each kind for what comes closest.
     """
     expected = model.state_dict()
-    tried = selections(tables, expected)
+    tried = [selection.without(without) for selection in selections(tables, expected)]
     odd = [odd_tensor(selection.weights, expected) for selection in tried]
     closest = max(tried, key=lambda selection: selection.known)
     differences: list[Difference] = []
@@ -175,6 +188,7 @@ def load_checkpoint(
         if fitting:
             model.load_state_dict(fitting[0][1])
             announce([selection for selection, _ in fitting], tried, path)
+            _announce_resampled(*fitting[0], path)
             return
     if problem := odd[tried.index(closest)]:
         raise CheckpointError(f"checkpoint {path} {problem}")
@@ -253,10 +267,26 @@ def announce(fitting: Sequence[Selection], tried: Sequence[Selection], path: obj
         parts.append(f"the averaged weights under {_some(unfit)} do not fit")
     if chosen.prefix:
         parts.append(f"took the prefix {chosen.prefix!r} off the names")
-    if chosen.beside and chosen.prefix:
+    if chosen.beside and (chosen.prefix or chosen.headless):
         parts.append(f"left {_some(chosen.beside)} aside")
     if parts:
         warnings.warn(f"checkpoint {path}: {'; '.join(parts)}", ArmourWarning, stacklevel=2)
+
+
+def _announce_resampled(selection: Selection, adapted: Weights, path: object) -> None:
+    """Warn of tables that a library's converter resampled, for a file that was trained on images of another size."""
+    changed = []
+    for key, value in adapted.items():
+        in_file = selection.weights.get(key)
+        if in_file is not None and in_file.numel() != value.numel():
+            changed.append(f"{key} from {tuple(in_file.shape)} to {tuple(value.shape)}")
+    if changed:
+        warnings.warn(
+            f"checkpoint {path} is for images of another size: resampled {_some(changed)}; --img-size builds the model "
+            "for those of the file",
+            ArmourWarning,
+            stacklevel=2,
+        )
 
 
 def named(path: object, selection: Selection) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 from armour_surgery.errors import ExampleInputError, UsageError
 from armour_surgery.records import SurgeryPlan
 
-__all__ = ["Written", "keep_example", "kept_example", "read_example", "shown_example"]
+__all__ = ["Written", "keep_example", "keep_image_size", "kept_example", "read_example", "shown_example"]
 
 # Shape with the batch first, and type, of every input by its name.
 Inputs = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -70,6 +70,24 @@ def keep_example(model: nn.Module, written: Sequence[Written]) -> None:
             raise UsageError(f"--example: the forward of {type(model).__name__} takes {_list(free)}; name each once")
         inputs[chosen] = (shape, dtype)
     vars(model)[_KEPT] = inputs
+
+
+def keep_image_size(
+    model: nn.Module, known: Mapping[str, tuple[tuple[int, ...], torch.dtype] | torch.Tensor], size: int
+) -> None:
+    """Keep on a model that it is to be fed images of this height and width, where its library would feed it others.
+
+    `known` is what the library tells (`Adapter.example`); a model that takes more than images stays as it is.
+    """
+    inputs: Inputs = {}
+    for name, told in known.items():
+        if isinstance(told, torch.Tensor) or len(told[0]) != 3 or not told[1].is_floating_point:
+            return
+        (channels, *others), dtype = told
+        if others != [size, size]:
+            inputs[name] = ((1, channels, size, size), dtype)
+    if inputs:
+        vars(model)[_KEPT] = inputs
 
 
 def kept_example(model: nn.Module) -> Inputs | None:

@@ -4,6 +4,7 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from armour_surgery.hosts.checkpoint import Builder, load_checkpoint
 from armour_surgery.hosts.examples import Written, keep_example
 from armour_surgery.hosts.libraries import Library, adapter, is_users_class
 from armour_surgery.hosts.own import is_own, load_own
-from armour_surgery.hosts.weights_file import read_weights
-from armour_surgery.records import Source
+from armour_surgery.hosts.weights_file import digest_of, read_weights
+from armour_surgery.records import Source, WeightsFile
 
 __all__ = ["load_model", "suggest"]
 
@@ -47,12 +48,13 @@ def load_model(
 
     `checkpoint` is a file of weights which replaces the pretrained ones; every key in it has to fit. Weights come from
     there, from the library's cache, from the hub, or (`pretrained=False`) are random. A user's own model stays in the
-    type and has the weights that its callable gives it. `arguments` are more of the builder's (for transformers: of the
-    config), and `example` is what the model is to be fed where nobody knows that.
+    type and has the weights that its callable gives it. `num_classes=0` is a model without a head. `arguments` are more
+    of the builder's (for transformers: of the config), and `example` is what the model is to be fed where nobody knows
+    that. The source that is returned says all of this again, so that the same can be loaded once more.
 
     Raises:
-        UsageError: a size is below 1, the architecture does not take it or one of the arguments, or FILE.py:CALLABLE
-            names what there is not.
+        UsageError: a size is below 1 (below 0: num_classes), the architecture does not take it or one of the arguments,
+            or FILE.py:CALLABLE names what there is not.
         UnknownModelError: no library knows the name; the message suggests up to three.
         HubUnreachableError: config or weights are not on this machine and the hub does not answer.
         CheckpointError: the file is unreadable, could run code, or belongs to another architecture.
@@ -61,8 +63,9 @@ def load_model(
     given = {"img_size": img_size, "num_classes": num_classes, "in_chans": in_chans}
     sizes = {option: value for option, value in given.items() if value is not None}
     for option, value in sizes.items():
-        if value < 1:
-            raise UsageError(f"{option} must be 1 or more, not {value}; see --{option.replace('_', '-')}")
+        least = "0 (no head)" if option == "num_classes" else "1"
+        if value < int(least[0]):
+            raise UsageError(f"{option} must be {least} or more, not {value}; see --{option.replace('_', '-')}")
     for option, value in (arguments or {}).items():
         if option in sizes:
             raise UsageError(f"--model-kwargs {option}={value!r} and --{option.replace('_', '-')} say it twice")
@@ -71,7 +74,7 @@ def load_model(
     if is_own(name) and name.partition(":")[0] not in PREFIXES:
         model, source = _own(name, checkpoint, sizes)
         keep_example(model, example)
-        return model, source
+        return model, replace(source, checkpoint=_file(checkpoint))
     library, rest = _parse(name)
     try:
         model, source = adapter(library).load(rest, pretrained=pretrained, checkpoint=checkpoint, sizes=sizes)
@@ -81,7 +84,11 @@ def load_model(
             raise
         raise UnknownModelError(f"{error}; did you mean {' or '.join(close)}?") from error
     keep_example(model, example)
-    return model, source
+    return model, replace(source, options=sizes, checkpoint=_file(checkpoint))
+
+
+def _file(checkpoint: str | Path | None) -> WeightsFile | None:
+    return None if checkpoint is None else WeightsFile(str(checkpoint), digest_of(Path(checkpoint)))
 
 
 def _own(name: str, checkpoint: str | Path | None, arguments: Mapping[str, Any]) -> tuple[nn.Module, Source]:

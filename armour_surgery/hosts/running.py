@@ -15,7 +15,7 @@ from armour_surgery.hosts.examples import kept_example, shown_example
 from armour_surgery.hosts.libraries import adapter, library_of
 from armour_surgery.records import SurgeryPlan
 
-__all__ = ["example_input", "features", "head_size", "writing_parts"]
+__all__ = ["example_input", "features", "has_no_head", "head_size", "head_tensors", "writing_parts"]
 
 
 def head_size(model: nn.Module) -> int:
@@ -26,6 +26,27 @@ def head_size(model: nn.Module) -> int:
             return size
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     return linears[-1].out_features if linears else 0
+
+
+def has_no_head(model: nn.Module) -> bool:
+    """Whether a model says that it has no classes, so that what it gives are features and no logits."""
+    return 0 in (getattr(model, "num_classes", None), getattr(model, "num_labels", None))
+
+
+def head_tensors(model: nn.Module) -> set[str]:
+    """The names of the tensors of a model's classifiers: where its library names them, else of its last Linear."""
+    names = list(model.state_dict())
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    if library_of(model) == "transformers":
+        body = f"{getattr(model, 'base_model_prefix', '')}."
+        within = [name for name in names if name.startswith(body)]
+        # A body by itself has its tensors without the prefix, and no head.
+        return set(names) - set(within) if within else set()
+    heads = config.get("classifier") or ()
+    if not heads:
+        heads = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1:]
+    heads = (heads,) if isinstance(heads, str) else heads
+    return {name for name in names if name.rpartition(".")[0] in heads}
 
 
 def example_input(model: nn.Module, batch_size: int = 2) -> dict[str, torch.Tensor]:
@@ -111,7 +132,7 @@ def features(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> tuple[torc
         # A classifier gives hidden states alone, and the last of them may lack the final norm.
         if hidden is None and getattr(output, "hidden_states", None):
             hidden = output.hidden_states[-1]
-        scores: Any = getattr(output, "logits", None)
+        scores: Any = None if has_no_head(model) else getattr(output, "logits", None)
         if hidden is not None or scores is not None:
             return (scores if hidden is None else hidden), scores
     first = next(leaf for leaf in pytree.tree_leaves(run(model, inputs)) if isinstance(leaf, torch.Tensor))

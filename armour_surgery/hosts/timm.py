@@ -1,9 +1,7 @@
 """timm's models: loading, naming, rebuilding."""
 
 import json
-import sys
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,11 @@ from torch import nn
 
 from armour_surgery.errors import CheckpointError, ModelError, SchemaError, UnknownModelError, UsageError
 from armour_surgery.hosts.arguments import refuse_forbidden, spelled
-from armour_surgery.hosts.checkpoint import Builder, load_checkpoint, odd_kinds
+from armour_surgery.hosts.checkpoint import odd_kinds
 from armour_surgery.hosts.hub import cached_folder, hub_or_cache, quiet, require_url, unreachable
+from armour_surgery.hosts.timm_weights import load_weights
 from armour_surgery.hosts.untrusted import refuse_reaching
-from armour_surgery.hosts.weights_file import Kind, Tables, kinds_in_folder, read_weights
+from armour_surgery.hosts.weights_file import Kind, kinds_in_folder, read_weights
 from armour_surgery.records import Source
 
 __all__ = ["build", "example", "known_names", "load", "owns", "source_of"]
@@ -91,7 +90,7 @@ def load(
         repo = _require_known(name, pretrained)
         model = _create_registered(name, repo, pretrained, sizes)
     if weights is not None:
-        _load_weights(model, weights, checkpoint or "", name)
+        load_weights(model, weights, checkpoint or "", name, headless=sizes.get("num_classes") == 0)
     model.eval().float()
     source = source_of(model, sizes)
     revision = None
@@ -255,60 +254,6 @@ def _create(name: str, pretrained: bool, sizes: Mapping[str, Any]) -> nn.Module:
         reason = text.strip().splitlines()[0] if text.strip() else type(error).__name__
         raise ModelError(f"timm could not make {name} with {dict(sizes)}: {reason}") from error
     return model
-
-
-def _load_weights(model: nn.Module, tables: Tables, path: str | Path, name: str) -> None:
-    """Load the weights as they are, or in the first other form of them that fits."""
-    named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
-    classifiers = (named,) if isinstance(named, str) else named
-    head = [key for key in model.state_dict() if key.rpartition(".")[0] in classifiers]
-    load_checkpoint(
-        model,
-        tables,
-        path=path,
-        builder=Builder(name, ("num_classes", "in_chans"), head, _headless(name)),
-        forms=(dict, partial(_filtered, model), partial(_from_facebook_levit, model)),
-    )
-
-
-def _headless(name: str) -> str:
-    """How to come to this model without its classifier, which some of its published weights do without."""
-    architecture = split_model_name_tag(name)[0]
-    for tagged in timm.list_pretrained(f"{architecture}.*"):
-        if get_pretrained_cfg(tagged).num_classes == 0:
-            return f"name {tagged} as MODEL, which has none"
-    return f"in Python, timm.create_model({name!r}, num_classes=0) makes the model without one, which convert takes"
-
-
-def _filtered(model: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
-    """The weights as timm's own converter for this architecture makes them, or None without one."""
-    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if convert is None:
-        return None
-    try:
-        with quiet():
-            converted: dict[str, torch.Tensor] = convert(dict(weights), model)
-    except Exception:
-        # The converters index what they expect to find; a file of something else is reported by its own keys.
-        return None
-    return converted
-
-
-def _from_facebook_levit(model: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
-    """LeViT as its authors saved it: other names, in timm's order. None unless every kind and size agrees."""
-    if type(model).__module__ != "timm.models.levit":
-        return None
-    expected = model.state_dict()
-    ordered = [(key, value) for key, value in weights.items() if not key.endswith("attention_bias_idxs")]
-    if len(ordered) != len(expected):
-        return None
-    renamed: dict[str, torch.Tensor] = {}
-    for (key, wanted), (old, value) in zip(expected.items(), ordered, strict=True):
-        if key.rpartition(".")[2] != old.rpartition(".")[2] or wanted.numel() != value.numel():
-            return None
-        # The levit_conv variants hold the same matrices as 1x1 convolutions.
-        renamed[key] = value.reshape(wanted.shape)
-    return renamed
 
 
 def _with_tag(architecture: str, tag: Any) -> str:

@@ -50,6 +50,8 @@ def load(
         raise UnknownModelError(f"torchvision {torchvision.__version__} has no model {name!r}")
     if "in_chans" in sizes:
         raise UsageError(f"torchvision's {name} takes no in_chans; leave --in-chans out, or use a timm model")
+    if sizes.get("num_classes") == 0:
+        raise UsageError(f"torchvision's {name} has no form without a head; leave --num-classes 0 out, or use timm")
     refuse_forbidden(typed, sizes, FORBIDDEN)
     file_weights = read_weights(checkpoint) if checkpoint is not None else None
     arguments = {ARGUMENT_NAMES.get(option, option): value for option, value in sizes.items()}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from armour_surgery.hosts.transformers_marks import PLAN, PREFIX, stock_class
 from armour_surgery.hosts.transformers_weights import WEIGHT_FILES, load_checkpoint, load_published
 from armour_surgery.hosts.untrusted import entries, refuse_reaching
 from armour_surgery.hosts.weights_file import read_weights
+from armour_surgery.notes import ArmourWarning
 from armour_surgery.records import Source
 
 __all__ = ["build", "example", "known_names", "load", "owns", "source_of"]
@@ -76,21 +78,31 @@ def load(
         raise UnknownModelError(f"{typed}: the folder does not exist; check the path")
     local = Path(name).is_dir() or name in CONFIG_MAPPING
     fitting: list[Selection] = []
+    done = ""
     with _silent(bars=not local), _reach(name, local=local) as answers:
         try:
             config, cls = _described(name, sizes)
+            own = config
+            if "img_size" in sizes:
+                own, _ = _described(name, {option: sizes[option] for option in sizes if option != "img_size"})
             if tables is not None:
-                model, fitting = load_checkpoint(cls, config, tables, str(checkpoint))
+                headless = sizes.get("num_classes") == 0
+                model, fitting, done = load_checkpoint(cls, config, own, tables, str(checkpoint), headless=headless)
             elif pretrained:
-                model = load_published(cls, config, name, sizes)
+                model, done = load_published(cls, config, own, name, sizes)
             else:
                 model = cls(config)
+            if any(isinstance(module, nn.Linear) and not module.out_features for module in model.modules()):
+                raise UsageError(f"{cls.__name__} of {typed} has no form without a head; leave --num-classes 0 out")
         except (ModelError, UsageError):
             raise
         except Exception as error:
             raise _failed(name, pretrained, answers, error) from error
     if fitting:
         announce(fitting, fitting, checkpoint)
+    if done:
+        weights = f"checkpoint {checkpoint} is" if tables is not None else f"the weights of {typed} are"
+        warnings.warn(f"{weights} {done}", ArmourWarning, stacklevel=2)
     source = source_of(model, {})
     return model.eval().float(), Source(
         "transformers",
@@ -210,7 +222,7 @@ def _described(name: str, sizes: Mapping[str, Any]) -> tuple[PreTrainedConfig, t
         config: PreTrainedConfig = CONFIG_MAPPING[name]()
     else:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    cls = _class_for(config, name, "num_classes" in sizes)
+    cls = _class_for(config, name, bool(sizes.get("num_classes")))
     return _applied(config, name, sizes), cls
 
 

@@ -1,6 +1,7 @@
 """Reading a file of weights, safely: nothing in it runs, and it takes no more memory than its size allows."""
 
 import argparse
+import hashlib
 import json
 import mmap
 import os
@@ -16,7 +17,7 @@ import torch
 from armour_surgery.errors import CheckpointError
 from armour_surgery.hosts.hub import quiet
 
-__all__ = ["Kind", "Tables", "kind_of", "kind_of_type", "kinds_in_folder", "read_weights"]
+__all__ = ["Kind", "Tables", "digest_of", "kind_of", "kind_of_type", "kinds_in_folder", "read_weights"]
 
 # The tensors of each dictionary in a file that holds any, under its name: "" for the outermost, else "model", "a.b".
 Tables = dict[str, dict[str, torch.Tensor]]
@@ -71,6 +72,12 @@ def read_weights(path: str | Path) -> Tables:
     tables = _tables(content, path)
     _require_size(path, sum(_claimed_bytes(tensor) for table in tables.values() for tensor in table.values()))
     return tables
+
+
+def digest_of(path: Path) -> str:
+    """The sha256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def kind_of(tensor: torch.Tensor) -> Kind:

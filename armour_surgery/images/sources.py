@@ -9,7 +9,7 @@ import math
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ FAR = 1 << 40
 class Pictures:
     """Images by number. `read(i)` gives the picture and its label, `name(i)` what to call it in a message.
 
-    `classes` are the names of the labels where they are known. `endless` says that every epoch reads new numbers.
+    `classes` are the names of the labels where they are known, and `by_folder` says that they are those of folders, in
+    their order. `endless` says that every epoch reads new numbers.
     """
 
     source: str
@@ -47,6 +48,7 @@ class Pictures:
     name: Callable[[int], str]
     classes: tuple[str, ...] = ()
     endless: bool = False
+    by_folder: bool = False
 
     def __len__(self) -> int:
         return self.count
@@ -63,12 +65,12 @@ class Stream:
 
 def subset(pictures: Pictures, chosen: Sequence[int]) -> Pictures:
     """Those pictures alone, numbered anew."""
-    return Pictures(
-        pictures.source,
-        len(chosen),
-        lambda index: pictures.read(chosen[index]),
-        lambda index: pictures.name(chosen[index]),
-        pictures.classes,
+    return replace(
+        pictures,
+        count=len(chosen),
+        read=lambda index: pictures.read(chosen[index]),
+        name=lambda index: pictures.name(chosen[index]),
+        endless=False,
     )
 
 
@@ -343,9 +345,8 @@ def _labelled_folder(root: Path, classes: tuple[str, ...]) -> Pictures:
         labels += [numbers[name]] * len(below)
     if not paths:
         raise DataError(f"no images in {root} or below it; name another folder")
-    return Pictures(
-        str(root), len(paths), partial(_read_file, paths, labels), lambda index: str(paths[index]), tuple(numbers)
-    )
+    read = partial(_read_file, paths, labels)
+    return Pictures(str(root), len(paths), read, lambda index: str(paths[index]), tuple(numbers), by_folder=True)
 
 
 def _class_folders(root: Path) -> list[str]:

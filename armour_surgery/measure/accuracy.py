@@ -1,5 +1,6 @@
 """First and fifth choices on labelled images: accuracy, agreement of two models, ReaL accuracy, a confusion plot."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Choices", "agreement", "choices", "confusion", "real_hits", "top_hits"]
+__all__ = ["Batch", "Choices", "agreement", "choices", "confusion", "real_hits", "relabelled_hits", "top_hits"]
 
 TOP = 5
 # Runs a model on images: logits [B, classes].
@@ -70,9 +71,15 @@ def top_hits(made: Choices) -> tuple[int, int]:
     return int(hits[:, :1].sum()), int(hits.any(1).sum())
 
 
-def agreement(first: Choices, second: Choices) -> tuple[int, int]:
-    """On how many images two models have the same first choice, and how many both have seen."""
+def agreement(first: Choices, second: Choices, same_class: Mapping[int, int] | None = None) -> tuple[int, int]:
+    """On how many images two models have the same first choice, and how many both have seen.
+
+    `same_class` says which of the first's classes one of the second's is, where they are not numbered alike.
+    """
     theirs = dict(zip(second.numbers, second.top[:, 0].tolist(), strict=True))
+    if same_class is not None:
+        # A class that the first does not have, or nobody asked about, is none of its choices.
+        theirs = {number: same_class.get(choice, -1) for number, choice in theirs.items()}
     same = both = 0
     for number, choice in zip(first.numbers, first.top[:, 0].tolist(), strict=True):
         # An image that only one of them could read is in neither count.
@@ -80,6 +87,33 @@ def agreement(first: Choices, second: Choices) -> tuple[int, int]:
             both += 1
             same += choice == theirs[number]
     return same, both
+
+
+def relabelled_hits(made: Choices) -> tuple[int, int, int]:
+    """Whether labels mean other classes: first choices that are right, and that would be, of how many images.
+
+    Would be: if each label meant the class that it is taken for most often, and no class were meant twice. That is
+    found on every other image of a label and counted on the rest, so that chance does not look like an order.
+    """
+    pairs = list(zip(made.labels.tolist(), made.top[:, 0].tolist(), strict=True))
+    seen: Counter[int] = Counter()
+    fitted: Counter[tuple[int, int]] = Counter()
+    counted: list[tuple[int, int]] = []
+    for label, choice in pairs:
+        seen[label] += 1
+        if seen[label] % 2:
+            fitted[label, choice] += 1
+        else:
+            counted.append((label, choice))
+    meant: dict[int, int] = {}
+    taken: set[int] = set()
+    # Greedy, and not the best assignment there is: what is far better is better by this too.
+    for (label, choice), _ in fitted.most_common():
+        if label not in meant and choice not in taken:
+            meant[label] = choice
+            taken.add(choice)
+    right = sum(label == choice for label, choice in counted)
+    return right, sum(meant.get(label) == choice for label, choice in counted), len(counted)
 
 
 def real_hits(made: Choices, name: Callable[[int], str], real: Mapping[str, Sequence[int]]) -> tuple[int, int, int]:

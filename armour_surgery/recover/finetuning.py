@@ -5,8 +5,9 @@ saved is a copy of the model as it came, with the weights that were kept, so tha
 parameters of the training leave no trace.
 """
 
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ from torch import Tensor, nn
 
 from armour_surgery.copies import full_copy
 from armour_surgery.errors import ResumeError, UsageError
+from armour_surgery.hosts.class_names import class_names
 from armour_surgery.hosts.own import is_own
 from armour_surgery.hosts.preprocessing import Preprocessing, preprocessing
 from armour_surgery.hosts.running import head_size
+from armour_surgery.images.class_order import ClassOrder, class_order, in_order
 from armour_surgery.images.sources import Pictures, Stream, check_labels
 from armour_surgery.measure.held_out import held_out_scores
+from armour_surgery.notes import ArmourWarning
 from armour_surgery.records import SurgeryPlan
 from armour_surgery.recover import checkpoint
 from armour_surgery.recover.distributed import Process
@@ -28,26 +32,32 @@ from armour_surgery.recover.loading import evaluation_batches
 from armour_surgery.recover.recipe import Recipe
 from armour_surgery.recover.splits import adapted_preprocessing, open_images
 from armour_surgery.recover.student import evaluating
-from armour_surgery.recover.teacher import Teacher, find_teacher
+from armour_surgery.recover.teacher import GivenTeacher, Teacher, find_teacher
 from armour_surgery.recover.timm_parts import build_untrained, set_drop_path, training_transform
 from armour_surgery.recover.trainer import Judge, Outcome, Task, Watch, train
-from armour_surgery.recover.training_folder import check_saveable, open_folder, write_result
-from armour_surgery.saving.any_model import NOTHING_SAID, OwnModels, load_any
+from armour_surgery.recover.training_folder import check_same_classes, check_saveable, open_folder, write_result
+from armour_surgery.saving.any_model import NOTHING_ASKED, NOTHING_SAID, Asked, OwnModels, load_any
 from armour_surgery.saving.occupied import check_output, is_saved_folder
 from armour_surgery.surgery.conversion import convert
 
 __all__ = ["Finetuned", "finetune"]
 
 JUDGE_BATCH = 64
+BEYOND_CHANCE = 1.5
 
 
 @dataclass(frozen=True)
 class Finetuned:
-    """A run that ended: what came of it, how the training data was judged, and the folder, which `load` reads."""
+    """A run that ended: what came of it, how the training data was judged, and the folder, which `load` reads.
+
+    `teacher` says who taught, None where nobody did; `order` which class each label was, None without labels.
+    """
 
     outcome: Outcome
     folder: Path
     judged_on: str
+    teacher: str | None
+    order: ClassOrder | None
 
 
 def finetune(
@@ -57,7 +67,10 @@ def finetune(
     process: Process,
     *,
     data: str | None = None,
+    asked: Asked = NOTHING_ASKED,
     teacher: str | nn.Module | None = None,
+    teacher_checkpoint: Path | None = None,
+    class_map: Path | None = None,
     resume: bool = False,
     own: OwnModels = NOTHING_SAID,
     watch: Watch | None = None,
@@ -67,8 +80,12 @@ def finetune(
     Args:
         model: a converted model, MODEL, or an unconverted model that the recipe converts or trains as it is.
         data: see `images.sources.open_pictures`; without it the recipe's.
+        asked: how MODEL is to be built and filled, where it is no saved folder. Its sizes also count for a teacher
+            that is named.
         teacher: MODEL or a module; without it the recipe's, and without that the model that the student was
-            converted from.
+            converted from, which has to have the weights that it had then.
+        teacher_checkpoint: a file with the teacher's weights.
+        class_map: a file with the names of the model's classes, where labels are names of folders.
         resume: go on from the checkpoint in `out`.
         own: what makes and feeds models of no library.
 
@@ -78,7 +95,13 @@ def finetune(
     _check_folder(out, resume)
     # Before the first process writes, all have to have looked.
     process.wait()
-    student = _make_student(model, recipe, own)
+    if recipe.model.args and asked.sizes:
+        # What was built is written down with the recipe, and saved with the model.
+        part = recipe.model.model_copy(update={"args": {**recipe.model.args, **asked.sizes}})
+        recipe = recipe.model_copy(update={"model": part})
+    # What was converted is as it is, and sizes are then meant for a teacher beside it.
+    settled = isinstance(model, nn.Module) or (is_saved_folder(model) and (teacher or teacher_checkpoint) is not None)
+    student = _make_student(model, recipe, own, replace(asked, img_size=None, num_classes=None) if settled else asked)
     surgery: SurgeryPlan | None = getattr(student, "surgery", None)
     check_saveable(student)
     usual = preprocessing(student)
@@ -88,12 +111,26 @@ def finetune(
         raise UsageError("this recipe needs images; name them with --data")
     training, judged, judged_on = open_images(given, recipe, prep)
     classes = head_size(student)
-    for pictures in (training, judged):
-        if recipe.labelled and isinstance(pictures, Pictures):
-            check_labels(pictures, classes)
-    guide = find_teacher(student, surgery, recipe, usual, prep, teacher, own)
+    order: ClassOrder | None = None
+    if recipe.labelled and isinstance(training, Pictures):
+        order = class_order(training, class_names(student), classes, class_map)
+        training = in_order(training, order)
+    elif class_map is not None:
+        raise UsageError(f"--class-map is about labels that are names of folders, and {given} has none here")
+    if order is not None and isinstance(judged, Pictures):
+        # Its labels are the training images', whatever folders it has.
+        check_labels(judged, len(order.numbers))
+        judged = in_order(judged, order)
+    said = GivenTeacher(teacher, replace(asked, checkpoint=teacher_checkpoint))
+    guide = find_teacher(student, surgery, recipe, usual, prep, said, own)
+    if order is not None and recipe.model.start == "weights" and (note := order.note(given)):
+        warnings.warn(note, ArmourWarning, stacklevel=2)
+    numbers = order.numbers if order is not None else ()
+    if resume:
+        check_same_classes(out, numbers)
+        process.wait()  # all have to have read what the first one writes anew
     if process.first:
-        open_folder(out, recipe)
+        open_folder(out, recipe, numbers)
     process.wait()
     # Before anything about the training (stochastic depth, frozen parameters, wrappers) is done to the student.
     kept = full_copy(student)
@@ -113,12 +150,23 @@ def finetune(
     outcome = train(task, process, resume=resume, watch=watch)
     if process.first:
         kept.load_state_dict(outcome.weights)
-        write_result(kept, out, recipe, outcome, prep, judged_on)
+        write_result(kept, out, recipe, outcome, prep, judged_on, _names_to_keep(order, outcome))
     process.wait()
-    return Finetuned(outcome, out, judged_on)
+    return Finetuned(outcome, out, judged_on, guide.name if guide is not None else None, order)
 
 
-def _make_student(model: str | nn.Module, recipe: Recipe, own: OwnModels) -> nn.Module:
+def _names_to_keep(order: ClassOrder | None, outcome: Outcome) -> tuple[str, ...]:
+    """What the classes are called from now on: as they were by name, or as the folders that they were trained on."""
+    if order is None or order.way == "numbers":
+        return ()
+    # Nobody knew whether the model's classes are in the order of the folders. If it is right far more often than by
+    # chance, they are by now.
+    if order.way == "folders" and outcome.end.get("top1", 0.0) < BEYOND_CHANCE * 100 / len(order.names):
+        return ()
+    return order.names
+
+
+def _make_student(model: str | nn.Module, recipe: Recipe, own: OwnModels, asked: Asked) -> nn.Module:
     """The model to train, converted if the recipe says so."""
     part, source = recipe.model, None
     torch.manual_seed(recipe.seed)  # random weights are the same in every process
@@ -129,6 +177,11 @@ def _make_student(model: str | nn.Module, recipe: Recipe, own: OwnModels) -> nn.
                 f"{f' ({recipe.written_for})' if recipe.written_for else ''}, or keep the weights with --set "
                 "model.start=weights --set model.args={}"
             )
+        if part.start == "scratch" and asked.checkpoint is not None:
+            raise UsageError(
+                f"this recipe trains from scratch, and --checkpoint {asked.checkpoint} has weights: leave it out, or "
+                "start from them with --set model.start=weights --set model.args={}"
+            )
         if part.args and is_own(model):
             raise UsageError(
                 f"this recipe has arguments for a builder of timm, and {model} is called with none; leave them out "
@@ -137,7 +190,7 @@ def _make_student(model: str | nn.Module, recipe: Recipe, own: OwnModels) -> nn.
         if part.args:
             model = build_untrained(model.removeprefix("timm:"), part.args)
         else:
-            model, source = load_any(model, pretrained=part.start == "weights", own=own)
+            model, source = load_any(model, pretrained=part.start == "weights", asked=asked, own=own)
     if part.mode is None:
         return model
     surgery = getattr(model, "surgery", None)

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from armour_surgery import hosts
 from armour_surgery.calls import run
 from armour_surgery.errors import TeacherError, UsageError
+from armour_surgery.hosts.running import has_no_head
 
 __all__ = ["Outputs", "Runner", "block_of", "evaluating", "freeze_norms", "prepare", "train_only"]
 
@@ -61,7 +62,7 @@ class Runner(nn.Module):
             features, raw = hosts.features(self.model, inputs)
         else:
             features, raw = None, run(self.model, inputs)
-        logits, token = _heads(raw, both) if getattr(self.model, "num_classes", None) != 0 else (None, None)
+        logits, token = (None, None) if has_no_head(self.model) else _heads(raw, both)
         return Outputs(logits, token, features)
 
     def watch(self, fqns: Sequence[str], seen: dict[str, Tensor]) -> list[RemovableHandle]:

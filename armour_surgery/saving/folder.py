@@ -28,6 +28,7 @@ from armour_surgery.errors import (
 )
 from armour_surgery.hosts.limits import Limits
 from armour_surgery.hosts.skeleton import changed_attributes, first_difference
+from armour_surgery.hosts.weights_file import digest_of
 from armour_surgery.patching import on_cpu_by_default
 from armour_surgery.records import Source, SurgeryPlan
 from armour_surgery.saving.document import LARGEST, SCHEMA_VERSION, TOOL, read_document
@@ -41,7 +42,6 @@ from armour_surgery.saving.staging import (
     CARD,
     PLAN,
     WEIGHTS,
-    digest_of,
     written_aside,
 )
 from armour_surgery.surgery.perform import surgery_of
@@ -226,8 +226,8 @@ def rebuildable(model: nn.Module, surgery: SurgeryPlan, model_args: dict[str, An
         candidates.append(replace(surgery.source, arguments={**base, **model_args}))
     try:
         # After the conversion the head may have changed: read the arguments off the model as it is.
-        candidates.append(hosts.outline(model, model_args))
-        candidates.append(hosts.outline(model, {**base, **model_args}))
+        for arguments in (model_args, {**base, **model_args}):
+            candidates.append(_of_same_origin(hosts.outline(model, arguments), surgery.source))
     except FolderError as error:
         if not candidates and hosts.is_users_class(model):
             return _own(model, model_args, hosts.source_of_own(model))
@@ -255,6 +255,20 @@ def rebuildable(model: nn.Module, surgery: SurgeryPlan, model_args: dict[str, An
     raise FolderError(
         f"{type(model).__name__} could not be rebuilt from its library: {problem}. Pass model_args={{...}}: the "
         "arguments that the model was built with; if it was changed after that, keep its state_dict()"
+    )
+
+
+def _of_same_origin(outlined: Source, source: Source | None) -> Source:
+    """A source that was read off a model, with what only the one that loaded it knew of its weights."""
+    if source is None:
+        return outlined
+    return replace(
+        outlined,
+        name=source.name,
+        revision=source.revision,
+        license=source.license,
+        options=source.options,
+        checkpoint=source.checkpoint,
     )
 
 

@@ -42,7 +42,8 @@ def model_card(surgery: SurgeryPlan, name: str) -> str:
         "---",
         f"# {name}",
         "",
-        f"`{origin}` after Armour surgery (arXiv 2108.01778): {_shared(surgery)}, initialized with `{surgery.init}`.",
+        f"`{origin}`{_weights(source)} after Armour surgery (arXiv 2108.01778): {_shared(surgery)}, initialized with "
+        f"`{surgery.init}`.",
         "",
         "| | before | after | change |",
         "|---|---:|---:|---:|",
@@ -87,6 +88,19 @@ def named(card: str, place: str) -> str:
     # A function, since in a text backslashes would mean something.
     line = re.compile(r'^(model = load\()"(?:[^"\\]|\\.)*"', re.MULTILINE)
     return line.sub(lambda found: found[1] + json.dumps(place), card)
+
+
+def _weights(source: Source | None) -> str:
+    """Which file the weights came from, where they did: its name, and what tells it from others."""
+    if source is None or source.checkpoint is None:
+        return ""
+    # A name may hold what Markdown would take for the end of the code.
+    name = " ".join(_last_part(source.checkpoint.path).replace("`", "'").split())
+    return f" with the weights of `{name}` (sha256 `{source.checkpoint.sha256}`)"
+
+
+def _last_part(path: str) -> str:
+    return path.replace("\\", "/").rstrip("/").rpartition("/")[2]
 
 
 def _shared(surgery: SurgeryPlan) -> str:

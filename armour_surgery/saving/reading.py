@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from armour_surgery.errors import CorruptFileError, FolderError, SchemaError
+from armour_surgery.hosts.weights_file import digest_of
 from armour_surgery.saving.document import Document, read_document
 from armour_surgery.saving.staging import (
     PATIENCE,
@@ -17,7 +18,6 @@ from armour_surgery.saving.staging import (
     STAGE,
     WEIGHTS,
     check_stage,
-    digest_of,
     state_of,
     stays_inside,
 )

@@ -1,6 +1,5 @@
 """Writing a folder so that it is the old one or the new one, whenever the writing stops and whoever else writes."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from armour_surgery.errors import FolderError
+from armour_surgery.hosts.weights_file import digest_of
 
 __all__ = [
     "CARD",
@@ -20,7 +20,6 @@ __all__ = [
     "STAGE",
     "WEIGHTS",
     "check_stage",
-    "digest_of",
     "names_weights",
     "state_of",
     "stays_inside",
@@ -34,12 +33,6 @@ STAGE = ".armour-new"
 UNFINISHED = ".tmp"
 # How long a writer waits for another, and a reader for a moment in which nobody writes, in seconds.
 PATIENCE = 60.0
-
-
-def digest_of(path: Path) -> str:
-    """The sha256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def stays_inside(folder: Path, path: Path) -> bool:

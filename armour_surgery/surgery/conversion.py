@@ -25,6 +25,7 @@ from armour_surgery.records import AttentionSite, Progress, Sensitivity, Source,
 from armour_surgery.surgery.finite import refuse_not_finite
 from armour_surgery.surgery.operation import Prepared, prepare
 from armour_surgery.surgery.order import CALIBRATION_IMAGES, SYNTHETIC, Images, Order, Rank, check_options
+from armour_surgery.surgery.original import tensor_digests
 from armour_surgery.surgery.perform import perform, surgery_of
 from armour_surgery.surgery.refusals import nothing_fits
 from armour_surgery.surgery.selection import convert_within, measure_sites
@@ -113,6 +114,7 @@ def plan(
         rank=rank,
         example=example_of(model, example_input),
         source=source or _describe(model)[0],
+        original=tensor_digests(model),
     )
     prepared = _prepare(model, order, include, exclude)
     return surgery_of(perform(meta_copy(model), prepared, order, inplace=True))
@@ -199,6 +201,7 @@ def convert(
             steps=reconstruct,
             example=example_of(model, example_input),
             source=source,
+            original=tensor_digests(model),
             progress=tell,
         )
         prepared = _prepare(model, order, include, exclude)

@@ -29,7 +29,10 @@ class Images:
 
 @dataclass(frozen=True)
 class Order:
-    """The arguments of `convert`, checked. `images` are for init `calibrated`, and so are `steps`, by gradient."""
+    """The arguments of `convert`, checked. `images` are for init `calibrated`, and so are `steps`, by gradient.
+
+    `original` says which weights the model has before (`original.py`).
+    """
 
     mode: str
     init: str = "wq"
@@ -39,6 +42,7 @@ class Order:
     steps: int = 0
     example: dict[str, Any] = field(default_factory=dict)
     source: Source | None = None
+    original: dict[str, str] = field(default_factory=dict)
     progress: Progress | None = None
 
     @property

@@ -33,7 +33,9 @@ def plan_of_whole(model: nn.Module, parts: Mapping[str, SurgeryPlan], source: So
     `wq` where one of them needs training.
     """
     sites, refused, sensitivities = [], [], []
+    original: dict[str, str] = {}
     for fqn, plan in parts.items():
+        original |= {name_in_whole(fqn, name): digest for name, digest in plan.original.items()}
         sites += [replace(site, fqn=name_in_whole(fqn, site.fqn)) for site in plan.sites]
         refused += [replace(site, fqn=name_in_whole(fqn, site.fqn)) for site in plan.refused]
         sensitivities += [replace(option, fqn=name_in_whole(fqn, option.fqn)) for option in plan.sensitivities]
@@ -65,4 +67,5 @@ def plan_of_whole(model: nn.Module, parts: Mapping[str, SurgeryPlan], source: So
         sensitivities=tuple(sensitivities),
         frontier=tuple(frontier),
         parts=tuple(ConvertedPart(fqn, plan.example, plan.example_values) for fqn, plan in parts.items()),
+        original=original,
     )

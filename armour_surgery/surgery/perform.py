@@ -53,6 +53,7 @@ def perform(model: nn.Module, prepared: Prepared, order: Order, *, inplace: bool
         example_values=values,
         source=order.source,
         fidelity=fidelity,
+        original=order.original,
     )
     return keep_plan(converted, plan)
 

@@ -71,6 +71,13 @@ def test_shells_complete_commands_and_options() -> None:
             ["--mode", "--init", "--include", "--exclude", "--checkpoint", "--no-pretrained", "--img-size",
              "--num-classes", "--in-chans", "--out", "--dry-run", "--json"],
         ),
+        (
+            "finetune",
+            ["--checkpoint", "--img-size", "--num-classes", "--teacher", "--teacher-checkpoint", "--class-map",
+             "--resume"],
+        ),
+        ("eval", ["--checkpoint", "--vs-checkpoint", "--img-size", "--num-classes", "--class-map", "--json"]),
+        ("bench", ["--checkpoint", "--img-size", "--num-classes", "--json"]),
         ("redundancy", ["--out", "--layer", "--threshold", "--checkpoint", "--no-pretrained", "--img-size", "--json"]),
         ("paper", ["--no-speed", "--budget", "--markdown", "--json"]),
         ("push", ["--license", "--private", "--revision", "--message", "--include", "--dry-run", "--json"]),

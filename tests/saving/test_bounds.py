@@ -16,11 +16,11 @@ from torch import nn
 
 from armour_surgery import load, save
 from armour_surgery.errors import CorruptFileError, FolderError, KeyMismatchError, SchemaError
+from armour_surgery.hosts.weights_file import digest_of
 from armour_surgery.saving import document as plans
 from armour_surgery.saving import folder
 from armour_surgery.saving.document import LARGEST
 from armour_surgery.saving.reading import MOST_TENSORS
-from armour_surgery.saving.staging import digest_of
 
 
 def renewed(path: Path) -> None:

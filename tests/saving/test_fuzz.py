@@ -24,7 +24,7 @@ from saved_models import PLAN, WEIGHTS, edit, outputs, put
 from torch import nn
 
 from armour_surgery import ArmourError, convert, load, save
-from armour_surgery.saving.staging import digest_of
+from armour_surgery.hosts.weights_file import digest_of
 
 EXAMPLES = os.environ.get("ARMOUR_TEST_EXAMPLES")
 
