@@ -68,7 +68,7 @@ def keep_plan(converted: nn.Module, plan: SurgeryPlan) -> nn.Module:
 def mark_with(converted: nn.Module, plan: SurgeryPlan) -> None:
     """Keep a converted model's library from taking it for an unconverted one; see `hosts.mark_converted`."""
     # All that doing it again takes: what was weighed and measured can be long.
-    short = replace(plan, refused=(), source=None, fidelity=None, sensitivities=(), frontier=())
+    short = replace(plan, refused=(), source=None, fidelity=None, sensitivities=(), frontier=(), original={})
     hosts.mark_converted(converted, json.loads(json.dumps(short.to_dict())))
 
 
