@@ -7,6 +7,7 @@ import torch
 from deployed import double, worst
 from oracle import outputs, relative_error
 from shared_hosts import converted_host
+from small_models import vit
 from tiny_hosts import CASES
 from torch import nn
 
@@ -232,3 +233,24 @@ def test_trained_weights_answer_the_same() -> None:
         deployed = deploy(model, passes=PASSES)
         with torch.no_grad():
             assert relative_error([model(images)], [deployed(images)]) < 1e-5
+
+
+class Drawing(nn.Module):
+    """It draws random numbers in eval mode too, as masked autoencoders do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = vit(depth=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shown: torch.Tensor = self.inner(x * (torch.rand_like(x[:, :1]) > 0.5))
+        return shown
+
+
+def test_a_model_that_draws_random_numbers_is_compared_on_the_same_ones() -> None:
+    model = Drawing().eval()
+    torch.manual_seed(1)
+    following = torch.rand(3)
+    torch.manual_seed(1)
+    assert deploy(model, example_input=(2, 3, 32, 32)).deployment.error < 1e-5
+    assert torch.equal(torch.rand(3), following)  # the caller's own numbers go on as if nothing had been drawn
