@@ -79,6 +79,7 @@ def load(
     local = Path(name).is_dir() or name in CONFIG_MAPPING
     fitting: list[Selection] = []
     done = ""
+    cls: type[PreTrainedModel] | None = None
     with _silent(bars=not local), _reach(name, local=local) as answers:
         try:
             config, cls = _described(name, sizes)
@@ -93,9 +94,14 @@ def load(
             else:
                 model = cls(config)
             if any(isinstance(module, nn.Linear) and not module.out_features for module in model.modules()):
-                raise UsageError(f"{cls.__name__} of {typed} has no form without a head; leave --num-classes 0 out")
+                raise _needs_head(typed, cls)
         except (ModelError, UsageError):
             raise
+        except AttributeError as error:
+            if sizes.get("num_classes") == 0 and cls is not None:
+                # Some ask their head for its weights, and there is none.
+                raise _needs_head(typed, cls) from error
+            raise _failed(name, pretrained, answers, error) from error
         except Exception as error:
             raise _failed(name, pretrained, answers, error) from error
     if fitting:
@@ -273,6 +279,10 @@ def _applied(config: PreTrainedConfig, name: str, sizes: Mapping[str, Any]) -> P
             advice = "use --num-classes" if key == "num_labels" else f"leave {spelled(option)} out"
             raise UsageError(f"hf:{name} takes no {option}: the config of its type has no {key}; {advice}")
     return config
+
+
+def _needs_head(typed: str, cls: type[PreTrainedModel]) -> UsageError:
+    return UsageError(f"{cls.__name__} of {typed} has no form without a head; leave --num-classes 0 out")
 
 
 def _failed(name: str, pretrained: bool, answers: bool, error: Exception) -> ModelError:

@@ -129,7 +129,9 @@ class _Other(NamedTuple):
 
 def _other_weights(model: nn.Module, source: Source | None, surgery: SurgeryPlan) -> _Other:
     digests = tensor_digests(model)
-    names = differing_tensors(surgery.original, digests, parts=bool(surgery.parts))
+    if surgery.parts:
+        digests = {name: digest for name, digest in digests.items() if name in surgery.original}
+    names = differing_tensors(surgery.original, digests)
     theirs = surgery.source.checkpoint if surgery.source is not None else None
     ours = source.checkpoint if source is not None else None
     # Tables that were resampled may differ in the last digit on another machine; what the file holds does not.

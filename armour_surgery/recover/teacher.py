@@ -111,6 +111,8 @@ def find_teacher(
 
 def _as_converted(name: str, surgery: SurgeryPlan | None, asked: Asked) -> Asked:
     """What is asked of a teacher: the original by its name comes as it was, but for what is said otherwise."""
+    if is_saved_folder(name) and asked.checkpoint is not None:
+        raise UsageError(f"the teacher {name} has its weights in it; leave --teacher-checkpoint {asked.checkpoint} out")
     if is_saved_folder(name) or is_own(name):
         # They are what they are; sizes were meant for the student.
         return replace(asked, img_size=None, num_classes=None)

@@ -49,7 +49,7 @@ def weights_digest(digests: Mapping[str, str]) -> str:
     return found.hexdigest()[:_DIGITS]
 
 
-def differing_tensors(recorded: Mapping[str, str], digests: Mapping[str, str], *, parts: bool = False) -> list[str]:
-    """The names of tensors that are not the same in both. With `parts` the record is of parts of the model alone."""
-    differing = [name for name, digest in recorded.items() if digests.get(name) != digest]
-    return differing if parts else differing + [name for name in digests if name not in recorded]
+def differing_tensors(recorded: Mapping[str, str], digests: Mapping[str, str]) -> list[str]:
+    """The names of tensors that are not the same in both."""
+    changed = [name for name, digest in recorded.items() if digests.get(name) != digest]
+    return changed + [name for name in digests if name not in recorded]

@@ -186,6 +186,9 @@ def test_what_is_meant_for_whom_is_said(here: Path) -> None:
         "finetune", "armour", "--recipe", "recover_labels", "--set", "loss.logits=0", *data,
         "--teacher-checkpoint", "own.pth", code=2,
     )  # fmt: skip
+    assert "the teacher armour has its weights in it; leave --teacher-checkpoint own.pth out" in refused(
+        "finetune", "armour", *QUICK, "--teacher", "armour", "--teacher-checkpoint", "own.pth", code=2
+    )
     two = document("eval", "test_vit", *OWN, "--vs", "test_vit", "--vs-checkpoint", "other.pth", *data)
     assert two["vs"]["top1"] == document("eval", "test_vit", "--checkpoint", "other.pth", *SIZES, *data)["top1"]
     assert "does not exist" in refused("eval", "armour", "--vs", "test_vit", "--checkpoint", "no.pth", *SIZES, *data)

@@ -87,6 +87,8 @@ def test_transformers_leave_the_head_aside_too(tmp_path: Path) -> None:
 def test_who_has_no_such_form_says_so() -> None:
     with pytest.raises(UsageError, match="torchvision's vit_b_16 has no form without a head; leave --num-classes 0"):
         load_model("torchvision:vit_b_16", pretrained=False, num_classes=0)
+    with pytest.raises(UsageError, match="SiglipForImageClassification of hf:siglip has no form without a head"):
+        load_model("hf:siglip", pretrained=False, num_classes=0)
 
 
 def test_every_command_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
