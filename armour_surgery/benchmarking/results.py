@@ -27,6 +27,12 @@ class Settings:
     budget_s: float
     freed_memory_kept: bool
 
+    @property
+    def way(self) -> str:
+        """How the models were run: `fp32, deployed, compiled`, say."""
+        kinds = (self.dtype, "deployed" if self.deployed else "", "compiled" if self.compiled else "eager")
+        return ", ".join(filter(None, kinds))
+
 
 @dataclass(frozen=True)
 class ModelCost:
