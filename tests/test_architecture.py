@@ -261,7 +261,8 @@ def test_public_functions_are_in_all_and_used_or_documented(path: Path) -> None:
 
 
 def test_only_those_who_draw_wait_for_matplotlib() -> None:
-    names = ("report/style", "report/figures", "report/page", "likeness/figure", "benchmarking/figure")
+    figures = ("likeness/figure", "benchmarking/figure", "recover/curves")
+    names = ("report/style", "report/figures", "report/page", *figures)
     drawing = tuple(PACKAGE / f"{name}.py" for name in names)
     for path in FILES:
         at_once = {name.partition(".")[0] for name, lazy in imports(path) if not lazy}

@@ -5,16 +5,12 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from armour_surgery.benchmarking.intervals import CONFIDENCE
 from armour_surgery.benchmarking.operators import side_by_side
-from armour_surgery.benchmarking.results import BatchSpeed, Benchmark, Settings
+from armour_surgery.benchmarking.results import BatchSpeed, Benchmark
 from armour_surgery.errors import UsageError
 from armour_surgery.report.whole_file import check_target, write_whole
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = ["check_speed_file", "markdown", "write_speed_file"]
 
@@ -49,7 +45,7 @@ def write_speed_file(path: str | Path, benchmark: Benchmark) -> Path:
     """Write a benchmark whole or not at all, in the format that the name ends in.
 
     `.json` holds `Benchmark.to_dict()`, `.csv` a row for each model and batch size, `.md` tables, and `.png`, `.svg`
-    or `.pdf` speed against parameters.
+    or `.pdf` speed-ups with their intervals.
 
     Raises:
         UsageError, FolderError: see `check_speed_file`.
@@ -57,9 +53,11 @@ def write_speed_file(path: str | Path, benchmark: Benchmark) -> Path:
     check_speed_file(path)
     kind = Path(path).suffix.lower()
     if kind in _FIGURES:
+        # Only who draws waits for matplotlib.
+        from armour_surgery.benchmarking.figure import speed_figure
         from armour_surgery.report.style import save_figure
 
-        return save_figure(path, _speed_figure(benchmark))
+        return save_figure(path, speed_figure(benchmark))
     if kind == ".json":
         text = json.dumps(benchmark.to_dict(), indent=1, allow_nan=False) + "\n"
     else:
@@ -87,7 +85,7 @@ def _model_rows(benchmark: Benchmark, batch: BatchSpeed) -> list[Sequence[object
     for cost, speed in zip(benchmark.costs, batch.models, strict=True):
         row = (
             cost.name,
-            _way(benchmark.settings),
+            benchmark.settings.way,
             batch.batch_size,
             f"{cost.params:,}",
             f"{cost.macs:,}",
@@ -106,7 +104,7 @@ def _pair_rows(benchmark: Benchmark, batch: BatchSpeed) -> list[Sequence[object]
     for pair in (batch.noise, *batch.pairs):
         row = (
             f"{pair.b} over {pair.a}",
-            _way(benchmark.settings),
+            benchmark.settings.way,
             batch.batch_size,
             f"{pair.speedup:.3f}",
             _range(pair.speedup_interval),
@@ -121,7 +119,7 @@ def _pair_rows(benchmark: Benchmark, batch: BatchSpeed) -> list[Sequence[object]
 def _operators(benchmark: Benchmark) -> list[str]:
     """Where the time goes: a line that says of what, and the table."""
     profiles = benchmark.profiles
-    title = f"Milliseconds in each operator, {_way(benchmark.settings)}, batch {profiles[0].batch_size}:\n"
+    title = f"Milliseconds in each operator, {benchmark.settings.way}, batch {profiles[0].batch_size}:\n"
     head = ["operator"] + [profile.name for profile in profiles]
     rows = []
     for name, milliseconds in side_by_side(profiles, _OPERATORS):
@@ -149,30 +147,6 @@ def _csv(benchmark: Benchmark) -> str:
     return stream.getvalue()
 
 
-def _speed_figure(benchmark: Benchmark) -> "Figure":
-    """Speed against parameters at the largest batch size, with intervals for all models but the first."""
-    # Only who draws waits for matplotlib.
-    from armour_surgery.benchmarking.figure import speed_figure
-
-    batch = benchmark.largest
-    intervals: list[tuple[float, float] | None] = [None]
-    for speed, pair in zip(batch.models[1:], batch.pairs, strict=True):
-        if pair.speedup_interval is None:
-            intervals.append(None)
-            continue
-        # The interval of the speed-up, in images per second; around the dot, which is the model's own median.
-        low, high = pair.speedup_interval
-        scale = speed.images_per_s / pair.speedup
-        intervals.append((scale * low, scale * high))
-    return speed_figure(
-        names=[cost.name for cost in benchmark.costs],
-        params=[cost.params for cost in benchmark.costs],
-        images_per_s=[speed.images_per_s for speed in batch.models],
-        intervals=intervals,
-        title=f"{benchmark.environment.processor}, {_way(benchmark.settings)}, batch {batch.batch_size}",
-    )
-
-
 def _where(benchmark: Benchmark) -> str:
     here = benchmark.environment
     cpus = f" on CPUs {', '.join(map(str, here.affinity))}" if here.affinity else ""
@@ -183,12 +157,6 @@ def _where(benchmark: Benchmark) -> str:
         f"{_number(here.load, '.2f')} at the start, inference mode, freed memory "
         f"{'kept' if benchmark.settings.freed_memory_kept else 'given back'}."
     )
-
-
-def _way(settings: Settings) -> str:
-    """How the models were run: `fp32, deployed, compiled`, say."""
-    kinds = (settings.dtype, "deployed" if settings.deployed else "", settings.ran)
-    return ", ".join(filter(None, kinds))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

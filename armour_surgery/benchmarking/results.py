@@ -36,6 +36,12 @@ class Settings:
             return "compiled" if self.compiled else "eager"
         return {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}[self.runtime]
 
+    @property
+    def way(self) -> str:
+        """How the models were run: `fp32, deployed, compiled`, say."""
+        kinds = (self.dtype, "deployed" if self.deployed else "", self.ran)
+        return ", ".join(filter(None, kinds))
+
 
 @dataclass(frozen=True)
 class ModelCost:

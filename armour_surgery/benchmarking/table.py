@@ -29,9 +29,7 @@ def benchmark_table(benchmark: "Benchmark") -> Table:
                 batch.verdict(pair) if place else "noise",
             )
             rows.append(row)
-    here, settings = benchmark.environment, benchmark.settings
-    way = "compiled" if settings.compiled else "eager"
-    deployed = ", deployed" if settings.deployed else ""
-    caption = f"Benchmark: {settings.dtype}{deployed}, {way}, {here.threads} threads, {here.processor}"
+    here = benchmark.environment
+    caption = f"Benchmark: {benchmark.settings.way}, {here.threads} threads, {here.processor}"
     headers = ("model", "batch", "images/s", "ms", "speed-up", f"{100 * CONFIDENCE:.0f} % interval", "verdict")
     return Table(caption, headers, rows, frozenset((1, 2, 3, 4, 5)))

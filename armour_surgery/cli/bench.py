@@ -74,7 +74,7 @@ def bench(
         list[Path] | None,
         typer.Option(
             metavar="FILE",
-            help="Write it too: .json, .csv, .md, or speed against parameters as .png, .svg, .pdf; any number.",
+            help="Write it too: .json, .csv, .md, or speed-ups with intervals as .png, .svg, .pdf; any number.",
             show_default=False,
         ),
     ] = None,

@@ -20,16 +20,12 @@ _STYLES = {"faster": "green", "slower": "red"}
 
 def environment_line(benchmark: "Benchmark") -> str:
     """Where and how, in a sentence or two."""
-    here, settings = benchmark.environment, benchmark.settings
+    here = benchmark.environment
     where = f" (this process: {', '.join(map(str, here.affinity))})" if here.affinity else ""
-    ways = [settings.dtype]
-    if settings.deployed:
-        ways.append("deployed")
-    ways.append(settings.ran)
     load = f"; load {here.load:.2f} at the start" if here.load is not None else ""
     return (
         f"{here.processor}, {here.cpu_capability}; threads: {here.threads}; CPUs: {here.cores}{where}; "
-        f"torch {here.torch}; {', '.join(ways)}{load}"
+        f"torch {here.torch}; {benchmark.settings.way}{load}"
     )
 
 

@@ -71,33 +71,16 @@ class RunLog:
                     self._board.add_scalar(f"{kind}/{key}", value, values["step"])
 
 
-def draw_curves(folder: Path, epochs: Sequence[Mapping[str, Any]]) -> Path | None:
-    """`curves.png`: the loss of every logged step, and below it what held-out images say; None without a step."""
+def draw_curves(folder: Path, epochs: Sequence[Mapping[str, Any]], start: Mapping[str, float]) -> Path | None:
+    """`curves.png`, see `curves_figure`; None without a step."""
     lines = [line for line in _read_lines(folder / "log.jsonl") if "loss" in line]
     if not lines:
         return None
-    # The object-oriented interface needs no display and leaves a user's pyplot alone.
-    from matplotlib.figure import Figure
+    # Only who draws waits for matplotlib.
+    from armour_surgery.recover.curves import curves_figure
+    from armour_surgery.report.style import save_figure
 
-    names = ("top1", "ema_top1", "cosine", "ema_cosine", "agreement", "ema_agreement")
-    shown = [name for name in names if any(name in row for row in epochs)]
-    figure = Figure(figsize=(7, 3 + 2.2 * bool(shown)), layout="constrained")
-    axes = figure.subplots(1 + bool(shown), 1, sharex=True, squeeze=False)[:, 0]
-    axes[0].plot([line["step"] for line in lines], [line["loss"] for line in lines], linewidth=1)
-    axes[0].set_ylabel("training loss")
-    for name in shown:
-        rows = [row for row in epochs if name in row]
-        axes[1].plot([row["step"] for row in rows], [row[name] for row in rows], marker=".", label=name)
-    if shown:
-        axes[1].set_ylabel("held-out images")
-        axes[1].legend()
-    axes[-1].set_xlabel("step")
-    path = folder / "curves.png"
-    # In memory first, so that the file appears whole.
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    _write(path, picture.getvalue())
-    return path
+    return save_figure(folder / "curves.png", curves_figure(lines, epochs, start))
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

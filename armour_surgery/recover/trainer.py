@@ -64,7 +64,7 @@ class Task:
 class Outcome:
     """What came of a run. `kept` says whose `weights` are kept: those at the `start`, of a step, or the `last`.
 
-    `start` and `end` are what held-out images said about the weights at the start (where it was asked for) and about
+    `start` and `end` are what held-out images said about the weights at the start (but for random ones) and about
     those that were kept; `average` says that these are the moving average. `broken` counts how often each image that
     could not be read was passed over. `weights`, by the student's names, are the first process's to have.
     """
@@ -167,9 +167,11 @@ class _Run:
             workers=recipe.data.workers,
             pin=self.process.device.type == "cuda",
         )
-        if recipe.judge.keep == "best" and self.step == 0:
+        # Random weights are as good as chance, which nobody has to measure.
+        if self.step == 0 and (recipe.judge.keep == "best" or recipe.model.start == "weights"):
             self.progress.start = self._judged(self.runner)
-            self._keep_if_best(self.progress.start, average=False)
+            if recipe.judge.keep == "best":
+                self._keep_if_best(self.progress.start, average=False)
         with noted_signals() as stop:
             began, logged = time.perf_counter(), self.step
             while self.step < self.end:
@@ -380,7 +382,7 @@ class _Run:
             weights, end, average, kept = self._weights(self.runner, "last"), progress.last, False, "last"
         if self.process.first and self.log is not None:
             self.log.close()
-            draw_curves(self.task.out, self.log.epochs)
+            draw_curves(self.task.out, self.log.epochs, progress.start)
         return Outcome(
             self.step,
             math.ceil(self.step / self.steps_per_epoch),

@@ -12,6 +12,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
 from armour_surgery.records import FrontierPoint, Sensitivity
@@ -21,6 +22,8 @@ from armour_surgery.spelled import short_names, way
 
 __all__ = ["draw_confusion", "frontier_figure", "sensitivity_figure"]
 
+# Features are float32, in which 1 - cosine and relative errors are known no better: less than this is nothing.
+_NOTHING = 1e-7
 # A logarithmic axis is worth its trouble from this ratio of the largest to the smallest value on.
 _LOG_FROM = 30.0
 _MARKERS = "osD^vPX*"
@@ -46,13 +49,15 @@ def sensitivity_figure(sensitivities: Sequence[Sensitivity], title: str) -> Figu
     width = min(14.0, max(8.0, 0.26 * len(fqns) + 2.0))
     figure = blank_figure(width, 5.0 + 0.055 * longest * upright)
     upper, lower = figure.subplots(2, 1, sharex=True)
-    for axes, name in ((upper, "loss"), (lower, "residual")):
+    for axes, name, nothing in ((upper, "loss", "no loss"), (lower, "residual", "no error")):
         values = {(trial.fqn, trial.mode, trial.rank): float(getattr(trial, name)) for trial in sensitivities}
         logarithmic = _scale(axes, list(values.values()))
         # Bars first, so that the lines are drawn over them.
         for mode, rank in sorted(ways, key=lambda pair: pair[1] is not None):
             known = [values.get((fqn, mode, rank)) for fqn in fqns]
             _draw_way(axes, _heights(known, logarithmic), looks[mode, rank])
+            if rank is None:
+                _write_nothing(axes, known, looks[mode, rank], nothing)
         tidy(axes)
     upper.set_ylabel("loss of the model")
     lower.set_ylabel("error of the site's output")
@@ -100,6 +105,17 @@ def _draw_way(axes: Axes, heights: list[float], look: _Look) -> None:
         range(len(heights)), heights, color=look.color, linewidth=0.8, marker=look.marker, markersize=3.2,
         markerfacecolor=PAPER, markeredgewidth=0.8, label=look.label,
     )  # fmt: skip
+
+
+def _write_nothing(axes: Axes, values: Sequence[float | None], look: "_Look", words: str) -> None:
+    """Say it where a bar would have no height that means anything."""
+    for place, value in enumerate(values):
+        if value is not None and value < _NOTHING:
+            foot = (place + look.left, 0.02)
+            axes.annotate(
+                words, foot, xycoords=("data", "axes fraction"), rotation=90, ha="center", va="bottom",
+                fontsize=7.5, color=MUTED,
+            )  # fmt: skip
 
 
 def frontier_figure(
@@ -172,12 +188,14 @@ def _scale(axes: Axes, values: Sequence[float]) -> bool:
     """Make the axis logarithmic where the values need it; whether it is."""
     # The axes would hide the page's background, which may be dark.
     axes.patch.set_alpha(0)
-    positive = [value for value in values if value > 0 and math.isfinite(value)]
+    positive = [value for value in values if value >= _NOTHING and math.isfinite(value)]
     if not positive or max(positive) / min(positive) < _LOG_FROM:
         axes.set_ylim(0, 1.08 * max(positive, default=1.0))
         return False
     axes.set_yscale("log")
-    axes.set_ylim(10.0 ** math.floor(math.log10(min(positive))), 1.6 * max(positive))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    # The smallest value gets a bar that can be seen.
+    axes.set_ylim(10.0 ** math.floor(math.log10(0.8 * min(positive))), 1.6 * max(positive))
     return True
 
 
@@ -185,7 +203,7 @@ def _heights(values: Sequence[float | None], logarithmic: bool) -> list[float]:
     """The heights to draw at: none where there is no value, or no place for it on the axis."""
     heights = []
     for value in values:
-        if value is None or not math.isfinite(value) or (logarithmic and value <= 0):
+        if value is None or not math.isfinite(value) or (logarithmic and value < _NOTHING):
             value = math.nan  # matplotlib leaves a gap
         heights.append(value)
     return heights

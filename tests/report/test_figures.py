@@ -52,6 +52,24 @@ def test_sites_that_were_not_tried_in_a_way_have_a_gap() -> None:
     assert values[::2] == [0.001, 0.001 * 9]
 
 
+def test_what_cannot_be_told_from_nothing_has_no_bar_and_says_so() -> None:
+    losses = (1e-9, -2e-9, 0.0, 9e-8, 2e-5, 0.004)
+    some = [Sensitivity(f"b.{place}", "qv", None, 1, 10 * loss, loss) for place, loss in enumerate(losses)]
+    figure = sensitivity_figure(some, "")
+    upper, lower = figure.axes
+    assert [text.get_text() for text in upper.texts] == ["no loss"] * 4
+    assert [text.get_text() for text in lower.texts] == ["no error"] * 3
+    assert [round(text.xy[0]) for text in upper.texts] == [0, 1, 2, 3]
+    heights = [bar.get_height() for bar in upper.patches]
+    assert heights[4:] == [2e-5, 0.004]
+    assert all(height != height for height in heights[:4])
+    # The axis is about what was lost, and its smallest bar can be seen.
+    assert 1e-6 < upper.get_ylim()[0] < 2e-5
+    nothing = sensitivity_figure([Sensitivity("b.0", "qv", None, 1, 0.0, 0.0)], "")
+    nothing.draw_without_rendering()
+    assert [text.get_text() for axes in nothing.axes for text in axes.texts] == ["no loss", "no error"]
+
+
 @pytest.mark.parametrize("sites", [1, 12, 48])
 def test_names_of_sites_do_not_overlap(sites: int) -> None:
     figure = sensitivity_figure(
