@@ -19,7 +19,7 @@ from armour_surgery.modes import MODES
 
 
 def test_the_public_names() -> None:
-    functions = ["benchmark", "convert", "deploy", "inspect", "load", "plan", "push", "redundancy", "save"]
+    functions = ["benchmark", "convert", "deploy", "export", "inspect", "load", "plan", "push", "redundancy", "save"]
     documented = ["ArmourError", "ArmourWarning", "AttentionSite", "SurgeryPlan", *functions, "sensitivities"]
     assert armour_surgery.__all__ == documented
     assert armour_surgery.__all__ == sorted(armour_surgery.__all__)

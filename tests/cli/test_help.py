@@ -20,6 +20,7 @@ COMMANDS = (
     "finetune",
     "eval",
     "bench",
+    "export",
     "push",
     "recipes",
     "redundancy",

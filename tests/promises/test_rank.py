@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -254,7 +255,8 @@ def test_parameters_and_macs_are_what_arithmetic_says(name: str, mode: str) -> N
 def test_a_plan_says_what_would_be_done() -> None:
     model = timm.create_model("deit_tiny_patch16_224", depth=2)
     wanted = plan(model, "qv", rank=48)
-    assert wanted == plan(meta_copy(model), "qv", rank=48)  # also for a model without any numbers
+    # Also for a model without any numbers, of which there is no digest.
+    assert replace(wanted, original={}) == plan(meta_copy(model), "qv", rank=48)
     assert {(site.rank, site.residual) for site in wanted.sites} == {(48, None)}
     per_block = 4 * 192 * 193 - (2 * 144 * 193 + 144 * 192 + 192)
     assert wanted.params_before - wanted.params_after == 2 * per_block
