@@ -195,7 +195,7 @@ def test_every_model_is_compiled_for_its_own_sizes(monkeypatch: pytest.MonkeyPat
     for table in (size_table(found), model_table(found), pair_table(found)):
         Console(file=told, width=80).print(table)
     lines = told.getvalue().splitlines()
-    assert len([line for line in lines if line.startswith(f" {name} ")]) == 2
+    assert len([line for line in lines if line.startswith(f"{name} ")]) == 2
     assert "compile, s" in told.getvalue()
     assert "…" not in told.getvalue()
 
