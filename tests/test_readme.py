@@ -80,8 +80,9 @@ def test_commands_with_names_of_the_users_own(tmp_path: Path, monkeypatch: pytes
             )
         run(words)
         seen += 1
-    assert seen == 7
-    for made in ("sites.png", "report.html", "mine-armour-qv/surgery.json", "recovered/surgery.json"):
+    assert seen == 11
+    written = ("deit.onnx", "deit-stock/config.json", "mine-armour-qv/surgery.json", "recovered/surgery.json")
+    for made in ("sites.png", "report.html", *written):
         assert (tmp_path / made).is_file(), made
 
 

@@ -197,3 +197,27 @@ def test_saving_changes_nothing_on_the_model_and_no_random_numbers(vit: nn.Modul
     assert torch.equal(torch.get_rng_state(), state)
     assert vit.surgery is surgery
     assert all(torch.equal(tensor, before[key]) for key, tensor in vit.state_dict().items())
+
+
+def test_a_config_with_infinities_is_written_and_read_back(tmp_path: Path) -> None:
+    """JSON has no infinity, and some configs have limits without one."""
+    model: Any = host("hf-vit")
+    model.config.time_limits = [0.0, float("inf"), {"least": float("-inf")}]
+    again: Any = load(save(convert(model), tmp_path / "out"))
+    assert again.config.time_limits == [0.0, float("inf"), {"least": float("-inf")}]
+    assert "Infinity" not in (tmp_path / "out" / PLAN).read_text(encoding="utf-8")
+
+
+def test_a_host_whose_images_carry_their_places_in_numbers(tmp_path: Path) -> None:
+    """Pix2Struct's patches begin with row and column: noise in their place is no place."""
+    sizes: dict[str, Any] = {"hidden_size": 24, "d_kv": 8, "d_ff": 28}
+    vision = {**sizes, "num_hidden_layers": 1, "num_attention_heads": 3}
+    text = {**sizes, "num_layers": 1, "num_heads": 3, "vocab_size": 31}
+    config = transformers.Pix2StructConfig(vision_config=vision, text_config=text)
+    torch.manual_seed(0)
+    converted: Any = convert(transformers.Pix2StructForConditionalGeneration(config).eval(), "qv")
+    again: Any = load(save(converted, tmp_path / "out"))
+    patches = torch.cat([torch.ones(2, 5, 2), torch.rand(2, 5, 768)], dim=-1)
+    with torch.no_grad():
+        wanted, found = (model.encoder(patches).last_hidden_state for model in (converted, again))
+    assert torch.equal(wanted, found)
