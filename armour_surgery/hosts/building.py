@@ -22,7 +22,7 @@ from armour_surgery.hosts.skeleton import (
     restore_attributes,
     to_meta,
 )
-from armour_surgery.records import Source
+from armour_surgery.records import Source, SurgeryPlan
 
 __all__ = ["build", "compared", "describe", "mark_converted", "outline"]
 
@@ -98,7 +98,7 @@ def outline(model: nn.Module, arguments: Mapping[str, Any]) -> Source:
         raise FolderError(str(error)) from error
 
 
-def mark_converted(model: nn.Module, plan: Mapping[str, Any] | None = None) -> None:
+def mark_converted(model: nn.Module, plan: SurgeryPlan | None = None) -> None:
     """Keep a converted model from being taken for an unconverted one by its library's own save and load.
 
     With the `plan` the library's own load does the surgery again, where it has a place for that.

@@ -26,7 +26,7 @@ from armour_surgery.hosts.arguments import OPTIONS, spelled
 from armour_surgery.hosts.checkpoint import Selection, announce
 from armour_surgery.hosts.hub import hub_or_cache, offline, quiet, unreachable
 from armour_surgery.hosts.transformers_inputs import example
-from armour_surgery.hosts.transformers_marks import PLAN, PREFIX, stock_class
+from armour_surgery.hosts.transformers_marks import PLAN, PREFIX
 from armour_surgery.hosts.transformers_weights import WEIGHT_FILES, load_checkpoint, load_published
 from armour_surgery.hosts.untrusted import entries, refuse_reaching
 from armour_surgery.hosts.weights_file import read_weights
@@ -122,7 +122,7 @@ def load(
 
 def source_of(model: nn.Module, arguments: Mapping[str, Any]) -> Source:
     """The class and config of the model; `arguments` are config entries that win."""
-    cls = stock_class(type(model))
+    cls = type(model)
     config: Any = model.config
     if getattr(transformers, cls.__name__, None) is not cls:
         raise ModelError(

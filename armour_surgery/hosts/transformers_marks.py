@@ -1,36 +1,26 @@
 """Converted models of transformers have configs of their own, so that nothing takes them for unconverted ones.
 
 The config of a converted `ViTForImageClassification` is an `ArmourViTConfig` of type `armour_vit`, which carries the
-surgery. `AutoModel` finds `ArmourViTForImageClassification` for it: that does the surgery when it is built, so that
-`from_pretrained` meets the weights that there are, and is a `ViTForImageClassification` from then on.
+surgery; the model's class stays what it was.
 """
 
-import re
-from collections.abc import Callable, Mapping
+import json
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
-from armour_surgery.errors import UsageError
+from armour_surgery.records import SurgeryPlan
 
-__all__ = ["PLAN", "PREFIX", "config_class", "mark", "model_class", "placeholders", "replays", "stock_class"]
+__all__ = ["PLAN", "PREFIX", "config_class", "mark", "placeholders"]
 
 PREFIX = "armour_"
 # The entry of a config that holds what is to be done when a model is built.
 PLAN = "armour_surgery"
 
-# One class for each class, so that two converted models of one class still have the same one.
+# One class for each class, so that configs of two converted models still have the same type.
 _CONFIGS: dict[type, type] = {}
-_MODELS: dict[type, type] = {}
-
-Replay = Callable[[nn.Module, Mapping[str, Any]], None]
-_replays: list[Replay] = []
-
-
-def replays(replay: Replay) -> None:
-    """Say how a surgery is done on a fresh model: the floors above know it."""
-    _replays[:] = [replay]
 
 
 def config_class(kind: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
@@ -55,39 +45,6 @@ class _ConvertedConfig:
         return entries
 
 
-def model_class(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The class of a converted model."""
-    if kind in _MODELS.values():
-        return kind
-    if kind not in _MODELS:
-        members: dict[str, Any] = {"__module__": kind.__module__, "config_class": config_class(kind.config_class)}
-        _MODELS[kind] = type(f"Armour{kind.__name__}", (_Converted, kind), members)
-    return _MODELS[kind]
-
-
-def stock_class(kind: type) -> type:
-    """The class that a converted model's own derives from; any other class itself."""
-    return next((stock for stock, converted in _MODELS.items() if converted is kind), kind)
-
-
-class _Converted:
-    """What is built for the config of a converted model; its stock class comes next among the bases."""
-
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        model: Any = self
-        plan = getattr(config, PLAN, None)
-        # A tower that is built inside of a model, by its own config, has had its surgery then.
-        if plan is not None and not any("surgery" in vars(module) for module in model.modules()):
-            if not _replays:
-                raise UsageError(f"{type(self).__name__} is built by its name alone after `import armour_surgery`")
-            _replays[0](model, plan)
-        # The file has an entry of one number for each projection that is gone; transformers would report them.
-        known = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-        model._keys_to_ignore_on_load_unexpected = known | set(map(re.escape, placeholders(model)))
-        object.__setattr__(self, "__class__", stock_class(type(self)))
-
-
 def placeholders(model: nn.Module) -> list[str]:
     """Names that the unconverted model has for weights of projections that the surgery removed."""
     names = []
@@ -98,12 +55,14 @@ def placeholders(model: nn.Module) -> list[str]:
     return names
 
 
-def mark(model: nn.Module, plan: Mapping[str, Any] | None) -> None:
-    """Give the config of a converted model the class that says so, and the plan."""
+def mark(model: nn.Module, plan: SurgeryPlan | None) -> None:
+    """Give the config of a converted model the class that says so, and what of the plan it takes to do it again."""
     config: Any = model.config
     # Whoever holds this config (each submodule does) has to see the change; a new object would reach only one of them.
     object.__setattr__(config, "__class__", config_class(type(config)))
     # A config that was read from JSON has the type on itself as well, where it would hide that of its class.
     vars(config).pop("model_type", None)
     if plan is not None:
-        setattr(config, PLAN, dict(plan))
+        # What was weighed and measured can be long.
+        short = replace(plan, refused=(), source=None, fidelity=None, sensitivities=(), frontier=(), original={})
+        setattr(config, PLAN, json.loads(json.dumps(short.to_dict())))

@@ -9,9 +9,11 @@ from types import ModuleType
 
 __all__ = ["register_with_libraries"]
 
-# When the first is there, the second may add what it has to add. Neither is imported for it.
+# When the first is there, the second may add what it has to add. Neither is imported for it; and what the second
+# imports is time of whoever imports the first.
 _PLUGINS = {
     "transformers.models.auto.modeling_auto": "armour_surgery.plugins.transformers",
+    "transformers.modeling_utils": "armour_surgery.plugins.transformers_saving",
     "timm.models": "armour_surgery.plugins.timm",
 }
 

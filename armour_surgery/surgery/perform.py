@@ -1,8 +1,5 @@
 """Do the operations that were prepared, choose the new weights, and keep the plan on the model."""
 
-import json
-from dataclasses import replace
-
 import torch
 from torch import nn
 
@@ -18,7 +15,7 @@ from armour_surgery.surgery.operation import Change, Operation, Prepared, operat
 from armour_surgery.surgery.order import Order
 from armour_surgery.surgery.parts import converted_parts, plan_of_whole
 
-__all__ = ["keep_plan", "mark_with", "perform", "surgery_of"]
+__all__ = ["keep_plan", "perform", "surgery_of"]
 
 
 def perform(model: nn.Module, prepared: Prepared, order: Order, *, inplace: bool) -> nn.Module:
@@ -61,15 +58,8 @@ def perform(model: nn.Module, prepared: Prepared, order: Order, *, inplace: bool
 def keep_plan(converted: nn.Module, plan: SurgeryPlan) -> nn.Module:
     """Write on a converted model what was done to it, and keep its library from taking it for an unconverted one."""
     converted.surgery = plan  # type: ignore[assignment]
-    mark_with(converted, plan)
+    hosts.mark_converted(converted, plan)
     return converted
-
-
-def mark_with(converted: nn.Module, plan: SurgeryPlan) -> None:
-    """Keep a converted model's library from taking it for an unconverted one; see `hosts.mark_converted`."""
-    # All that doing it again takes: what was weighed and measured can be long.
-    short = replace(plan, refused=(), source=None, fidelity=None, sensitivities=(), frontier=(), original={})
-    hosts.mark_converted(converted, json.loads(json.dumps(short.to_dict())))
 
 
 def surgery_of(model: nn.Module) -> SurgeryPlan:
