@@ -60,6 +60,14 @@ def with_numbers(example: Mapping[str, Any], device: torch.device | str, *, nois
     return filled
 
 
+def images_in(example: Mapping[str, Any]) -> str | None:
+    """The first argument that is a batch of images `[B, C, H, W]`; None where there is none."""
+    for name, value in example.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 4:
+            return name
+    return None
+
+
 def batch_of(example: Mapping[str, Any]) -> int:
     """How many images there are: the first axis of the first tensor, or of one that has a row of numbers for each."""
     tensors = [leaf for leaf in pytree.tree_leaves(dict(example)) if isinstance(leaf, Tensor) and leaf.ndim]

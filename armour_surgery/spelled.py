@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Sequence
 
-__all__ = ["change", "grouped_names", "millions", "names_only", "short_names", "shortened", "way"]
+__all__ = ["change", "grouped_names", "last_name", "millions", "names_only", "short_names", "shortened", "way"]
 
 # How timm's names of datasets begin; they have slashes and are no paths.
 _DATASET = re.compile(r"(?:hfds|hfids|tfds|wds|torch)/", re.IGNORECASE)
@@ -118,7 +118,7 @@ def names_only(text: str) -> str:
     call things (`hf:google/vit-base`, `hfds/ORG/NAME`) stays.
     """
     pieces = re.split(r"([:,;=])", text)
-    return "".join(_last_name(piece) if _is_path(piece) else piece for piece in pieces)
+    return "".join(last_name(piece) if _is_path(piece) else piece for piece in pieces)
 
 
 def _is_path(piece: str) -> bool:
@@ -128,5 +128,6 @@ def _is_path(piece: str) -> bool:
     return not re.fullmatch(r"[^./~\\][^/\\]*/[^/\\]+", piece) or os.path.exists(piece)
 
 
-def _last_name(path: str) -> str:
+def last_name(path: str) -> str:
+    """What a file or folder is called, however the way to it is written."""
     return re.split(r"[/\\]+", path.rstrip("/\\"))[-1] or path

@@ -64,7 +64,7 @@ def export(
             int8=int8,
             images=images,
             into=fresh,
-            name=Path(model).name if Path(model).exists() else model,
+            name=model,
         )
     if as_json:
         print_json(result.to_dict())

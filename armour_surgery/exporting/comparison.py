@@ -1,32 +1,25 @@
 """What an exported model is held against: images, and what the model itself makes of them."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from armour_surgery import hosts
 from armour_surgery.calls import run
+from armour_surgery.deployment.dataflow import tensors_in
 from armour_surgery.errors import ExportError
-from armour_surgery.examples import with_numbers
+from armour_surgery.examples import images_in, with_numbers
 from armour_surgery.hosts.preprocessing import preprocessing
 from armour_surgery.images.for_calibration import calibration_batches
 from armour_surgery.measure.difference import largest_difference
 
-__all__ = ["Inputs", "answers", "batches", "image_name", "largest_error", "other_size"]
+__all__ = ["Inputs", "answers", "batches", "largest_error", "other_size"]
 
 Inputs = dict[str, Tensor]
 
 # Batch sizes to compare at: one image has axes of size one, and three are as many as nothing else.
 SIZES = (1, 3)
-
-
-def image_name(inputs: Mapping[str, Any]) -> str | None:
-    """The argument that is a batch of images `[B, C, H, W]`; None where there is none."""
-    names = [name for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim == 4]
-    return next((name for name in names if inputs[name].is_floating_point()), None)
 
 
 def batches(model: nn.Module, source: object) -> list[Inputs]:
@@ -36,7 +29,7 @@ def batches(model: nn.Module, source: object) -> list[Inputs]:
         source: what `calibration_batches` takes: a folder of photos, "synthetic", batches.
     """
     filled = [with_numbers(hosts.example_input(model, size), _device(model)) for size in SIZES]
-    name = image_name(filled[0])
+    name = images_in(filled[0])
     if name is not None:
         drawn = calibration_batches(source, preprocessing(model, filled[0]), images=sum(SIZES), batch_size=sum(SIZES))
         images = torch.cat(list(drawn))
@@ -51,7 +44,7 @@ def batches(model: nn.Module, source: object) -> list[Inputs]:
 
 def other_size(model: nn.Module, inputs: Inputs) -> Inputs | None:
     """The same with images of twice the height and width, where the model takes them; None where it does not."""
-    name = image_name(inputs)
+    name = images_in(inputs)
     if name is None:
         return None
     larger = {**inputs, name: nn.functional.interpolate(inputs[name].float(), scale_factor=2.0).to(inputs[name])}
@@ -65,8 +58,7 @@ def other_size(model: nn.Module, inputs: Inputs) -> Inputs | None:
 def answers(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """All tensors of the model's output, in order."""
     with torch.no_grad():
-        leaves = pytree.tree_leaves(run(model, inputs))
-    return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+        return [tensor.detach() for tensor in tensors_in(run(model, inputs))]
 
 
 def largest_error(

@@ -7,10 +7,11 @@ from typing import Any
 from torch import nn
 
 from armour_surgery.exporting.stock import as_stock
-from armour_surgery.hosts.library_folder import read_folder, write_folder
+from armour_surgery.hosts.library_folder import write_folder
 from armour_surgery.records import Source
+from armour_surgery.saving.licenses import license_lines, license_sentence
 
-__all__ = ["ORIGIN", "read_compat", "write_compat"]
+__all__ = ["ORIGIN", "write_compat"]
 
 ORIGIN = "armour_export.json"
 
@@ -31,19 +32,10 @@ def write_compat(
     return stock, source
 
 
-def read_compat(folder: Path, stock: nn.Module, source: Source, into: nn.Module | None) -> nn.Module:
-    """The model that the library, or the user's own class, makes of the folder.
-
-    Raises:
-        ExportError: it does not load.
-    """
-    return read_folder(folder, stock, source, into)
-
-
 def _card(origin: dict[str, Any], how: str) -> str:
     """What the folder is, for whoever finds it."""
-    known_license = origin.get("license")
-    lines = ["---", f"license: {known_license or 'other'}", "tags: [vision, armour]", "---", f"# {origin['model']}", ""]
+    license_of_base = origin["license"]
+    lines = ["---", *license_lines(license_of_base), "tags: [vision, armour]", "---", f"# {origin['model']}", ""]
     mode = origin["mode"]
     lines += [
         f"`{origin['converted_from']}` after Armour surgery (mode `{mode}`, init `{origin['init']}`), in the shape "
@@ -55,6 +47,6 @@ def _card(origin: dict[str, Any], how: str) -> str:
         how,
         "```",
         "",
-        f"License of the base model: {known_license or 'unknown'}.",
+        license_sentence(license_of_base),
     ]
     return "\n".join(lines) + "\n"

@@ -17,16 +17,19 @@ from torch import Tensor, nn
 from armour_surgery import __version__, hosts
 from armour_surgery.copies import full_copy
 from armour_surgery.deployment import deploy as deployed
-from armour_surgery.errors import ExportError, FolderError, NotOursError, UsageError
+from armour_surgery.errors import ExportError, FolderError, UsageError
 from armour_surgery.exporting.comparison import Inputs, answers, batches, largest_error, other_size
-from armour_surgery.exporting.compat import ORIGIN, read_compat, write_compat
+from armour_surgery.exporting.compat import ORIGIN, write_compat
 from armour_surgery.exporting.onnx import load_onnx, to_int8, write_onnx
 from armour_surgery.exporting.openvino import load_openvino, write_openvino
 from armour_surgery.exporting.pt2 import load_pt2, write_pt2
+from armour_surgery.hosts.library_folder import read_folder
 from armour_surgery.images.for_calibration import SYNTHETIC
 from armour_surgery.patching import on_cpu_by_default
 from armour_surgery.records import SurgeryPlan
 from armour_surgery.report.whole_file import check_target
+from armour_surgery.saving.occupied import refuse_foreign
+from armour_surgery.spelled import names_only
 from armour_surgery.surgery.targets import plain_example_of
 
 __all__ = ["FORMATS", "Exported", "check_export", "export"]
@@ -76,7 +79,7 @@ def check_export(path: str | Path, format: str, *, deploy: bool = False, int8: b
     if suffix:
         check_target(path, f"{format} file")
     else:
-        _check_folder(Path(path))
+        refuse_foreign(Path(path), lambda folder: (folder / ORIGIN).is_file())
 
 
 @on_cpu_by_default
@@ -137,15 +140,6 @@ def export(
     return Exported(origin["model"], format, str(path), size, error, _checked_with(_CHECKERS[format]))
 
 
-def _check_folder(target: Path) -> None:
-    """Refuse a folder that is neither empty nor an earlier export."""
-    if target.is_dir() and ((target / ORIGIN).is_file() or not any(target.iterdir())):
-        return
-    if os.path.lexists(target):
-        what = "is a folder with other things in it" if target.is_dir() else "exists and is not a folder"
-        raise NotOursError(f"{target} {what}, so nothing was written; name another --out")
-
-
 def _write(
     format: str, model: nn.Module, inputs: Inputs, place: Path, origin: dict[str, Any], *, any_size: bool, int8: bool
 ) -> Callable[[Inputs], list[Tensor]]:
@@ -169,7 +163,7 @@ def _compat(model: nn.Module, target: Path, origin: dict[str, Any], images: obje
     wanted = [answers(ready, inputs) for inputs in compared]
     with _written_aside(target) as folder:
         stock, source = write_compat(ready, into, folder, origin)
-        loaded = read_compat(folder, stock, source, into)
+        loaded = read_folder(folder, stock, source, into)
         error = largest_error(wanted, compared, partial(answers, loaded), "what was written")
         _refuse_different(error, "compat")
         size = _bytes_in(folder)
@@ -191,11 +185,15 @@ def _bytes_in(folder: Path) -> int:
 def _origin(model: nn.Module, name: str, deploy: bool) -> dict[str, Any]:
     """What a file says of where it came from."""
     surgery: SurgeryPlan | None = getattr(model, "surgery", None)
-    origin: dict[str, Any] = {"model": name, "class": type(model).__name__, "deployed": deploy}
+    # What is handed on says nothing of where files lay on this machine.
+    origin: dict[str, Any] = {"model": names_only(name), "class": type(model).__name__, "deployed": deploy}
     origin["versions"] = {"armour-surgery": __version__, "torch": torch.__version__}
     if surgery is not None:
         source = surgery.source
-        origin |= {"converted_from": source.name if source else None, "license": source.license if source else None}
+        origin |= {
+            "converted_from": names_only(source.name) if source else None,
+            "license": source.license if source else None,
+        }
         origin |= {"mode": surgery.mode, "init": surgery.init, "params": surgery.params_after}
     return origin
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from armour_surgery.errors import ExportError
-from armour_surgery.exporting.comparison import Inputs, image_name
+from armour_surgery.examples import images_in
+from armour_surgery.exporting.comparison import Inputs
 
 __all__ = ["BATCH", "free_axes", "traced"]
 
@@ -19,7 +20,7 @@ T = TypeVar("T")
 
 def free_axes(inputs: Inputs, *, any_size: bool) -> dict[str, dict[int, object]]:
     """The axes of every argument that are not fixed: the batch, and with `any_size` height and width of images."""
-    image = image_name(inputs)
+    image = images_in(inputs)
     count = inputs[image].shape[0] if image else max(len(value) for value in inputs.values() if value.ndim)
     axes: dict[str, dict[int, object]] = {}
     for name, value in inputs.items():

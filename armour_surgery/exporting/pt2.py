@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from armour_surgery.deployment.dataflow import tensors_in
 from armour_surgery.exporting.comparison import Inputs
 from armour_surgery.exporting.graphs import free_axes, traced
 
@@ -36,7 +36,6 @@ def load_pt2(path: Path) -> Callable[[Inputs], list[Tensor]]:
 
     def loaded(inputs: Inputs) -> list[Tensor]:
         with torch.no_grad():
-            leaves = pytree.tree_leaves(module(**inputs))
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            return tensors_in(module(**inputs))
 
     return loaded

@@ -13,6 +13,7 @@ from armour_surgery.saving.filling import assign
 from armour_surgery.saving.folder import distinct_tensors, rebuildable
 from armour_surgery.saving.replay import operations_of
 from armour_surgery.surgery.operation import Operation
+from armour_surgery.surgery.parts import name_in_whole
 from armour_surgery.surgery.perform import surgery_of
 from armour_surgery.surgery.rows import copy_shared
 
@@ -51,7 +52,7 @@ def as_stock(model: nn.Module, into: nn.Module | None = None) -> tuple[nn.Module
     assign(host, whole, {name: other for name, other in tied.items() if name in whole and other in whole})
     _cast_buffers(host, model)
     for part, operation in operations:
-        fqn = _joined(part, operation.fqn)
+        fqn = name_in_whole(part, operation.fqn)
         copy_shared(host.get_submodule(fqn), operation.found.traced, operation.mode)
         for edit in operation.rewritten.edits:
             if isinstance(edit, AddGrouped):
@@ -90,7 +91,7 @@ def _widened(
     for part, operation in operations:
         for edit in operation.rewritten.edits:
             for name in edited_names(edit):
-                edits.setdefault(_joined(_joined(part, operation.fqn), name), []).append(edit)
+                edits.setdefault(name_in_whole(name_in_whole(part, operation.fqn), name), []).append(edit)
     whole = {}
     for name, place in host.state_dict().items():
         if name not in present:
@@ -141,7 +142,3 @@ def _write_out(stock: nn.Module, converted: nn.Module, edit: AddGrouped) -> None
             owner, _, attribute = name.rpartition(".")
             source = grouped if owner == beside else grouped.norm
             tensor_named(stock, name)[rows] = getattr(source, attribute).detach().cpu()
-
-
-def _joined(owner: str, name: str) -> str:
-    return f"{owner}.{name}" if owner and name else owner or name

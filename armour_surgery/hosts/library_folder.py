@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,8 @@ from armour_surgery.errors import ExportError
 from armour_surgery.hosts.building import build
 from armour_surgery.records import Source
 
-__all__ = ["TIMM_ARCHITECTURE", "read_folder", "write_folder"]
+__all__ = ["read_folder", "write_as_timm", "write_folder"]
 
-# What the config.json of a saved folder names for timm: whoever creates it finds the rest in surgery.json.
-TIMM_ARCHITECTURE = "armour_surgery_folder"
 _WEIGHTS = "model.safetensors"
 
 
@@ -27,11 +26,7 @@ def write_folder(model: nn.Module, source: Source, folder: Path) -> str:
     """
     library = source.library
     if library == "timm":
-        from timm.models import save_for_hf
-
-        # timm writes the whole pretrained_cfg beside the arguments.
-        arguments = {name: value for name, value in source.arguments.items() if name != "pretrained_cfg_overlay"}
-        save_for_hf(model, str(folder), model_args=arguments or None, safe_serialization=True)
+        write_as_timm(model, source.arguments, folder)
         return 'timm.create_model("local-dir:FOLDER", pretrained=True)'
     if library == "transformers":
         from armour_surgery.hosts.preprocessing import write_processor
@@ -45,6 +40,15 @@ def write_folder(model: nn.Module, source: Source, folder: Path) -> str:
     if library == "torchvision":
         fresh = f"torchvision.models.get_model({source.architecture!r}{_keywords(source.arguments)})"
     return f'model = {fresh}; model.load_state_dict(safetensors.torch.load_file("FOLDER/{_WEIGHTS}"))'
+
+
+def write_as_timm(model: nn.Module, arguments: Mapping[str, Any], folder: Path) -> None:
+    """Write an unconverted timm model the way timm does, so that `local-dir:FOLDER` loads it."""
+    from timm.models import save_for_hf
+
+    # timm writes the whole pretrained_cfg beside the arguments.
+    kept = {name: value for name, value in arguments.items() if name != "pretrained_cfg_overlay"}
+    save_for_hf(model, str(folder), model_args=kept or None, safe_serialization=True)
 
 
 def read_folder(folder: Path, model: nn.Module, source: Source, fresh: nn.Module | None) -> nn.Module:

@@ -12,10 +12,11 @@ from timm.models.vision_transformer import ATTN_LAYERS, Attention
 from torch import nn
 
 from armour_surgery.errors import ModelError
-from armour_surgery.hosts.library_folder import TIMM_ARCHITECTURE
 
 __all__ = ["PAPER", "register"]
 
+# What the config.json of a saved folder may name: whoever creates it finds the rest in surgery.json.
+ARCHITECTURE = "armour_surgery_folder"
 _LEVITS = ("128s", "128", "192", "256", "384")
 # Names of the paper's models (Tables 1, 3 and 4): what timm calls the original, and the mode.
 PAPER = {
@@ -29,7 +30,7 @@ PAPER = {
 def register() -> None:
     """Add what timm can create and use by name."""
     ATTN_LAYERS["armour"] = Armour
-    _add(TIMM_ARCHITECTURE, from_folder)
+    _add(ARCHITECTURE, from_folder)
     for name, (original, mode) in PAPER.items():
         _add(name, _of_paper(name, original, mode))
 
@@ -93,7 +94,7 @@ def _folder_of(pretrained_cfg: Any) -> Path:
         repo, _, revision = told["hf_hub_id"].partition("@")
         return Path(snapshot_download(repo, revision=revision or None))
     raise ModelError(
-        f"{TIMM_ARCHITECTURE} names no architecture: it stands for what a saved folder holds; "
+        f"{ARCHITECTURE} names no architecture: it stands for what a saved folder holds; "
         'timm.create_model("local-dir:FOLDER", pretrained=True), or the original\'s name and armour_surgery.convert'
     )
 

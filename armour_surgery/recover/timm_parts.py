@@ -28,7 +28,6 @@ __all__ = [
     "make_mixer",
     "make_optimizer",
     "make_scheduler",
-    "save_pretrained",
     "set_drop_path",
     "training_transform",
 ]
@@ -189,10 +188,3 @@ def build_untrained(name: str, arguments: dict[str, Any]) -> nn.Module:
         # The builders raise whatever their code runs into.
         raise UsageError(f"timm cannot build {name} with model.args {arguments}: {error}") from error
     return model
-
-
-def save_pretrained(model: nn.Module, folder: str, arguments: dict[str, Any]) -> None:
-    """Write an unconverted timm model the way timm does, so that `local-dir:FOLDER` loads it."""
-    from timm.models import save_for_hf
-
-    save_for_hf(model, folder, model_args=arguments or None, safe_serialization=True)

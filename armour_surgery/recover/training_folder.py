@@ -11,12 +11,12 @@ from torch import nn
 from armour_surgery import hosts
 from armour_surgery.errors import FolderError, ResumeError, UsageError
 from armour_surgery.hosts.class_names import class_arguments
+from armour_surgery.hosts.library_folder import write_as_timm
 from armour_surgery.hosts.preprocessing import Preprocessing, preprocessing
 from armour_surgery.records import SurgeryPlan
 from armour_surgery.recover.log import write_text
 from armour_surgery.recover.recipe import Recipe
 from armour_surgery.recover.recipe_files import to_yaml
-from armour_surgery.recover.timm_parts import save_pretrained
 from armour_surgery.recover.trainer import Outcome
 from armour_surgery.saving.folder import save
 from armour_surgery.saving.occupied import TRAINING
@@ -124,10 +124,7 @@ def write_result(
         save(model, out, model_args={**named, "pretrained_cfg_overlay": {**earlier, **overlay}} if overlay else named)
     elif library == "timm":
         model.pretrained_cfg = {**_config_of(model), **overlay}  # type: ignore[assignment]
-        arguments = hosts.outline(model, recipe.model.args).arguments
-        # timm writes the whole pretrained_cfg beside the arguments.
-        arguments = {name: value for name, value in arguments.items() if name != "pretrained_cfg_overlay"}
-        save_pretrained(model, str(out), arguments)
+        write_as_timm(model, hosts.outline(model, recipe.model.args).arguments, out)
     else:
         if named:
             config: Any = model.config

@@ -16,7 +16,7 @@ from armour_surgery.report.wording import (
     verdict,
 )
 from armour_surgery.saving.licenses import license_lines, license_sentence
-from armour_surgery.spelled import change, names_only, way
+from armour_surgery.spelled import change, last_name, names_only, way
 
 __all__ = ["how_to_load", "model_card", "named"]
 
@@ -95,12 +95,8 @@ def _weights(source: Source | None) -> str:
     if source is None or source.checkpoint is None:
         return ""
     # A name may hold what Markdown would take for the end of the code.
-    name = " ".join(_last_part(source.checkpoint.path).replace("`", "'").split())
+    name = " ".join(last_name(source.checkpoint.path).replace("`", "'").split())
     return f" with the weights of `{name}` (sha256 `{source.checkpoint.sha256}`)"
-
-
-def _last_part(path: str) -> str:
-    return path.replace("\\", "/").rstrip("/").rpartition("/")[2]
 
 
 def _shared(surgery: SurgeryPlan) -> str:

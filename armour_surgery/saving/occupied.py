@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from armour_surgery.saving.document import LARGEST, TOOL, read_document
 from armour_surgery.saving.from_hub import folder_of_plan
 from armour_surgery.saving.staging import CARD, PLAN, WEIGHTS
 
-__all__ = ["AS_CONVERTED", "TRAINING", "check_output", "check_replaceable", "is_saved_folder"]
+__all__ = ["AS_CONVERTED", "TRAINING", "check_output", "check_replaceable", "is_saved_folder", "refuse_foreign"]
 
 # A training run's record; it makes a folder ours before there is a model in it.
 TRAINING = "training.json"
@@ -48,8 +49,16 @@ def check_output(path: str | Path) -> None:
     Raises:
         NotOursError: something else is there.
     """
-    target = Path(path)
-    if target.is_dir() and (_is_ours(target) or not any(target.iterdir())):
+    refuse_foreign(Path(path), _is_ours)
+
+
+def refuse_foreign(target: Path, is_ours: Callable[[Path], bool]) -> None:
+    """Make sure that nothing is at `target`, or an empty folder, or one that `is_ours` knows.
+
+    Raises:
+        NotOursError: something else is there.
+    """
+    if target.is_dir() and (is_ours(target) or not any(target.iterdir())):
         return
     if target.exists() or target.is_symlink():
         what = "is a folder with other things in it" if target.is_dir() else "exists and is not a folder"

@@ -1,6 +1,5 @@
 """`push`: look at a saved folder, put its card right, and send what is the model's in one commit."""
 
-import importlib.metadata
 import tempfile
 import time
 import warnings
@@ -12,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from armour_surgery import __version__
 from armour_surgery.errors import FolderError, LicenseError, PushError, UsageError
 from armour_surgery.hosts.hub_errors import endpoint
 from armour_surgery.hosts.hub_upload import check_repository, find_token, open_repository, upload
@@ -224,8 +224,7 @@ def _name(repo: str, revision: str) -> str:
 
 def _message(plan: SurgeryPlan) -> str:
     origin = plan.source.name if plan.source is not None else "a model"
-    version = importlib.metadata.version("armour-surgery")
-    return f"{origin} after Armour surgery ({plan.mode}, {plan.init}), armour-surgery {version}"
+    return f"{origin} after Armour surgery ({plan.mode}, {plan.init}), armour-surgery {__version__}"
 
 
 def _size(content: Path | bytes) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from armour_surgery import hosts
 from armour_surgery.calls import run
 from armour_surgery.errors import CalibrationError
+from armour_surgery.examples import images_in
 from armour_surgery.hosts.preprocessing import preprocessing
 from armour_surgery.images.for_calibration import calibration_batches
 from armour_surgery.initialize import HELD_OUT
@@ -25,9 +26,9 @@ _WITHOUT_END = 2**40
 
 
 def _images_argument(model: nn.Module, example: dict[str, Tensor]) -> str:
-    for name, value in example.items():
-        if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 4:
-            return name
+    name = images_in(example)
+    if name is not None:
+        return name
     raise CalibrationError(
         f"calibration knows models that take images [B, C, H, W], and {type(model).__name__} takes "
         f"{', '.join(example)}; use init 'joint-svd'"

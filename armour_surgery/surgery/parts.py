@@ -12,8 +12,8 @@ __all__ = ["converted_parts", "name_in_whole", "plan_of_whole"]
 
 
 def name_in_whole(part: str, fqn: str) -> str:
-    """What a module of a part is called in the whole; the part may be that module itself, whose own name is empty."""
-    return f"{part}.{fqn}" if fqn else part
+    """What a module of a part is called in the whole; either may be the other itself, and its name is empty then."""
+    return ".".join(filter(None, (part, fqn)))
 
 
 def converted_parts(model: nn.Module) -> dict[str, SurgeryPlan]:
