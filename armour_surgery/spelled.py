@@ -101,14 +101,21 @@ def _common(paths: list[list[str]], most: int) -> int:
 
 
 def shortened(text: str, width: int) -> str:
-    """A text of at most `width` letters, with an ellipsis in its middle where it is longer.
+    """A text of at most `width` letters, with an ellipsis in or near its middle where it is longer.
 
-    The ends of a module's name say more than its middle: `vision_tower.…self_attn`.
+    The ends of a module's name say more than its middle, and its numbers most: `encoder.la…0-11.attention`.
     """
     if len(text) <= width:
         return text
-    head = (width - 1) // 2
-    return f"{text[:head]}\u2026{text[len(text) - (width - 1 - head) :]}" if width > 1 else "\u2026"
+    left_out = len(text) - width + 1
+    middle = width / 2 - 0.5
+
+    def price(start: int) -> tuple[int, float]:
+        gone = text[start : start + left_out]
+        return sum(map(str.isdigit, gone)), abs(start - middle)
+
+    start = min(range(1, width - 1), key=price, default=0)
+    return f"{text[:start]}\u2026{text[start + left_out :]}"
 
 
 def names_only(text: str) -> str:

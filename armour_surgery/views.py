@@ -57,7 +57,8 @@ def site_table(sites: "Sequence[AttentionSite]") -> Table:
         reasons += _reasons(site, names)
     headers = ("attention", "heads", "key x value", "q, k, v from", "modes that fit")
     # Sites of other sizes are often refused for the same reason.
-    return Table(f"{len(sites)} attention sites", headers, rows, frozenset((1, 2)), tuple(dict.fromkeys(reasons)))
+    caption = f"{len(sites)} attention site{'s' if len(sites) != 1 else ''}"
+    return Table(caption, headers, rows, frozenset((1, 2)), tuple(dict.fromkeys(reasons)))
 
 
 def _likeness(site: "AttentionSite") -> tuple[object, ...]:

@@ -21,6 +21,17 @@ def test_a_long_name_loses_its_middle(width: int, short: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "width", "short"),
+    [
+        ("encoder.layers.encoder_layer_0-11.self_attention", 30, "encoder.la\u20260-11.self_attention"),
+        ("stages.2.downsample.attn_downsample", 24, "stages.2.do\u2026n_downsample"),
+    ],
+)
+def test_numbers_stay_where_they_can(text: str, width: int, short: str) -> None:
+    assert shortened(text, width) == short
+
+
+@pytest.mark.parametrize(
     ("text", "told"),
     [
         ("synthetic", "synthetic"),

@@ -24,18 +24,23 @@ from armour_surgery.cli.options import (
     read_part,
 )
 from armour_surgery.cli.progress import progress_bar
-from armour_surgery.cli.run import command, console_for, print_json
+from armour_surgery.cli.run import command, command_line, console_for, print_json
+from armour_surgery.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import nn
 
     from armour_surgery.records import SurgeryPlan
+    from armour_surgery.report.page import Making
+    from armour_surgery.tabular import Table
 
 __all__ = ["convert"]
 
 
 @command
 def convert(
+    context: typer.Context,
     model: Model,
     mode: Annotated[
         str,
@@ -111,6 +116,15 @@ def convert(
         Path | None,
         typer.Option(metavar="FILE.html", help="Write a page about the conversion.", show_default=False),
     ] = None,
+    bench: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            min=1.0,
+            help="With --report: time the model against its original, so long at each batch size, and show that too.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -120,12 +134,15 @@ def convert(
     with console.status("loading the model"):
         from armour_surgery import convert as convert_model
         from armour_surgery import plan as plan_conversion
+        from armour_surgery.copies import full_copy
         from armour_surgery.saving.folder import save_conversion
         from armour_surgery.saving.occupied import check_replaceable
         from armour_surgery.surgery.order import check_options
         from armour_surgery.surgery.parts import plan_of_whole
         from armour_surgery.surgery.perform import keep_plan, surgery_of
 
+        if bench is not None and (report is None or dry_run):
+            raise UsageError("--bench is for the page that --report writes, of a model that is converted; add --report")
         channels = _rank(rank)
         check_options(mode, init, calib, channels, reconstruct, max_loss)
         if out is not None and not dry_run:
@@ -142,6 +159,7 @@ def convert(
         )
         host = whole if submodule is None else read_part(whole, submodule, example)
     kind = type(whole).__name__
+    speed: Table | None = None
     options: dict[str, Any] = {
         "init": init,
         "include": _below(submodule, include),
@@ -164,6 +182,8 @@ def convert(
             check_replaceable(out, source, force=force)
         elif any(Path().glob(f"{glob.escape(name_for_folder(model))}-armour-*")):
             check_replaceable(_default_name(model, planned()), source, force=force)
+        # The host itself is converted, and nothing would be left to time it against.
+        original = full_copy(host) if bench is not None else None
         with progress_bar(console, "rewriting attention") as tell:
             converted = convert_model(
                 host,
@@ -185,9 +205,12 @@ def convert(
         target = out if out is not None else Path(_default_name(model, surgery))
         with console.status("saving"):
             save_conversion(whole, target, force=force)
+        if original is not None and bench is not None:
+            speed = _speed(console, original, converted, bench)
     if report is not None:
+        made = _making(context)
         folder = str(target) if target is not None else None
-        write_html(report, html_report(surgery, model, surgery.sensitivities, surgery.frontier, folder))
+        write_html(report, html_report(surgery, model, surgery.sensitivities, surgery.frontier, folder, made, speed))
     if as_json:
         print_json(_document(model, surgery, target, time.perf_counter() - started))
         return
@@ -196,14 +219,32 @@ def convert(
         console.print(f"What was done and measured: {report}", markup=False, soft_wrap=True)
 
 
+def _speed(console: "Console", original: "nn.Module", converted: "nn.Module", seconds: float) -> "Table":
+    """The model beside its original, both in turns on this machine."""
+    from armour_surgery.benchmarking.benchmark import benchmark
+
+    with progress_bar(console, "timing", still=True) as tell:
+        models = {"original": original, "converted": converted}
+        measured = benchmark(models, budget_s=seconds, keep_freed_memory=True, progress=tell)
+    return measured.table()
+
+
+def _making(context: typer.Context) -> "Making":
+    import platform
+
+    from armour_surgery.report.page import Making
+    from armour_surgery.saving.document import installed_versions
+
+    versions = {**installed_versions(), "Python": platform.python_version()}
+    return Making(command_line(context), time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), versions)
+
+
 def _rank(given: str | None) -> int | Literal["auto"] | None:
     """The number that --rank names, or "auto".
 
     Raises:
         UsageError: it is none.
     """
-    from armour_surgery.errors import UsageError
-
     if given is None:
         return None
     if given == "auto":

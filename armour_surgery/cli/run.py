@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -17,8 +18,9 @@ from rich.console import Console
 
 from armour_surgery.errors import ArmourError, ExampleInputError
 from armour_surgery.notes import ArmourWarning
+from armour_surgery.spelled import names_only
 
-__all__ = ["command", "console_for", "console_of_first_rank", "print_json"]
+__all__ = ["command", "command_line", "console_for", "console_of_first_rank", "print_json"]
 
 P = ParamSpec("P")
 # As shells have it: 128 and the number of the signal.
@@ -92,6 +94,25 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             raise _failed(f"{type(error).__name__}: {error}{hint}", 1, debug) from error
 
     return run
+
+
+def command_line(context: typer.Context) -> str:
+    """What was typed, with names in the place of paths, since it is written into what is handed on."""
+    words = ["armour-surgery", context.info_name or ""]
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source = context.get_parameter_source(name)
+        # By name: which package the class is of depends on the version of typer.
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        value = context.params[name]
+        if isinstance(value, bool):
+            words.append((parameter.opts if value else parameter.secondary_opts)[0])
+            continue
+        for given in value if isinstance(value, list | tuple) else [value]:
+            option = [] if parameter.param_type_name == "argument" else [parameter.opts[0]]
+            words += [*option, shlex.quote(names_only(str(given)))]
+    return " ".join(words)
 
 
 def _show(

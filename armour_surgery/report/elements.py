@@ -64,11 +64,11 @@ def facts(named: Iterable[tuple[str, str]]) -> str:
     return "\n".join(['<dl class="facts">', *lines, "</dl>"])
 
 
-def bar(value: float | None, largest: float) -> str:
-    """A number and a bar, which is as long as the cell for the `largest`."""
+def bar(value: float | None, full: float) -> str:
+    """A number and a bar, which is full at that value and beyond it; the scale is the same on every page."""
     if value is None:
         return NONE
-    share = 100 * value / largest if largest > 0 else 0.0
+    share = 100 * min(max(value / full, 0.0), 1.0)
     return f'{value:.4f}<span class="bar"><i style="width:{share:.1f}%"></i></span>'
 
 

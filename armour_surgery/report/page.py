@@ -2,9 +2,10 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 from armour_surgery.records import Fidelity, FrontierPoint, Sensitivity, SitePlan, SurgeryPlan
 from armour_surgery.report.elements import NONE, Row, bar, code, facts, figure, numbers, section, table, tile
@@ -12,6 +13,7 @@ from armour_surgery.report.figures import frontier_figure, sensitivity_figure
 from armour_surgery.report.style import inline_svg
 from armour_surgery.report.whole_file import check_target, write_whole
 from armour_surgery.report.wording import (
+    GRADES,
     NEEDS_TRAINING,
     UNTIL_TRAINED,
     fidelity_figures,
@@ -20,15 +22,26 @@ from armour_surgery.report.wording import (
     verdict,
 )
 from armour_surgery.spelled import change, millions, names_only, way
+from armour_surgery.tabular import Table
 
-__all__ = ["check_report", "html_report", "write_html"]
+__all__ = ["Making", "check_report", "html_report", "write_html"]
 
 _STYLE = Path(__file__).with_name("page.css")
+# Where bars are full, on every page alike.
+_FULL_RESIDUAL, _FULL_LOSS = 1.0, round(1 - GRADES[1].cosine, 4)
 _RESIDUAL = {
     "wq": "relative distance between the weight that the merged role had and the shared one, in the Frobenius norm",
     "calibrated": "relative error of the attention's output on images that nothing was fitted to",
 }
 _RESIDUAL_OF_WEIGHTS = "relative error of attention logits and values that the weights imply; no images were used"
+
+
+class Making(NamedTuple):
+    """How a page came about: the command line, when it ran, and the versions of what it ran with."""
+
+    command: str
+    date: str
+    versions: Mapping[str, str]
 
 
 def html_report(
@@ -37,24 +50,29 @@ def html_report(
     sensitivities: Sequence[Sensitivity] = (),
     frontier: Sequence[FrontierPoint] = (),
     folder: str | None = None,
+    made: Making | None = None,
+    speed: Table | None = None,
 ) -> str:
     """A whole page about a conversion: style and figures are inside, and it loads nothing.
 
     Everything in it follows from the arguments, and equal arguments give equal text. `name` is the title; `folder` is
-    where the model was saved, None where it was not. Names may hold anything, they are escaped; of paths the page has
-    the last names alone, for it is there to be handed on.
+    where the model was saved, None where it was not. `made` says how the page came about, and `speed` is a benchmark's
+    table, where there is one. Names may hold anything, they are escaped; of paths the page has the last names alone,
+    for it is there to be handed on.
     """
     name = names_only(name)
     title = f"{name}: Armour surgery"
     sections = [
         _fidelity(surgery),
         section("Before and after", _costs(surgery)),
+        _speed(speed),
         section("Sites", _sites(surgery.sites)),
         _refused(surgery),
         _sensitivities(sensitivities),
         _frontier(surgery, frontier),
         section("How to load it", _loading(folder)) if folder is not None else "",
         section("What it came from", _origin(surgery)),
+        _making(made),
     ]
     return "\n".join(
         [
@@ -206,12 +224,20 @@ def _cost_row(label: str, before: int, after: int) -> Row:
     return Row((label, f"{before:,}", f"{after:,}", _change(before, after)))
 
 
+def _speed(measured: Table | None) -> str:
+    """A benchmark as it was measured; its caption says where and how."""
+    if measured is None:
+        return ""
+    columns = {title: "number" if place in measured.right else "" for place, title in enumerate(measured.headers)}
+    rows = [Row([escape(names_only(cell)) for cell in row]) for row in measured.rows]
+    return section("Speed", table(columns, rows), f'<p class="note">{escape(measured.caption)}.</p>')
+
+
 def _sites(sites: Sequence[SitePlan]) -> str:
     """A row for each site; ranks, fitted steps and residuals have a column where any site has them."""
     ranks = any(site.rank is not None for site in sites)
     steps = any(site.steps for site in sites)
     residuals = [site.residual for site in sites if site.residual is not None]
-    largest = max(residuals, default=0.0)
     columns = {"attention": "", "mode": ""}
     if ranks:
         columns["rank"] = "number"
@@ -230,7 +256,7 @@ def _sites(sites: Sequence[SitePlan]) -> str:
         if steps:
             cells.append(escape(", ".join(site.steps)) or NONE)
         if residuals:
-            cells.append(bar(site.residual, largest))
+            cells.append(bar(site.residual, _FULL_RESIDUAL))
         cells += [f"{site.params_before:,}", f"{site.params_after:,}", _change(site.params_before, site.params_after)]
         rows.append(Row(cells))
     listed = table(columns, rows)
@@ -238,8 +264,8 @@ def _sites(sites: Sequence[SitePlan]) -> str:
         return listed
     meanings = "; ".join(dict.fromkeys(map(_meaning, sites)))
     return (
-        f'{listed}\n<p class="note">Residual: {meanings}. 0 means that nothing was lost. Bars are relative to the '
-        f"largest, {largest:.3f}.</p>"
+        f'{listed}\n<p class="note">Residual: {meanings}. 0 means that nothing was lost. A bar is full at '
+        f"{_FULL_RESIDUAL:g}, where the difference is as large as the output.</p>"
     )
 
 
@@ -266,7 +292,6 @@ def _sensitivities(sensitivities: Sequence[Sensitivity]) -> str:
         "residual": "number",
         "loss": "number",
     }
-    largest = max(trial.loss for trial in sensitivities)
     rows = []
     for trial in sensitivities:
         cells = (
@@ -274,14 +299,15 @@ def _sensitivities(sensitivities: Sequence[Sensitivity]) -> str:
             _way(trial.mode, trial.rank),
             f"{trial.params_saved:,}",
             f"{trial.residual:.4f}",
-            bar(trial.loss, largest),
+            bar(trial.loss, _FULL_LOSS),
         )
         rows.append(Row(cells))
     return section(
         "What each site costs alone",
         "<p>Each attention converted by itself, all others as they were. Loss is 1 minus the mean cosine of the "
         "model\u2019s final features to the original\u2019s, residual the relative error of the attention\u2019s own "
-        "output, both on held-out images.</p>",
+        "output, both on held-out images. A bar is full at a loss "
+        f"of {_FULL_LOSS:g}, from where on features are no longer close.</p>",
         # The page has titles of its own.
         figure(inline_svg(sensitivity_figure(sensitivities, title=""), "Loss and residual of each site")),
         numbers(columns, rows),
@@ -347,3 +373,11 @@ def _origin(surgery: SurgeryPlan) -> str:
     if inputs:
         named.append(("input", ", ".join(inputs)))
     return facts(named)
+
+
+def _making(made: Making | None) -> str:
+    if made is None:
+        return ""
+    versions = ", ".join(f"{name} {number}" for name, number in made.versions.items())
+    named = [("command", code(made.command)), ("date", escape(made.date)), ("versions", escape(versions))]
+    return section("How it was made", facts(named))

@@ -1,8 +1,10 @@
 """`surgery.json`: what is in it, and reading it without believing it."""
 
+import importlib.metadata
 import json
 import math
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,7 +19,15 @@ from armour_surgery.hosts.untrusted import entries
 from armour_surgery.records import SurgeryPlan
 from armour_surgery.saving.staging import PLAN, stays_inside
 
-__all__ = ["LARGEST", "SCHEMA_VERSION", "TOOL", "Document", "check_plan", "read_document"]
+__all__ = [
+    "LARGEST",
+    "SCHEMA_VERSION",
+    "TOOL",
+    "Document",
+    "check_plan",
+    "installed_versions",
+    "read_document",
+]
 
 SCHEMA_VERSION = 1
 TOOL = "armour-surgery"
@@ -44,6 +54,16 @@ class Document:
     tied: dict[str, str]
     buffer_dtypes: dict[str, str]
     plan: SurgeryPlan
+
+
+def installed_versions() -> dict[str, str]:
+    """What something is made with here, for whoever has to load it, or believe it, in some years."""
+    versions = {}
+    for package in ("armour-surgery", "torch", "timm", "transformers", "torchvision", "safetensors"):
+        # A library whose models nobody here uses need not be installed.
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
 
 
 def read_document(folder: Path) -> Document:

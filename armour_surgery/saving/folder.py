@@ -4,11 +4,9 @@ Loading rebuilds the host on the meta device from its library alone, does the su
 the weights strictly. A folder comes from anywhere: nothing in it is believed before it is checked.
 """
 
-import importlib.metadata
 import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,7 @@ from armour_surgery.hosts.skeleton import changed_attributes, first_difference
 from armour_surgery.hosts.weights_file import digest_of
 from armour_surgery.patching import on_cpu_by_default
 from armour_surgery.records import Source, SurgeryPlan
-from armour_surgery.saving.document import LARGEST, SCHEMA_VERSION, TOOL, read_document
+from armour_surgery.saving.document import LARGEST, SCHEMA_VERSION, TOOL, installed_versions, read_document
 from armour_surgery.saving.filling import fill
 from armour_surgery.saving.from_hub import folder_of_plan, whole_folder
 from armour_surgery.saving.model_card import model_card
@@ -122,7 +120,7 @@ def _write(
             document = {
                 "schema_version": SCHEMA_VERSION,
                 "tool": TOOL,
-                "versions": _versions(),
+                "versions": installed_versions(),
                 "weights": WEIGHTS,
                 "sha256": digest_of(folder / WEIGHTS),
                 "tied": tied,
@@ -308,13 +306,3 @@ def _buffer_dtypes(model: nn.Module) -> dict[str, str]:
         if name not in saved and buffer.is_floating_point() and buffer.dtype is not torch.float32:
             dtypes[name] = str(buffer.dtype).removeprefix("torch.")
     return dtypes
-
-
-def _versions() -> dict[str, str]:
-    """What the folder was written with, for whoever has to load it in some years."""
-    versions = {}
-    for package in ("armour-surgery", "torch", "timm", "transformers", "torchvision", "safetensors"):
-        # A library whose models nobody here uses need not be installed.
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from page_by_hand import Page, everything, frontier, site, surgery
+from page_by_hand import Page, everything, frontier, sensitivities, site, surgery
 
 from armour_surgery.records import Fidelity, FrontierPoint, RefusedSite, Sensitivity, Source
-from armour_surgery.report.page import html_report
+from armour_surgery.report.page import Making, html_report
+from armour_surgery.tabular import Table
 
 
 def test_the_page_says_what_was_done() -> None:
@@ -141,3 +142,36 @@ def test_everything_is_escaped() -> None:
 def test_any_text_leaves_the_page_whole(name: str, fqn: str, reason: str) -> None:
     plan = replace(surgery(), sites=(replace(site(0), fqn=fqn),), refused=(RefusedSite(fqn, reason),))
     assert Page(html_report(plan, name)).count("section") == Page(html_report(surgery(), "x")).count("section")
+
+
+def test_how_the_page_was_made_and_how_fast_the_model_is() -> None:
+    made = Making("armour-surgery convert x --out '<y>'", "2026-01-02 03:04 UTC", {"torch": "2.15", "Python": "3.11"})
+    speed = Table("where & how", ("model", "batch", "speed-up"), [("<a>", "16", "1.050")], frozenset((1, 2)))
+    page = Page(html_report(surgery(), "x", made=made, speed=speed))
+    assert (
+        "command armour-surgery convert x --out '<y>' date 2026-01-02 03:04 UTC versions torch 2.15, Python"
+        in page.text
+    )
+    assert "Speed model batch speed-up <a> 16 1.050 where & how." in page.text
+    plain = Page(html_report(surgery(), "x")).text
+    assert "How it was made" not in plain
+    assert "Speed" not in plain
+
+
+def test_bars_have_the_same_scale_on_every_page() -> None:
+    def bars(residual: float, other: float) -> list[float]:
+        plan = replace(surgery(), sites=(site(0, residual), site(1, other)))
+        return [float(width) for width in re.findall(r'class="bar"><i style="width:([\d.]+)%', html_report(plan, "x"))]
+
+    assert bars(0.25, 0.5) == [25.0, 50.0]
+    assert bars(0.25, 0.01) == [25.0, 1.0]
+    assert bars(1.5, 0.0) == [100.0, 0.0]
+    losses = [Sensitivity("a", "qv", None, 1, 0.1, loss) for loss in (0.005, 0.05, 0.3, -1e-9)]
+    html = html_report(replace(surgery(), sites=(site(0, None),)), "x", losses)
+    assert re.findall(r"width:([\d.]+)%", html) == ["10.0", "100.0", "100.0", "0.0"]
+
+
+def test_every_table_stands_in_a_frame_that_scrolls() -> None:
+    html = html_report(surgery(), "x", sensitivities(), frontier(), "out", speed=Table("c", ("a",), [("b",)]))
+    assert html.count("<table>") == html.count('<div class="wide"><table>') == 6
+    assert ".wide { overflow-x: auto;" in html
