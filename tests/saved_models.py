@@ -17,6 +17,7 @@ from armour_surgery.hosts import example_input
 
 __all__ = [
     "CARD",
+    "FILES",
     "HF",
     "HOSTS",
     "PLAN",
@@ -32,6 +33,8 @@ __all__ = [
 ]
 
 PLAN, WEIGHTS, CARD = "surgery.json", "model.safetensors", "README.md"
+# What a folder of a timm model holds.
+FILES = sorted([PLAN, WEIGHTS, CARD, "config.json"])
 TIMM: dict[str, Any] = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 5}
 HF: dict[str, Any] = {
     "hidden_size": 48,

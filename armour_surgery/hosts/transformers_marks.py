@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from armour_surgery.records import SurgeryPlan
 
-__all__ = ["PLAN", "PREFIX", "config_class", "mark", "placeholders"]
+__all__ = ["PLAN", "PREFIX", "config_class", "mark"]
 
 PREFIX = "armour_"
 # The entry of a config that holds what is to be done when a model is built.
@@ -43,16 +43,6 @@ class _ConvertedConfig:
         if named:
             entries["architectures"] = [name if name.startswith("Armour") else f"Armour{name}" for name in named]
         return entries
-
-
-def placeholders(model: nn.Module) -> list[str]:
-    """Names that the unconverted model has for weights of projections that the surgery removed."""
-    names = []
-    for fqn, module in model.named_modules():
-        # The surgery leaves None where a module was.
-        gone = [name for name, child in module._modules.items() if child is None]
-        names += [f"{fqn}.{name}.weight" if fqn else f"{name}.weight" for name in gone]
-    return names
 
 
 def mark(model: nn.Module, plan: SurgeryPlan | None) -> None:

@@ -12,11 +12,10 @@ from timm.models.vision_transformer import ATTN_LAYERS, Attention
 from torch import nn
 
 from armour_surgery.errors import ModelError
+from armour_surgery.hosts.library_config import TIMM_FOLDER
 
 __all__ = ["PAPER", "register"]
 
-# What the config.json of a saved folder may name: whoever creates it finds the rest in surgery.json.
-ARCHITECTURE = "armour_surgery_folder"
 _LEVITS = ("128s", "128", "192", "256", "384")
 # Names of the paper's models (Tables 1, 3 and 4): what timm calls the original, and the mode.
 PAPER = {
@@ -30,7 +29,7 @@ PAPER = {
 def register() -> None:
     """Add what timm can create and use by name."""
     ATTN_LAYERS["armour"] = Armour
-    _add(ARCHITECTURE, from_folder)
+    _add(TIMM_FOLDER, from_folder)
     for name, (original, mode) in PAPER.items():
         _add(name, _of_paper(name, original, mode))
 
@@ -89,12 +88,11 @@ def _folder_of(pretrained_cfg: Any) -> Path:
     if told.get("source") == "local-dir":
         return Path(told["file"])
     if told.get("source") == "hf-hub":
-        from huggingface_hub import snapshot_download
+        from armour_surgery.saving.folder import find_folder
 
-        repo, _, revision = told["hf_hub_id"].partition("@")
-        return Path(snapshot_download(repo, revision=revision or None))
+        return find_folder(f"hf-hub:{told['hf_hub_id']}")
     raise ModelError(
-        f"{ARCHITECTURE} names no architecture: it stands for what a saved folder holds; "
+        f"{TIMM_FOLDER} names no architecture: it stands for what a saved folder holds; "
         'timm.create_model("local-dir:FOLDER", pretrained=True), or the original\'s name and armour_surgery.convert'
     )
 

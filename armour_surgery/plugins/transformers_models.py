@@ -16,7 +16,8 @@ from transformers.models.auto import image_processing_auto, modeling_auto
 from transformers.models.auto.auto_factory import _LazyAutoMapping
 
 from armour_surgery.errors import SchemaError
-from armour_surgery.hosts.transformers_marks import PLAN, placeholders
+from armour_surgery.hosts.library_config import placeholders
+from armour_surgery.hosts.transformers_marks import PLAN
 from armour_surgery.patching import on_cpu_by_default
 from armour_surgery.records import SurgeryPlan
 from armour_surgery.saving.document import check_plan

@@ -1,4 +1,4 @@
-"""transformers: what `save_pretrained` writes of a converted model loads into no class without the surgery.
+"""transformers' base class: a converted model's `save_pretrained` writes what no class without the surgery loads.
 
 This is imported when somebody imports transformers' base class: what takes time is imported when a model is saved.
 """
@@ -13,8 +13,9 @@ __all__ = ["register"]
 
 
 def register() -> None:
-    """Wrap `PreTrainedModel.save_pretrained`."""
+    """Wrap what `PreTrainedModel` saves and draws."""
     PreTrainedModel.save_pretrained = _for_converted(PreTrainedModel.save_pretrained)
+    PreTrainedModel._initialize_weights = _with_stand_ins(PreTrainedModel._initialize_weights)
 
 
 def _for_converted(save: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,6 +38,31 @@ def _for_converted(save: Callable[..., Any]) -> Callable[..., Any]:
     return save_pretrained
 
 
+def _with_stand_ins(initialize: Callable[..., Any]) -> Callable[..., Any]:
+    """Drawing weights for what a file lacks, also in classes that name the projections of their attention (SigLIP).
+
+    In the place of one that is gone they find another, of one number, which is gone again afterwards.
+    """
+
+    @functools.wraps(initialize)
+    def _initialize_weights(self: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+        gone = [name for name, child in module._modules.items() if child is None]
+        try:
+            for name in gone:
+                module._modules[name] = _one_number()
+            return initialize(self, module, *args, **kwargs)
+        finally:
+            module._modules.update(dict.fromkeys(gone))
+
+    return _initialize_weights
+
+
+def _one_number() -> Any:
+    from torch import nn
+
+    return nn.Linear(1, 1)
+
+
 def _mark_whole(model: Any) -> None:
     """A part that was converted by itself cannot know the model that it was put into."""
     from armour_surgery.hosts import mark_converted
@@ -47,9 +73,7 @@ def _mark_whole(model: Any) -> None:
 
 
 def _with_placeholders(model: Any, state_dict: Any) -> dict[str, Any]:
-    import torch
-
-    from armour_surgery.hosts.transformers_marks import placeholders
+    from armour_surgery.hosts.library_config import placeholders
 
     whole = dict(model.state_dict() if state_dict is None else state_dict)
-    return whole | {name: torch.zeros(1) for name in placeholders(model)}
+    return whole | placeholders(model)

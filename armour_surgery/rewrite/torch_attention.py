@@ -23,7 +23,20 @@ def answers_of(host: type[nn.Module]) -> dict[str, Any]:
         return {}
     # To torch this flag says that in_proj_weight is q, k and v of one width, [3E, E], which it is no more: the layer
     # then calls the module. Torch keeps it on the instance, and only a property goes before that.
-    return {"_qkv_same_embed_dim": property(lambda self: False)}
+    return {"_qkv_same_embed_dim": property(lambda self: False), "_reset_parameters": _reset_parameters}
+
+
+def _reset_parameters(self: nn.MultiheadAttention) -> None:
+    """Draw the weights anew as torch does, those that there are; trainers and transformers call it."""
+    for weight in (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight):
+        if weight is not None:
+            nn.init.xavier_uniform_(weight)
+    if self.in_proj_bias is not None:
+        nn.init.zeros_(self.in_proj_bias)
+        nn.init.zeros_(self.out_proj.bias)
+    for bias in (self.bias_k, self.bias_v):
+        if bias is not None:
+            nn.init.xavier_normal_(bias)
 
 
 def taking_nested(forward: Callable[..., Any], host: type[nn.Module]) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from armour_surgery.errors import KeyMismatchError, SchemaError
+from armour_surgery.hosts.library_config import placeholders
 from armour_surgery.saving.document import Document
 from armour_surgery.saving.staging import PLAN, WEIGHTS
 
@@ -24,6 +25,8 @@ def fill(model: nn.Module, tensors: dict[str, torch.Tensor], document: Document,
         SchemaError: the document names a buffer that there is not.
     """
     weights = folder / WEIGHTS
+    gone = placeholders(model)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in gone or tensor.shape != gone[name].shape}
     _put_in(model, tensors, document.tied, weights, blame)
     _cast_buffers(model, document.buffer_dtypes, folder)
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]

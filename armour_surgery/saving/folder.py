@@ -1,7 +1,7 @@
-"""The folder format: `model.safetensors`, `surgery.json`, `README.md`. No pickle anywhere.
+"""The folder format: `model.safetensors`, `surgery.json`, `README.md`, and `config.json` for timm and transformers.
 
 Loading rebuilds the host on the meta device from its library alone, does the surgery again from the plan, and fills in
-the weights strictly. A folder comes from anywhere: nothing in it is believed before it is checked.
+the weights strictly. A folder comes from anywhere: nothing in it is believed before it is checked. No pickle anywhere.
 """
 
 import json
@@ -24,6 +24,7 @@ from armour_surgery.errors import (
     SchemaError,
     UsageError,
 )
+from armour_surgery.hosts.library_config import placeholders, write_config
 from armour_surgery.hosts.limits import Limits
 from armour_surgery.hosts.skeleton import changed_attributes, first_difference
 from armour_surgery.hosts.weights_file import digest_of
@@ -110,8 +111,12 @@ def _write(
     model: nn.Module, surgery: SurgeryPlan, target: Path, model_args: dict[str, Any], marks: Mapping[str, str]
 ) -> Path:
     target = target.resolve()  # a link stays a link, and the folder behind it is written
-    surgery = replace(surgery, source=rebuildable(model, surgery, model_args))
+    source = rebuildable(model, surgery, model_args)
+    surgery = replace(surgery, source=source)
     tensors, tied = distinct_tensors(model)
+    if source.library == "transformers":
+        hosts.mark_converted(model, surgery)  # its parts may have been converted by themselves
+        tensors |= placeholders(model)
     try:
         with written_aside(target) as folder:
             save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", **marks})
@@ -127,6 +132,7 @@ def _write(
                 "buffer_dtypes": _buffer_dtypes(model),
                 "plan": surgery.to_dict(),
             }
+            write_config(model, source, folder)
             (folder / CARD).write_text(model_card(surgery, target.name), encoding="utf-8")
             text = json.dumps(document, indent=1, allow_nan=False) + "\n"
             if len(text) > LARGEST:

@@ -12,7 +12,7 @@ from armour_surgery.errors import ModelError, NotOursError, OccupiedError, Schem
 from armour_surgery.records import Source
 from armour_surgery.saving.document import LARGEST, TOOL, read_document
 from armour_surgery.saving.from_hub import folder_of_plan
-from armour_surgery.saving.staging import CARD, PLAN, WEIGHTS
+from armour_surgery.saving.staging import OURS, PLAN, WEIGHTS
 
 __all__ = ["AS_CONVERTED", "TRAINING", "check_output", "check_replaceable", "is_saved_folder", "refuse_foreign"]
 
@@ -84,7 +84,7 @@ def check_replaceable(path: str | Path, source: Source | None = None, *, force: 
     try:
         check_output(target)
     except NotOursError as error:
-        names = f"{WEIGHTS}, {PLAN} and {CARD}"
+        names = f"{', '.join(OURS[:-1])} and {OURS[-1]}"
         raise NotOursError(f"{error}, or replace {names} in it with --force; other files stay") from error
     if reason := _why_kept(target, source):
         raise OccupiedError(f"{target} {reason}, and was not replaced; name another --out, or replace it with --force")

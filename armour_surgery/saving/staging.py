@@ -11,10 +11,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from armour_surgery.errors import FolderError
+from armour_surgery.hosts.library_config import CONFIG, PROCESSOR, is_config_of_ours
 from armour_surgery.hosts.weights_file import digest_of
 
 __all__ = [
     "CARD",
+    "OURS",
     "PATIENCE",
     "PLAN",
     "STAGE",
@@ -27,6 +29,8 @@ __all__ = [
 ]
 
 PLAN, WEIGHTS, CARD = "surgery.json", "model.safetensors", "README.md"
+# All files of a folder that this tool writes; what else lies there is the user's.
+OURS = (PLAN, WEIGHTS, CARD, CONFIG, PROCESSOR)
 # Where the next version of a folder waits until its surgery.json is in place.
 STAGE = ".armour-new"
 # safetensors writes beside its file under such a name first, and a process that is killed leaves it there.
@@ -76,7 +80,7 @@ def check_stage(target: Path) -> None:
     except OSError:
         return  # a writer has come to its end meanwhile
     for entry in waiting:
-        ours = entry.name in (PLAN, WEIGHTS, CARD) or entry.name.startswith(UNFINISHED)
+        ours = entry.name in OURS or entry.name.startswith(UNFINISHED)
         if not ours or not entry.is_file(follow_symlinks=False):
             raise FolderError(
                 f"{stage} is where this tool keeps unfinished files, and {entry.name!r} in it is a link or not one of "
@@ -123,10 +127,13 @@ def written_aside(target: Path) -> Iterator[Path]:
         committed = False
         try:
             yield stage
+            stale = _stale(stage, target)
             os.replace(stage / PLAN, target / PLAN)
             committed = True
         finally:
             _finish(target, committed)
+        for path in stale:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -177,10 +184,18 @@ def _finish(target: Path, committed: bool = False) -> None:
     if committed or (
         not (stage / PLAN).exists() and (stage / WEIGHTS).exists() and names_weights(target, stage / WEIGHTS)
     ):
-        for name in (WEIGHTS, CARD):
+        # The weights come last: as long as they wait here, it can be seen that something does.
+        for name in (CARD, CONFIG, PROCESSOR, WEIGHTS):
             if (stage / name).exists():
                 os.replace(stage / name, target / name)
     shutil.rmtree(stage, ignore_errors=True)
+
+
+def _stale(stage: Path, target: Path) -> list[Path]:
+    """What an earlier version wrote for its library and the new one, of another library, has not."""
+    if not is_config_of_ours(target / CONFIG):
+        return []
+    return [target / name for name in (CONFIG, PROCESSOR) if not (stage / name).exists()]
 
 
 def names_weights(folder: Path, weights: Path) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from command_line import CONVERT_KEYS
+from saved_models import FILES
 
 from armour_surgery import load
 
@@ -21,7 +22,7 @@ def test_the_console_script_in_a_fresh_folder(here: Path) -> None:
     found = json.loads(done.stdout)
     assert set(found) == CONVERT_KEYS
     assert found["out"] == "vit_tiny_patch16_224-armour-qv"
-    assert sorted(os.listdir(here / found["out"])) == ["README.md", "model.safetensors", "surgery.json"]
+    assert sorted(os.listdir(here / found["out"])) == FILES
     assert len(found["sites"]) == 12
     assert load(here / found["out"])(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
     # Nothing but what was asked for, hidden files included.

@@ -11,7 +11,7 @@ KEYS = {
     "model", "repo", "revision", "url", "private", "license", "files", "left_out", "bytes", "commit", "changed",
     "dry_run", "seconds",
 }  # fmt: skip
-SENT = ["README.md", "model.safetensors", "surgery.json"]
+SENT = ["README.md", "config.json", "model.safetensors", "surgery.json"]
 
 
 @pytest.fixture(scope="module")

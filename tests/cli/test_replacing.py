@@ -9,10 +9,11 @@ import timm
 import torch
 from command_line import bad, document, good
 from safetensors.torch import load_file
+from saved_models import FILES
 
 from armour_surgery import convert, load, save
 from armour_surgery.saving.folder import read_plan
-from armour_surgery.saving.staging import CARD, PLAN, WEIGHTS
+from armour_surgery.saving.staging import PLAN, WEIGHTS
 
 RANDOM = ("--no-pretrained", "--img-size", "32", "--model-kwargs", "depth=2")
 
@@ -149,4 +150,4 @@ def test_the_mark_of_a_conversion_is_in_the_weights_alone(tiny: str, here: Path)
     keys = json.loads((here / "out" / PLAN).read_text()).keys()
     save(load(here / "out"), here / "saved")
     assert json.loads((here / "saved" / PLAN).read_text()).keys() == keys
-    assert sorted(path.name for path in (here / "out").iterdir()) == sorted((CARD, PLAN, WEIGHTS))
+    assert sorted(path.name for path in (here / "out").iterdir()) == FILES

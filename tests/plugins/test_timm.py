@@ -1,14 +1,11 @@
 """timm creates converted models by name, and takes Armour for an attention layer."""
 
-import json
-from pathlib import Path
-
 import timm
 import torch
 from small_models import refused, surgery_of, vit
 from timm.models.vision_transformer import Attention
 
-from armour_surgery import convert, save
+from armour_surgery import convert
 from armour_surgery.errors import ModelError
 from armour_surgery.measure.cost import count_params
 from armour_surgery.plugins.timm import PAPER, Armour
@@ -53,25 +50,3 @@ def test_armour_is_an_attention_layer() -> None:
         assert torch.equal(model.eval()(x), again(x))
     model.train()(x).sum().backward()
     assert model.blocks[0].attn.qkv.weight.grad.shape == (96, 48)
-
-
-def test_a_saved_folder_that_says_so_is_created_like_any_other(tmp_path: Path) -> None:
-    """`save` writes no config.json; with one that names the folder's own architecture, timm takes it."""
-    converted = convert(vit(), "qv")
-    save(converted, tmp_path / "armour")
-    told = {"architecture": "armour_surgery_folder", "num_classes": 5, "pretrained_cfg": {"num_classes": 5}}
-    (tmp_path / "armour/config.json").write_text(json.dumps(told), encoding="utf-8")
-    name = f"local-dir:{tmp_path / 'armour'}"
-    x = torch.randn(3, 3, 32, 32)
-    with torch.no_grad():
-        assert torch.equal(timm.create_model(name, pretrained=True).eval()(x), converted(x))
-    other = timm.create_model(name, pretrained=True, num_classes=7).eval()
-    assert other(x).shape == (3, 7)
-    assert torch.equal(other.blocks[0].attn.qkv.weight, converted.blocks[0].attn.qkv.weight)
-    fresh = timm.create_model(name, drop_path_rate=0.1)
-    assert fresh.state_dict().keys() == converted.state_dict().keys()
-    assert not torch.equal(fresh.blocks[0].attn.qkv.weight, converted.blocks[0].attn.qkv.weight)
-
-
-def test_the_name_of_folders_needs_one() -> None:
-    assert "what a saved folder holds" in refused(ModelError, lambda: timm.create_model("armour_surgery_folder"))

@@ -32,6 +32,17 @@ class Encoder(nn.Module):
         return self.head(self.layers(x, src_key_padding_mask=padding))
 
 
+class Attends(nn.Module):
+    """Self-attention of a module that is given."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention(x, x, x)[0]
+
+
 def sequences(padded: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Three sequences of up to seven tokens, and which of these are padding."""
     x = torch.randn(3, TOKENS, WIDTH)
@@ -132,3 +143,17 @@ def test_a_mask_may_be_in_the_example(named: str) -> None:
     converted = convert(model, "qk", example_input=example)
     with torch.no_grad():
         assert torch.allclose(converted(x, mask), model(x, mask), atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_are_drawn_anew(mode: str) -> None:
+    drawn = nn.MultiheadAttention(WIDTH, 4, add_bias_kv=mode == "qk", batch_first=True)
+    converted = convert(nn.Sequential(Attends(drawn)), mode, example_input=torch.empty(2, TOKENS, WIDTH))
+    attention = converted[0].attention
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.fill_(torch.nan)
+    attention._reset_parameters()
+    attention.out_proj.reset_parameters()
+    assert all(parameter.isfinite().all() for parameter in attention.parameters())
+    assert not attention.in_proj_bias.any()

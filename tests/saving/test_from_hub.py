@@ -41,6 +41,11 @@ def test_a_folder_on_the_hub_is_loaded(there: Hub, saved: Path) -> None:
     assert there.sent("checkpoint.pt") == []
 
 
+def test_timm_creates_it(there: Hub, saved: Path) -> None:
+    assert same(timm.create_model(NAME, pretrained=True).eval(), load(saved))
+    assert there.sent("checkpoint.pt") == []
+
+
 def test_looking_does_not_fetch_the_weights(there: Hub) -> None:
     assert is_saved_folder(NAME)
     read_plan(NAME)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from saved_models import CARD, PLAN, WEIGHTS, contents, same
+from saved_models import CARD, FILES, PLAN, WEIGHTS, contents, same
 from small_models import refused
 from torch import nn
 
@@ -78,12 +78,12 @@ def test_a_stage_that_is_not_ours_is_refused_and_left_alone(
 
 def test_what_a_killed_writer_left_is_cleared_away(vit: nn.Module, broken: Path) -> None:
     (broken / STAGE).mkdir()
-    for name in (PLAN, WEIGHTS, CARD, ".tmpA1b2C3"):
+    for name in (*FILES, ".tmpA1b2C3"):
         (broken / STAGE / name).write_bytes(b"half")
     load(broken)
     save(vit, broken)
     assert same(vit, load(broken))
-    assert sorted(os.listdir(broken)) == sorted([CARD, WEIGHTS, PLAN])
+    assert sorted(os.listdir(broken)) == FILES
 
 
 def test_a_plan_behind_a_link_out_of_the_folder_is_not_read(saved: Path, broken: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from saved_models import CARD, PLAN, WEIGHTS, contents, host, same
+from saved_models import FILES, PLAN, WEIGHTS, contents, host, same
 from small_models import refused
 from torch import nn
 
@@ -21,7 +21,7 @@ from armour_surgery.saving.occupied import check_output, is_saved_folder
 
 
 def test_what_the_folder_holds(saved: Path) -> None:
-    assert sorted(entry.name for entry in saved.iterdir()) == [CARD, WEIGHTS, PLAN]
+    assert sorted(entry.name for entry in saved.iterdir()) == FILES
     document = json.loads((saved / PLAN).read_text(encoding="utf-8"))
     assert set(document) == {
         "schema_version", "tool", "versions", "weights", "sha256", "tied", "buffer_dtypes", "plan"
@@ -179,7 +179,7 @@ def test_the_current_folder_loses_nothing(vit: nn.Module, broken: Path, monkeypa
     except FolderError as error:
         assert "Errno" not in str(error)  # noqa: PT017
     assert (broken / "train.log").read_text() == "epoch 1"
-    assert set(os.listdir(broken)) == {CARD, WEIGHTS, PLAN, "train.log"}
+    assert set(os.listdir(broken)) == {*FILES, "train.log"}
     load(broken)
 
 

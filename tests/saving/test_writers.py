@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from saved_models import CARD, PLAN, WEIGHTS, host
+from saved_models import CARD, FILES, PLAN, WEIGHTS, host
 from small_models import refused
 from torch import nn
 
@@ -80,7 +80,7 @@ def test_writers_wait_for_each_other_and_readers_meet_one_version(
     assert together(write_both, read) == []
     assert seen
     assert all(seen)
-    assert sorted(os.listdir(broken)) == sorted([CARD, PLAN, WEIGHTS])
+    assert sorted(os.listdir(broken)) == FILES
     load(broken)
 
 
@@ -128,7 +128,7 @@ def test_a_process_that_was_killed_while_it_wrote_holds_nobody_up(vit: nn.Module
     os.waitpid(child, 0)
     assert (broken / staging.STAGE / WEIGHTS).exists()
     save(vit, broken)
-    assert sorted(os.listdir(broken)) == sorted([CARD, PLAN, WEIGHTS])
+    assert sorted(os.listdir(broken)) == FILES
 
 
 def test_a_reader_that_is_overtaken_by_a_writer_reads_again(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hub_stand_in import READS, Hub
 from huggingface_hub import CommitOperationAdd, HfApi, constants
-from saved_models import CARD, PLAN, WEIGHTS
+from saved_models import FILES, PLAN, WEIGHTS
 from small_models import refused
 
 from armour_surgery import push
@@ -34,7 +34,7 @@ def send(folder: Path, **options: Any) -> Pushed:
 
 def arrived(hub: Hub, folder: Path) -> bool:
     files = hub.repos[REPO].files()
-    return files.keys() == {PLAN, WEIGHTS, CARD} and files[WEIGHTS] == (folder / WEIGHTS).read_bytes()
+    return files.keys() == set(FILES) and files[WEIGHTS] == (folder / WEIGHTS).read_bytes()
 
 
 # What passes

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from hub_stand_in import Hub
-from saved_models import CARD, PLAN, WEIGHTS, armour, contents, edit, same
+from saved_models import CARD, FILES, PLAN, WEIGHTS, armour, contents, edit, same
 from small_models import refused
 
 from armour_surgery import load, push
@@ -34,7 +34,7 @@ def test_a_folder_arrives_byte_for_byte_in_one_commit(folder: Path, hub: Hub) ->
     pushed = send(folder)
     repo = hub.repos[REPO]
     arrived = repo.files()
-    assert arrived.keys() == {PLAN, WEIGHTS, CARD}
+    assert arrived.keys() == set(FILES)
     assert (arrived[PLAN], arrived[WEIGHTS]) == (before[PLAN], before[WEIGHTS])
     assert len(repo.branches["main"]) == 2  # the hub's own, and ours
     assert pushed.commit == repo.find("main")
@@ -107,7 +107,7 @@ def test_a_branch_is_made(folder: Path, hub: Hub) -> None:
     repo = hub.repos[REPO]
     assert pushed.url.endswith("/me/tiny/tree/armour/qv")
     assert repo.messages[-1] == "narrower"
-    assert repo.files("armour/qv").keys() == {PLAN, WEIGHTS, CARD}
+    assert repo.files("armour/qv").keys() == set(FILES)
     assert repo.files() == {WEIGHTS: b"of another model"}
     assert not send(folder, revision="armour/qv").changed
 
