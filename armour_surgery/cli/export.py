@@ -22,19 +22,28 @@ def export(
         typer.Option(
             "--format",
             metavar="FORMAT",
-            help="compat: the original's own shape, for any timm, transformers or torchvision without this tool. onnx, "
-            "openvino, pt2 (torch.export): a graph for any batch size.",
+            help="timm, hf: for these libraries after `import armour_surgery`. compat: the original's own shape, for "
+            "any timm, transformers or torchvision without this tool. onnx, openvino, pt2 (torch.export): a graph for "
+            "any batch size.",
             show_default=False,
         ),
     ],
     out: Annotated[
         Path,
-        typer.Option(metavar="PATH", help="A folder for compat, else FILE.onnx, .xml or .pt2.", show_default=False),
+        typer.Option(
+            metavar="PATH", help="A folder for timm, hf and compat, else FILE.onnx, .xml or .pt2.", show_default=False
+        ),
     ],
     deploy: Annotated[
         bool, typer.Option("--deploy", help="Make it ready for inference first (BatchNorm folded, ...).")
     ] = False,
     int8: Annotated[bool, typer.Option("--int8", help="For onnx: weights of matrix products in 8 bits.")] = False,
+    remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--remote-code", help="For hf: with a modeling file, for trust_remote_code=True without this tool."
+        ),
+    ] = False,
     images: Annotated[
         str, typer.Option(metavar="IMAGES", help="What outputs are compared on: a folder of photos, or synthetic.")
     ] = "synthetic",
@@ -50,7 +59,7 @@ def export(
         from armour_surgery.exporting.formats import check_export
         from armour_surgery.exporting.formats import export as run_export
         from armour_surgery.saving.any_model import Asked, load_any
-    check_export(out, format, deploy=deploy, int8=int8)
+    check_export(out, format, deploy=deploy, int8=int8, remote_code=remote_code)
     own = own_models(into, example)
     with console.status("loading the model"):
         loaded, _ = load_any(model, pretrained=pretrained, asked=Asked(checkpoint=checkpoint), own=own)
@@ -62,6 +71,7 @@ def export(
             format=format,
             deploy=deploy,
             int8=int8,
+            remote_code=remote_code,
             images=images,
             into=fresh,
             name=model,

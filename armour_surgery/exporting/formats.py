@@ -18,12 +18,13 @@ from armour_surgery import __version__, hosts
 from armour_surgery.copies import full_copy
 from armour_surgery.deployment import deploy as deployed
 from armour_surgery.errors import ExportError, FolderError, UsageError
+from armour_surgery.exporting.as_saved import LIBRARIES, write_saved
 from armour_surgery.exporting.comparison import Inputs, answers, batches, largest_error, other_size
 from armour_surgery.exporting.compat import ORIGIN, write_compat
 from armour_surgery.exporting.onnx import load_onnx, to_int8, write_onnx
 from armour_surgery.exporting.openvino import load_openvino, write_openvino
 from armour_surgery.exporting.pt2 import load_pt2, write_pt2
-from armour_surgery.hosts.library_folder import read_folder
+from armour_surgery.hosts.library_folder import read_converted, read_folder
 from armour_surgery.images.for_calibration import SYNTHETIC
 from armour_surgery.patching import on_cpu_by_default
 from armour_surgery.records import SurgeryPlan
@@ -35,10 +36,10 @@ from armour_surgery.surgery.targets import plain_example_of
 __all__ = ["FORMATS", "Exported", "check_export", "export"]
 
 # Format and the ending of its file; a folder has none.
-FORMATS = {"compat": "", "onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2"}
+FORMATS = {"timm": "", "hf": "", "compat": "", "onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2"}
 _GRAPHS = ("onnx", "openvino", "pt2")
 # The largest relative difference of outputs in other runtimes; in torch the operations are the same ones.
-_NEAR = {"onnx": 1e-4, "openvino": 1e-4, "pt2": 1e-6, "compat": 1e-5}
+_NEAR = {"onnx": 1e-4, "openvino": 1e-4, "pt2": 1e-6, "compat": 1e-5, "timm": 1e-6, "hf": 1e-6}
 _CHECKERS = {"onnx": "onnxruntime", "openvino": "openvino", "pt2": "torch"}
 
 
@@ -61,7 +62,9 @@ class Exported:
         return asdict(self)
 
 
-def check_export(path: str | Path, format: str, *, deploy: bool = False, int8: bool = False) -> None:
+def check_export(
+    path: str | Path, format: str, *, deploy: bool = False, int8: bool = False, remote_code: bool = False
+) -> None:
     """Refuse what cannot be, before the work.
 
     Raises:
@@ -70,7 +73,11 @@ def check_export(path: str | Path, format: str, *, deploy: bool = False, int8: b
     """
     if format not in FORMATS:
         raise UsageError(f"--format {format!r} is none; choose {', '.join(FORMATS)}")
-    for option, asked, formats in (("--deploy", deploy, _GRAPHS), ("--int8", int8, ("onnx",))):
+    for option, asked, formats in (
+        ("--deploy", deploy, _GRAPHS),
+        ("--int8", int8, ("onnx",)),
+        ("--remote-code", remote_code, ("hf",)),
+    ):
         if asked and format not in formats:
             raise UsageError(f"{option} is for --format {' or '.join(formats)}, not for {format}; leave it out")
     suffix = FORMATS[format]
@@ -90,6 +97,7 @@ def export(
     format: str,
     deploy: bool = False,
     int8: bool = False,
+    remote_code: bool = False,
     images: object = SYNTHETIC,
     into: nn.Module | None = None,
     name: str | None = None,
@@ -97,13 +105,17 @@ def export(
     """Write a model for other tools, load it there, and compare its outputs with the model's; in eval mode.
 
     What is written appears whole, and only after its outputs were found equal within rounding (but for `int8`, whose
-    difference is told). The model stays as it is, and may be unconverted for all formats but `compat`.
+    difference is told). The model stays as it is, and may be unconverted for graphs.
 
     Args:
-        format: `compat`: weights of the original's own shape, for timm, transformers, torchvision or the user's class,
-            with what is shared stored twice; `onnx` (ONNX Runtime), `openvino` (IR), `pt2` (torch.export). These three
-            take any batch size, and other image sizes where the model does.
+        format: `timm`, `hf`: what `save` writes, for `timm.create_model("local-dir:...")` and transformers'
+            `from_pretrained` after `import armour_surgery`; `compat`: weights of the original's own shape, for timm,
+            transformers, torchvision or the user's class, with what is shared stored twice; `onnx` (ONNX Runtime),
+            `openvino` (IR), `pt2` (torch.export): graphs that take any batch size, and other image sizes where the
+            model does.
         deploy: make it ready for inference first, as `armour_surgery.deploy` does.
+        remote_code: for `hf`, a modeling file beside it, which loads with `trust_remote_code=True` and without this
+            tool. It knows the kinds of calls that were made until now (training or not, these image sizes).
         int8: for `onnx`, weights of matrix products in 8 bits (dynamic quantization).
         images: what outputs are compared on: a folder of photos, "synthetic" (drawn), or batches.
         into: for `compat` and a model of no library, a fresh one.
@@ -115,19 +127,19 @@ def export(
         ExampleInputError: it is not known what the model takes.
         FolderError: nothing can be written at `path`, or something else is there.
     """
-    check_export(path, format, deploy=deploy, int8=int8)
+    check_export(path, format, deploy=deploy, int8=int8, remote_code=remote_code)
     hosts.refuse_wrapped(model)
     plain_example_of(model, None)  # says what cannot be run on images
     target = Path(path)
     origin = _origin(model, name or type(model).__name__, deploy)
     with torch.inference_mode(False), torch.no_grad():
+        if format in LIBRARIES:
+            return _saved(model, format, target, origin, images, remote_code=remote_code)
         if format == "compat":
             return _compat(model, target, origin, images, into)
         ready = deployed(model) if deploy else full_copy(model).eval()
         ready = ready.cpu()
-        compared = batches(ready, images)
-        larger = other_size(ready, compared[-1])
-        compared += [] if larger is None else [larger]
+        compared, larger = _compared(ready, images)
         wanted = [answers(ready, inputs) for inputs in compared]
         # torch takes an axis of size one for fixed.
         inputs = compared[1]
@@ -155,6 +167,28 @@ def _write(
         if format == "openvino":
             write_openvino(whole, place, origin)
     return load_openvino(place) if format == "openvino" else load_onnx(place)
+
+
+def _compared(model: nn.Module, images: object) -> tuple[list[Inputs], Inputs | None]:
+    """Batches that outputs are compared on, and the one of them with larger images, where the model takes such."""
+    compared = batches(model, images)
+    larger = other_size(model, compared[-1])
+    return compared + ([] if larger is None else [larger]), larger
+
+
+def _saved(
+    model: nn.Module, format: str, target: Path, origin: dict[str, Any], images: object, *, remote_code: bool
+) -> Exported:
+    ready = full_copy(model).cpu().eval()
+    compared, _ = _compared(ready, images)
+    wanted = [answers(ready, inputs) for inputs in compared]
+    with _written_aside(target) as folder:
+        source = write_saved(ready, format, folder, origin, compared, remote_code=remote_code)
+        loaded = read_converted(folder, ready, by_its_code=remote_code)
+        error = largest_error(wanted, compared, partial(answers, loaded), "what was written")
+        _refuse_different(error, format)
+        size = _bytes_in(folder)
+    return Exported(origin["model"], format, str(target), size, error, _checked_with(source.library))
 
 
 def _compat(model: nn.Module, target: Path, origin: dict[str, Any], images: object, into: nn.Module | None) -> Exported:

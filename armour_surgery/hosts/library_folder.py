@@ -1,6 +1,7 @@
 """Folders as the libraries themselves write and read them."""
 
 import copy
+import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,10 @@ from armour_surgery.errors import ExportError
 from armour_surgery.hosts.building import build
 from armour_surgery.records import Source
 
-__all__ = ["read_folder", "write_as_timm", "write_folder"]
+__all__ = ["MODELING", "auto_class", "read_converted", "read_folder", "write_as_timm", "write_folder"]
+
+# The module of a folder that has the code of its model.
+MODELING = "modeling_armour"
 
 _WEIGHTS = "model.safetensors"
 
@@ -76,6 +80,61 @@ def read_folder(folder: Path, model: nn.Module, source: Source, fresh: nn.Module
             "please report it"
         ) from error
     return loaded.to(next(model.parameters()).dtype).eval()
+
+
+def read_converted(folder: Path, model: nn.Module, *, by_its_code: bool) -> nn.Module:
+    """What the library makes of a folder that `save` wrote of this model of timm or transformers, in eval mode.
+
+    Raises:
+        ExportError: the library does not take it; the message is the library's.
+    """
+    library = "transformers" if hasattr(model, "config") else "timm"
+    try:
+        if library == "timm":
+            import timm
+
+            loaded: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        else:
+            import transformers
+
+            config: Any = model.config
+            kind = _class_in(folder, type(model)) if by_its_code else getattr(transformers, auto_class(model))
+            loaded = kind.from_pretrained(
+                folder, local_files_only=True, attn_implementation=config._attn_implementation
+            )
+    except Exception as error:
+        raise ExportError(
+            f"{library} does not load what was written of {type(model).__name__}: {type(error).__name__}: {error}; "
+            "please report it"
+        ) from error
+    return loaded.eval()
+
+
+def auto_class(model: nn.Module) -> str:
+    """The auto class of transformers that finds the class of a converted model by its config."""
+    from transformers.models.auto import modeling_auto
+
+    from armour_surgery.hosts.transformers_marks import stock_config_class
+
+    own: Any = model.config
+    config = stock_config_class(type(own))
+    for name, auto in vars(modeling_auto).items():
+        table = getattr(auto, "_model_mapping", None)
+        if name.startswith("Auto") and table is not None and config in table:
+            entry = table[config]
+            if type(model) in (entry if isinstance(entry, tuple | list) else (entry,)):
+                return str(name)
+    return "AutoModel"
+
+
+def _class_in(folder: Path, kind: type) -> Any:
+    """The class in a folder's own code, imported as a module that nobody else finds."""
+    spec = importlib.util.spec_from_file_location(f"{MODELING}_of_{kind.__name__}", folder / f"{MODELING}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, f"Armour{kind.__name__}")
 
 
 def _from_transformers(folder: Path, kind: Any) -> nn.Module:

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from armour_surgery.records import SurgeryPlan
 
-__all__ = ["PLAN", "PREFIX", "config_class", "mark"]
+__all__ = ["PLAN", "PREFIX", "config_class", "mark", "stock_config_class"]
 
 PREFIX = "armour_"
 # The entry of a config that holds what is to be done when a model is built.
@@ -31,6 +31,11 @@ def config_class(kind: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
         members = {"model_type": f"{PREFIX}{kind.model_type}", "__module__": kind.__module__}
         _CONFIGS[kind] = type(f"Armour{kind.__name__}", (_ConvertedConfig, kind), members)
     return _CONFIGS[kind]
+
+
+def stock_config_class(kind: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The class of the config that the model had before, for that of a converted model."""
+    return next(stock for stock, converted in _CONFIGS.items() if converted is kind)
 
 
 class _ConvertedConfig:

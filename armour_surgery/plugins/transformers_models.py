@@ -66,6 +66,20 @@ class _Converted:
         model._keys_to_ignore_on_load_unexpected = known | set(map(re.escape, placeholders(model)))
         object.__setattr__(self, "__class__", self._stock)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers has it, with weights where torch would have put them.
+
+        In a file, which is mapped, tensors begin where their neighbors end, and for memory that is not aligned torch
+        takes other kernels, whose sums round differently.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+                tensor.data = tensor.data.clone()
+        return loaded
+
 
 @on_cpu_by_default
 def _replay(model: nn.Module, plan: Mapping[str, Any]) -> None:

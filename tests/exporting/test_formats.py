@@ -157,10 +157,11 @@ def test_the_model_stays_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "options", "said"),
     [
-        ("m.onnx", {"format": "tflite"}, "'tflite' is none; choose compat, onnx, openvino, pt2"),
+        ("m.onnx", {"format": "tflite"}, "'tflite' is none; choose timm, hf, compat, onnx, openvino, pt2"),
         ("m.bin", {"format": "onnx"}, "ends in .onnx"),
         ("m.pt2", {"format": "pt2", "int8": True}, "--int8 is for --format onnx, not for pt2"),
         ("m", {"format": "compat", "deploy": True}, "--deploy is for"),
+        ("m", {"format": "timm", "remote_code": True}, "--remote-code is for --format hf, not for timm"),
     ],
 )
 def test_what_cannot_be_is_refused_before_the_work(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hub_stand_in import READS, Hub
 from huggingface_hub import CommitOperationAdd, HfApi, constants
-from saved_models import FILES, PLAN, WEIGHTS
+from saved_models import FILES, WEIGHTS
 from small_models import refused
 
 from armour_surgery import push
