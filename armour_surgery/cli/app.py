@@ -17,6 +17,7 @@ from armour_surgery.cli.paper import paper
 from armour_surgery.cli.push import push
 from armour_surgery.cli.recipes import recipes
 from armour_surgery.cli.redundancy import redundancy
+from armour_surgery.cli.script import as_it_is, run
 
 __all__ = ["app", "main"]
 
@@ -56,6 +57,7 @@ app.command()(push)
 app.add_typer(recipes, name="recipes")
 app.command()(redundancy)
 app.command()(paper)
+app.command(context_settings=as_it_is)(run)
 app.command()(coverage)
 app.command()(demo)
 

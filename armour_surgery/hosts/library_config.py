@@ -33,7 +33,10 @@ _OF_WEIGHTS = (
 def write_config(model: nn.Module, source: Source, folder: Path) -> None:
     """Write what timm and transformers read of a folder; the other libraries read nothing."""
     if source.library == "timm":
-        text = json.dumps(_of_timm(model), indent=2) + "\n"
+        from armour_surgery.hosts.timm import example
+
+        ((shape, _),) = example(model).values()
+        text = json.dumps(_of_timm(model, shape), indent=2) + "\n"
         (folder / CONFIG).write_text(text, encoding="utf-8")
     elif source.library == "transformers":
         from armour_surgery.hosts.preprocessing import write_processor
@@ -68,13 +71,15 @@ def is_config_of_ours(path: Path) -> bool:
     return isinstance(told, dict) and (told.get("architecture") == TIMM_FOLDER or "armour_surgery" in told)
 
 
-def _of_timm(model: nn.Module) -> dict[str, Any]:
+def _of_timm(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
+    """What timm reads of its own folders, for a model that takes images of this shape."""
     cfg: dict[str, Any] = dict(getattr(model, "pretrained_cfg", None) or {})
     told: dict[str, Any] = {}
     for name, value in cfg.items():
         # What JSON cannot hold is a function that made weights fit.
         if name not in _OF_WEIGHTS and _is_plain(value):
             told[name] = value
+    told["input_size"] = shape
     classes = getattr(model, "num_classes", None)
     if classes is not None:
         told["num_classes"] = classes

@@ -68,7 +68,7 @@ def from_folder(pretrained: bool = False, pretrained_cfg: Any = None, **kwargs: 
     folder = _folder_of(pretrained_cfg)
     arguments = {name: value for name, value in kwargs.items() if name not in _PLACES and value is not None}
     if pretrained and not arguments:
-        return load(folder)
+        return _told(load(folder), pretrained_cfg)
     surgery = read_plan(folder)
     source = surgery.source
     assert source is not None
@@ -76,7 +76,7 @@ def from_folder(pretrained: bool = False, pretrained_cfg: Any = None, **kwargs: 
     model = replay(model, replace(surgery, trained=None, fidelity=None))
     if pretrained:
         _fill(model, load(folder), arguments)
-    return model
+    return _told(model, pretrained_cfg) if "img_size" not in arguments else model
 
 
 # Arguments of create_model that are not the model's.
@@ -95,6 +95,18 @@ def _folder_of(pretrained_cfg: Any) -> Path:
         f"{TIMM_FOLDER} names no architecture: it stands for what a saved folder holds; "
         'timm.create_model("local-dir:FOLDER", pretrained=True), or the original\'s name and armour_surgery.convert'
     )
+
+
+def _told(model: nn.Module, pretrained_cfg: dict[str, Any]) -> nn.Module:
+    """The model with what its folder says of images and classes, where timm's scripts look for it."""
+    from armour_surgery.hosts.timm import DATA_CONFIG
+
+    cfg: Any = model.pretrained_cfg
+    for name in DATA_CONFIG:
+        if name in pretrained_cfg and name != "num_classes":
+            value = pretrained_cfg[name]
+            cfg[name] = tuple(value) if isinstance(value, list) else value
+    return model
 
 
 def _fill(model: nn.Module, saved: nn.Module, arguments: dict[str, Any]) -> None:

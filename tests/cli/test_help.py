@@ -25,6 +25,7 @@ COMMANDS = (
     "recipes",
     "redundancy",
     "paper",
+    "run",
     "coverage",
     "demo",
 )

@@ -1,0 +1,36 @@
+"""`armour-surgery run SCRIPT ...`."""
+
+import runpy
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from armour_surgery.errors import UsageError
+
+__all__ = ["as_it_is", "run"]
+
+# What comes after the script is its own, `--help` too.
+as_it_is = {"allow_extra_args": True, "allow_interspersed_args": False, "ignore_unknown_options": True}
+
+
+def run(
+    context: typer.Context,
+    script: Annotated[Path, typer.Argument(metavar="SCRIPT ...", help="A Python file, and what it is to be told.")],
+) -> None:
+    """Run a script of others (timm's train.py, validate.py, benchmark.py) with converted models known to libraries.
+
+    It is as if the script began with `import armour_surgery`: local-dir:FOLDER and the paper's names are timm's then,
+    and transformers loads converted folders. Under torchrun: torchrun --no-python armour-surgery run SCRIPT ...
+    """
+    import armour_surgery  # noqa: F401  the libraries know converted models from here on
+
+    if not script.is_file():
+        error = UsageError(f"SCRIPT {str(script)!r} is no file; name a Python file, and its arguments after it")
+        typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
+        raise typer.Exit(error.exit_code)
+    # As Python itself does for a script. What goes wrong in it is shown as Python shows it.
+    sys.argv = [str(script), *context.args]
+    sys.path.insert(0, str(script.resolve().parent))
+    runpy.run_path(str(script), run_name="__main__")
