@@ -10,26 +10,24 @@ import timm
 import torch
 from command_line import good
 from timm.models import save_for_hf
+from timm.models._registry import _model_entrypoints
 from torchvision.transforms.functional import to_pil_image
 
 from armour_surgery.benchmarking import benchmark
 from armour_surgery.images.synthetic import synthetic_images
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+OPTIONS = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
 
 
-def commands() -> list[str]:
-    lines = [line.strip() for block in blocks("bash") for line in block.splitlines()]
+def commands(text: str = README) -> list[str]:
+    lines = [line.strip() for block in blocks("bash", text) for line in block.splitlines()]
     return [line for line in lines if line.startswith("armour-surgery")]
-
-
-def test_there_is_something_to_run() -> None:
-    assert len(commands()) >= 2
-    assert len(blocks("python")) == 1
 
 
 @pytest.fixture(autouse=True)
@@ -39,51 +37,57 @@ def _fresh_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(command: str) -> None:
     """In this process: that the installed script is the same program is test_cli.py's matter, and it costs seconds."""
-    good(*shlex.split(command)[1:])
+    words = shlex.split(command)[1:]
+    if words[0] == "bench":
+        words += ["--batch-size", "2", "--budget", "0.2", "--rounds", "2"]
+    good(*words)
 
 
-@pytest.mark.parametrize(
-    "command", [one for one in commands() if "deit_tiny" in one and not {"eval", "bench"} & set(one.split())]
-)
-def test_command(command: str, tmp_path: Path) -> None:
-    offline = " --no-pretrained" if command.startswith("armour-surgery convert") else ""
-    run(command + offline)
-    if offline:
-        assert (tmp_path / "deit_tiny_patch16_224-armour-qv" / "model.safetensors").is_file()
-
-
-def test_commands_with_names_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MODEL, PHOTOS/ and VALIDATION/ stand for what a user has: a tiny model here, and drawn pictures."""
-    monkeypatch.setattr(benchmark, "keep_memory", lambda: True)  # it would be for the whole suite
-    model = timm.create_model("test_vit", num_classes=2, img_size=32, depth=2)
-    save_for_hf(model, tmp_path / "mine", model_config={"pretrained_cfg": {"input_size": [3, 32, 32]}})
-    for number, picture in enumerate(synthetic_images(24, (3, 40, 40))):
+def photos(place: Path, classes: int, count: int) -> None:
+    """PHOTOS/ and VALIDATION/ stand for what a user has: drawn pictures here."""
+    for number, picture in enumerate(synthetic_images(count, (3, 40, 40))):
         for name in ("PHOTOS", "VALIDATION"):
-            folder = tmp_path / name / ("left" if number % 2 else "right")
+            folder = place / name / f"class{number % classes}"
             folder.mkdir(parents=True, exist_ok=True)
             to_pil_image(picture).save(folder / f"{number}.png")
-    seen = 0
-    for command in commands():
-        own = "MODEL" in command or "deit-armour" in command or "recovered" in command or "bench" in command
-        if "my_vit" in command or (not own and not command.endswith("recipes ls")):
-            continue
-        words = command.replace("deit_tiny_patch16_224-armour", "mine-armour")
-        words = words.replace("MODEL", "local-dir:mine").replace("deit_tiny_patch16_224", "local-dir:mine")
-        words = words.replace("deit-armour", "mine-armour-qv")
+
+
+def test_the_story_of_a_users_own_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command in its order, of a DeiT that is one block deep, on small images."""
+    monkeypatch.setattr(benchmark, "keep_memory", lambda: True)  # it would be for the whole suite
+    build = _model_entrypoints["deit_tiny_patch16_224"]
+    small = {"depth": 1, "embed_dim": 48, "num_heads": 3, "patch_size": 8}
+    monkeypatch.setitem(_model_entrypoints, "deit_tiny_patch16_224", lambda **given: build(**{**given, **small}))
+    model = timm.create_model("deit_tiny_patch16_224", num_classes=10, img_size=32)
+    torch.save(model.state_dict(), tmp_path / "mine.pth")
+    photos(tmp_path, 10, 40)
+    told = [command for command in commands() if "my_vit" not in command]
+    for command in told:
+        words = command.replace("--num-classes 10", "--num-classes 10 --img-size 32")
+        if "--no-pretrained" in words:
+            words += " --num-classes 10 --img-size 32"
         if "convert" in words:
-            words = f"{words.replace('0.02', '1.0')} --calib-images 64"
-        if "bench" in words:
-            words += " --batch-size 2 --budget 1"
+            words += " --calib-images 40"
         if "finetune" in words:
-            words += (
-                " --set data.images_per_epoch=8 --set data.batch_size=4 --set data.holdout=4 --set schedule.epochs=1"
-            )
+            words += " --set data.images_per_epoch=8 --set data.batch_size=4 --set data.holdout=4"
+            words += " --set schedule.epochs=1"
         run(words)
-        seen += 1
-    assert seen == 11
-    written = ("deit.onnx", "deit-stock/config.json", "mine-armour-qv/surgery.json", "recovered/surgery.json")
-    for made in ("sites.png", "report.html", *written):
-        assert (tmp_path / made).is_file(), made
+    assert len(told) == 11
+    written = ("deit-armour/config.json", "deit.onnx", "deit-stock/config.json", "recovered/surgery.json", "speed.png")
+    assert [name for name in written if not (tmp_path / name).is_file()] == []
+
+
+def test_the_options_of_convert(tmp_path: Path) -> None:
+    model = timm.create_model("test_vit", num_classes=2, img_size=32, depth=2)
+    save_for_hf(model, tmp_path / "mine", model_config={"pretrained_cfg": {"input_size": [3, 32, 32]}})
+    photos(tmp_path, 2, 24)
+    told = commands(OPTIONS)
+    for command in told:
+        words = command.replace("MODEL", "local-dir:mine").replace("0.02", "1.0")
+        run(f"{words} --calib-images 64" if "convert" in words else words)
+    assert len(told) == 3
+    assert (tmp_path / "sites.png").is_file()
+    assert (tmp_path / "report.html").is_file()
 
 
 MY_VIT = """
@@ -110,18 +114,20 @@ def test_commands_with_a_model_of_the_users_own(tmp_path: Path) -> None:
     torch.save(made["MyViT"]().state_dict(), tmp_path / "weights.pt")
     own = [command for command in commands() if "my_vit" in command]
     for command in own:
-        run(command + " --batch-size 2 --budget 1" if "bench" in command else command)
+        run(command)
     assert len(own) == 2
     assert (tmp_path / "my-vit-armour" / "surgery.json").is_file()
 
 
 def test_python(capsys: pytest.CaptureFixture[str]) -> None:
-    code = blocks("python")[0].replace("pretrained=True", "pretrained=False")
+    short, code = blocks("python")
+    code = code.replace("pretrained=True", "pretrained=False")
     exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
     told = capsys.readouterr().out
     assert "blocks.11.attn 3 64 64" in told
     assert "5717416 5272744" in told
     assert "def forward(self, x" in told
+    exec(compile(short, "README.md", "exec"), {})  # it loads what the other has saved
 
 
 def test_every_mode_is_explained() -> None:
