@@ -7,6 +7,7 @@ from pathlib import Path
 import each_class
 import pytest
 from class_table import CHECKS, class_table
+from torch import nn
 
 SAME = dict.fromkeys(CHECKS, "same")
 ROWS = (
@@ -51,6 +52,24 @@ def test_the_table_is_made_of_the_rows_of_several_runs(
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert "`python benchmarks/each_class.py coverage.json --rows 0.jsonl 1.jsonl --markdown page.md`" in page
     assert "2 of 2 classes" in page
+
+
+def test_what_the_original_does_not_do_either_is_no_failure() -> None:
+    converted, original = nn.Identity(), nn.Identity()
+
+    def never(_: nn.Module) -> str:
+        raise ValueError("no")
+
+    def differs(model: nn.Module) -> str:
+        return "FAILS: 4e-01" if model is converted else "FAILS: 6e-01"
+
+    def ours(model: nn.Module) -> str:
+        return "FAILS: 4e-01" if model is converted else "0e+00"
+
+    assert each_class._attempt("train", never, converted, original) == "the original does not train: ValueError: no"
+    assert each_class._attempt("compile", differs, converted, original) == "the original does not compile: 6e-01"
+    assert each_class._attempt("compile", ours, converted, original) == "FAILS: 4e-01"
+    assert each_class._attempt("copy", differs, converted, original) == "FAILS: 4e-01"
 
 
 def test_processor_time_is_limited_and_waiting_for_a_processor_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
