@@ -312,7 +312,7 @@ def _outcome(check: Callable[[nn.Module], str], model: nn.Module) -> str:
 
 
 def _failed(error: Exception) -> str:
-    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return f"not examined: it takes more than {_MEMORY_GIB} GiB"
     return f"FAILS: {_said(error)}"
 

@@ -72,6 +72,14 @@ def test_what_the_original_does_not_do_either_is_no_failure() -> None:
     assert each_class._attempt("copy", differs, converted, original) == "FAILS: 4e-01"
 
 
+def test_too_much_memory_is_told_from_what_torch_says_of_memory_otherwise() -> None:
+    full = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+    assert each_class._failed(RuntimeError(full)) == "not examined: it takes more than 14 GiB"
+    assert each_class._failed(MemoryError()) == "not examined: it takes more than 14 GiB"
+    traced = "Caffe2 uses a lazy allocation, so you will need to call mutable_data() to actually allocate memory."
+    assert each_class._failed(RuntimeError(traced)).startswith("FAILS: RuntimeError: Caffe2")
+
+
 def test_processor_time_is_limited_and_waiting_for_a_processor_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     def idle(*_: object) -> dict[str, str]:
         time.sleep(2)
