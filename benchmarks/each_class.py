@@ -1,7 +1,7 @@
 """One converted model of each class of attention module, used as engineers use models.
 
     armour-surgery coverage --json > coverage.json
-    python benchmarks/each_class.py coverage.json [--library NAME] [--only CLASS] [--rows FILE] [--markdown FILE.md]
+    python benchmarks/each_class.py coverage.json [--library NAME] [--only CLASS] [--rows FILE...] [--markdown FILE.md]
 
 For every class of attention module that `auto` converts, an architecture that has it is built with random
 weights and converted. Then:
@@ -13,9 +13,10 @@ weights and converted. Then:
 - *deploy*: the deployed model's output is within 1e-5 (in float64 where rounding decides what the model selects), or
   deploying is refused, with the reason.
 
-What the original itself does not do (three images at once, training, compiling) is told so, and is no failure. Models
-of transformers have two layers in every part, few words and experts, narrow MLPs, and images of eight by eight patches
-where they run on such. What takes longer than ten minutes, or more than 14 GiB, is left.
+What the original itself does not do, or not right (three images at once, training, compiling), is told so, and is no
+failure. Models of transformers have two layers in every part, few words and experts, narrow MLPs, and images of eight
+by eight patches where they run on such. What takes longer than ten minutes of a processor, or more than 14 GiB, is
+left.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -36,6 +38,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
+from class_table import CHECKS, class_table
 from small_configs import shrink
 from torch import Tensor, nn
 
@@ -50,10 +53,11 @@ from armour_surgery.measure.cost import count_params
 from armour_surgery.measure.difference import largest_difference
 from armour_surgery.saving.any_model import load_any
 
-CHECKS = ("copy", "load 1", "load 3", "train", "compile", "deploy")
-_CANDIDATES = 5  # architectures of a class that are asked for; those that were examined fastest
+_ABOUT = "\n\nFor every"  # where the table's own text begins in that of this file
+_CANDIDATES = 8  # architectures of a class that are asked for; those that were examined fastest
 _NEAR = 1e-5
-_LONGEST = 600  # seconds that a class may take
+_LONGEST = 600  # seconds of a processor that a class may take
+_SLOWEST = 6  # times as long it may wait for one, beside other work, until it is taken to hang
 _MEMORY_GIB = 14
 _LARGE = 500_000_000  # parameters from which on a model is run with two layers in every part or not at all
 
@@ -63,7 +67,14 @@ def main() -> None:
     parser.add_argument("coverage", type=Path, help="what `armour-surgery coverage --json` printed")
     parser.add_argument("--library", choices=("timm", "transformers", "torchvision"))
     parser.add_argument("--only", default="", metavar="CLASS", help="only classes whose name has this in it")
-    parser.add_argument("--rows", type=Path, help="JSON lines: each class is added, and those there are not run again")
+    parser.add_argument(
+        "--rows",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="JSON lines: classes that are there are not run again, and the others are added to the last file",
+    )
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     if not options.coverage.is_file():
@@ -76,8 +87,8 @@ def main() -> None:
             classes = _by_class(found["list"])
             chosen += [(library, host, names) for host, names in classes.items() if options.only in host]
     rows: list[dict[str, str]] = []
-    if options.rows is not None and options.rows.is_file():
-        rows = [json.loads(line) for line in options.rows.read_text(encoding="utf-8").splitlines()]
+    for file in filter(Path.is_file, options.rows):
+        rows += [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     for library, host, names in chosen:
         if any((row["library"], row["class"]) == (library, host) for row in rows):
             continue
@@ -88,14 +99,14 @@ def main() -> None:
         outcomes = {key: known[0][key] for key in CHECKS} if known else _examined_apart(library, name)
         print(f"{library} {host} {name} {time.perf_counter() - started:.1f} s {outcomes}", file=sys.stderr)
         rows.append({"library": library, "class": host, "architecture": name, **outcomes})
-        if options.rows is not None:
-            with options.rows.open("a", encoding="utf-8") as file:
+        if options.rows:
+            with options.rows[-1].open("a", encoding="utf-8") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
         if options.markdown is not None:  # after each: all of them take an hour
-            options.markdown.write_text(_page(_ordered(rows, chosen), len(chosen), options), encoding="utf-8")
+            options.markdown.write_text(_page(rows, chosen, options), encoding="utf-8")
     rows = _ordered(rows, chosen)
     if options.markdown is not None:
-        options.markdown.write_text(_page(rows, len(chosen), options), encoding="utf-8")
+        options.markdown.write_text(_page(rows, chosen, options), encoding="utf-8")
     print(json.dumps({"versions": versions(), "classes": rows}, indent=1))
     sys.exit(any(outcome.startswith("FAILS") for row in rows for outcome in row.values()))
 
@@ -115,11 +126,15 @@ def _examined_apart(library: str, name: str) -> dict[str, str]:
     process.start()
     theirs.close()
     try:
-        if not ours.poll(_LONGEST):
-            return dict.fromkeys(CHECKS, f"not examined: it took longer than {_LONGEST} s")
-        return ours.recv()
-    except EOFError:
-        process.join()
+        end = time.monotonic() + _SLOWEST * _LONGEST
+        # Asked for, since no pipe tells: what a process holds open, the one that loads, forked from it, does too.
+        while not ours.poll(1) and process.is_alive():
+            if time.monotonic() > end:
+                return dict.fromkeys(CHECKS, f"not examined: it took longer than {_SLOWEST * _LONGEST} s")
+        if ours.poll():
+            return ours.recv()
+        if process.exitcode == -signal.SIGXCPU:
+            return dict.fromkeys(CHECKS, f"not examined: it took longer than {_LONGEST} s of a processor")
         return dict.fromkeys(CHECKS, f"FAILS: its process ended with {process.exitcode}")
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -132,6 +147,7 @@ def _examine_and_send(library: str, name: str, connection: Connection) -> None:
     reader = _Reader()
     # Too much memory is to be an error. The process that loads has a limit of its own.
     resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY_GIB << 30, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    resource.setrlimit(resource.RLIMIT_CPU, (_LONGEST, resource.getrlimit(resource.RLIMIT_CPU)[1]))
     connection.send(_examine(library, name, reader))
 
 
@@ -280,20 +296,23 @@ def _examine(library: str, name: str, reader: _Reader) -> dict[str, str]:
 
 
 def _attempt(key: str, check: Callable[[nn.Module], str], converted: nn.Module, original: nn.Module) -> str:
-    try:
-        return check(converted)
-    except Exception as error:
-        outcome = _failed(error)
+    outcome = _outcome(check, converted)
     if key in ("train", "compile") and outcome.startswith("FAILS"):
-        try:
-            check(original)
-        except Exception as error:
-            outcome = f"the original does not {key}: {_said(error)[:100]}"
+        own = _outcome(check, original)
+        if own.startswith("FAILS"):
+            return f"the original does not {key}: {own.partition(': ')[2][:100]}"
     return outcome
 
 
+def _outcome(check: Callable[[nn.Module], str], model: nn.Module) -> str:
+    try:
+        return check(model)
+    except Exception as error:
+        return _failed(error)
+
+
 def _failed(error: Exception) -> str:
-    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return f"not examined: it takes more than {_MEMORY_GIB} GiB"
     return f"FAILS: {_said(error)}"
 
@@ -358,25 +377,14 @@ def _deploy(converted: nn.Module, inputs: dict[str, Tensor], expected: list[Tens
     return f"{double:.0e} in float64" if double <= _NEAR else f"FAILS: {difference:.1e}, in float64 {double:.1e}"
 
 
-def _page(rows: list[dict[str, str]], total: int, options: argparse.Namespace) -> str:
-    """The table, with what was refused, or fails, below it."""
+def _page(rows: list[dict[str, str]], chosen: list[tuple[str, str, list[str]]], options: argparse.Namespace) -> str:
     words = [f"python benchmarks/each_class.py {options.coverage.name}"]
     words += [f"--library {options.library}"] if options.library else []
     words += [f"--only {options.only}"] if options.only else []
+    words += [" ".join(["--rows", *(file.name for file in options.rows)])] if options.rows else []
     command = " ".join([*words, f"--markdown {options.markdown}"])
-    held = ", ".join(f"{package} {number}" for package, number in versions().items())
-    about = __doc__.partition("\n\nFor every")[2]
-    headers = ("library", "class", "architecture", *CHECKS)
-    lines = ["# A model of each class", "", f"Made by `{command}`, with {held}.", "", f"For every{about}"]
-    if len(rows) < total:
-        lines.insert(4, f"Stopped after {len(rows)} of {total} classes, those first that most architectures have.\n")
-    lines += [f"| {' | '.join(headers)} |", "|" + " --- |" * len(headers)]
-    notes = []
-    for row in rows:
-        short = [row[key].partition(":")[0] for key in headers]
-        lines.append(f"| {' | '.join(short)} |")
-        notes += [f"- {row['class']}, {key}: {row[key]}" for key in CHECKS if ":" in row[key]]
-    return "\n".join([*lines, "", *notes]) + "\n"
+    wanted = Counter(library for library, _, _ in chosen)
+    return class_table(_ordered(rows, chosen), wanted, command, f"For every{__doc__.partition(_ABOUT)[2]}")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ class AttentionGraph:
     """The attention of some modules that are alike, being rewritten.
 
     Passes change `graph`, fill `buffers` (for each module, new tensors by name), and list in `edits` what has to be
-    done to each module. `fused` says that the core is one call. `bound` says that the modules' weights no longer serve
-    another forward than this graph.
+    done to each module; `undo` takes back, on a copy, what the host's own forward must not find done. `fused` says that
+    the core is one call.
     """
 
     traced: TracedSite
@@ -34,9 +34,9 @@ class AttentionGraph:
     forced: bool
     fused: bool
     changed: bool = False
-    bound: bool = False
     buffers: list[dict[str, Tensor]] = field(default_factory=list)
     edits: list[Callable[[nn.Module], None]] = field(default_factory=list)
+    undo: list[Callable[[nn.Module], None]] = field(default_factory=list)
 
     def submodules(self) -> dict[str, nn.Module]:
         """The submodules of the first of them, by name."""
@@ -122,7 +122,7 @@ def _deploy_alike(
     _drop_idle(state)
     erase_unused(graph, acting)
     graph.lint()
-    cls = make_deployed_class(type(modules[0]), render(graph, traced.trace.signature), bound=state.bound)
+    cls = make_deployed_class(type(modules[0]), render(graph, traced.trace.signature), tuple(state.undo))
     for module, buffers in zip(modules, state.buffers, strict=True):
         for name, tensor in buffers.items():
             module.register_buffer(name, tensor, persistent=False)

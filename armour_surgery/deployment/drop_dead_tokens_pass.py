@@ -71,7 +71,7 @@ def drop_dead_tokens(model: nn.Module, example: dict[str, Tensor], findings: Fin
         return
     erase_unused(traced.graph, acting)
     traced.graph.lint()
-    cls = make_deployed_class(type(model), render(traced.graph, traced.signature), bound=False)
+    cls = make_deployed_class(type(model), render(traced.graph, traced.signature))
     object.__setattr__(model, "__class__", cls)
     findings.did(last)
 

@@ -1,5 +1,6 @@
 """The factor on the logits goes into the projection that makes K."""
 
+import functools
 import itertools
 
 import torch
@@ -34,22 +35,26 @@ def fold_scale(state: AttentionGraph) -> Outcome:
         return Outcome(reason=reason)
     key = state.traced.k
     rows = torch.tensor(sorted(_channels(key))) + key.producer.first_row
-    names, factor = key.producer.rows, written.scale
-
-    def scale_rows(module: nn.Module) -> None:
-        for name in names:
-            owner, attribute = owner_of(module, name)
-            tensor = getattr(owner, attribute)
-            scaled = tensor.detach().clone()
-            scaled[rows] *= factor
-            setattr(owner, attribute, nn.Parameter(scaled, tensor.requires_grad))
-
-    state.edits.append(scale_rows)
+    names = key.producer.rows
+    state.edits.append(functools.partial(_scale, names=names, rows=rows, factor=written.scale))
+    # The host's own forward, which another kind of call falls back on, scales by itself.
+    state.undo.append(functools.partial(_scale, names=names, rows=rows, factor=1 / written.scale))
     for node in written.scales:
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
-    # The host's own forward would scale once more: another kind of call must not fall back on it.
-    state.changed = state.bound = True
+    state.changed = True
     return CHANGED
+
+
+def _scale(module: nn.Module, *, names: tuple[str, ...], rows: torch.Tensor, factor: float) -> None:
+    """Multiply rows of the parameters with these names, which become other parameters."""
+    for name in names:
+        owner, attribute = owner_of(module, name)
+        tensor = getattr(owner, attribute)
+        if tensor is None:
+            continue  # a later pass dropped K's bias
+        scaled = tensor.detach().clone()
+        scaled[rows] *= factor
+        setattr(owner, attribute, nn.Parameter(scaled, tensor.requires_grad))
 
 
 def _channels(role: Role) -> set[int]:
