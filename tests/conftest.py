@@ -1,7 +1,8 @@
 """What every test finds set up, and which tests go first."""
 
+import atexit
 import gc
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,16 @@ TESTS = Path(__file__).parent
 # autograd has threads. And what takes a minute to set up should not be where the tests are divided among workers, or it
 # is set up twice.
 FIRST = ("recover/test_distributed.py", "cli/test_demo.py", "paper/test_reproduction.py")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported stays: the collector, which would look through it ten times, has a rest meanwhile."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,10 +53,15 @@ def _place(item: pytest.Item) -> tuple[int, str]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> Iterator[None]:
-    """Tiny models are faster on one thread, and their numbers do not depend on the machine."""
+    """Tiny models are faster on one thread, and their numbers do not depend on the machine.
+
+    So they are in the processes that tests start: there are as many workers as cores already.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
     torch.set_num_threads(before)
 
 
@@ -56,12 +72,15 @@ def _same_numbers_in_any_order() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _what_is_imported_stays() -> Iterator[None]:
-    """The collector need not look through the million objects of all libraries again and again."""
+def _what_is_imported_stays() -> None:
+    """The collector need not look through the million objects of all libraries again and again.
+
+    Not when the tests are over either, and pytest collects five times to see what they left behind. Python may, as it
+    ends: libraries say which of their objects are still there then.
+    """
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
+    atexit.register(gc.unfreeze)
 
 
 @pytest.fixture(autouse=True, scope="session")

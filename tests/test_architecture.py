@@ -11,7 +11,6 @@ import armour_surgery
 
 PACKAGE = Path(armour_surgery.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]
 TESTS = Path(__file__).parent
 BENCHMARKS = TESTS.parent / "benchmarks"
 BESIDE = [*sorted(TESTS.rglob("*.py")), *sorted(BENCHMARKS.rglob("*.py"))]
@@ -64,10 +63,15 @@ def _imports(tree: ast.AST, package: str, lazy: bool = False) -> Iterator[tuple[
 
 
 @cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
 def imports(path: Path) -> tuple[tuple[str, bool], ...]:
     name = module_name(path)
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    return tuple(_imports(ast.parse(path.read_text(encoding="utf-8")), package))
+    return tuple(_imports(parsed(path), package))
 
 
 def roots(path: Path, lazy: bool | None = None) -> set[str]:
@@ -121,38 +125,38 @@ def test_the_reader_of_imports_sees_them() -> None:
     assert len(FILES) > 40
 
 
-@pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_only_the_command_line_imports_typer_and_rich(path: Path) -> None:
-    if room_of(path) != "cli":
-        assert not roots(path) & {"typer", "rich", "click"}
+def test_only_the_command_line_imports_typer_and_rich() -> None:
+    for path in FILES:
+        assert room_of(path) == "cli" or not roots(path) & {"typer", "rich", "click"}, path
 
 
-@pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_only_hosts_imports_the_model_libraries(path: Path) -> None:
-    if path in (PACKAGE / "recover" / "timm_parts.py", PACKAGE / "images" / "timm_datasets.py"):
-        assert not roots(path) & {"transformers", "huggingface_hub"}
-    elif room_of(path) not in ("hosts", "plugins"):
-        assert not roots(path) & {"timm", "transformers", "torchvision", "huggingface_hub"}
+def test_only_hosts_imports_the_model_libraries() -> None:
+    for path in FILES:
+        if path in (PACKAGE / "recover" / "timm_parts.py", PACKAGE / "images" / "timm_datasets.py"):
+            assert not roots(path) & {"transformers", "huggingface_hub"}, path
+        elif room_of(path) not in ("hosts", "plugins"):
+            assert not roots(path) & {"timm", "transformers", "torchvision", "huggingface_hub"}, path
 
 
-@pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_nobody_imports_the_command_line(path: Path) -> None:
-    if room_of(path) not in ("cli", "__main__"):
-        assert "cli" not in {part for part, _, _ in inner(path)}
+def test_nobody_imports_the_command_line() -> None:
+    for path in FILES:
+        assert room_of(path) in ("cli", "__main__") or "cli" not in {part for part, _, _ in inner(path)}, path
 
 
-@pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_imports_point_down(path: Path) -> None:
-    own = room_of(path)
-    for room, name, _ in inner(path):
-        if room != own and path != PACKAGE / "__init__.py":
-            assert LEVELS[room] > LEVELS[own], f"{own} stands beside or below {room}, and imports {name}"
+def test_imports_point_down() -> None:
+    for path in FILES:
+        own = room_of(path)
+        for room, name, _ in inner(path):
+            if room != own and path != PACKAGE / "__init__.py":
+                assert LEVELS[room] > LEVELS[own], f"{path}: {own} stands beside or below {room}, and imports {name}"
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if room_of(path) != "cli"], ids=lambda path: path.name)
-def test_only_the_command_line_asks_the_package_for_its_public_names(path: Path) -> None:
-    asked = {name.removeprefix("armour_surgery.") for name, _ in imports(path) if name.startswith("armour_surgery.")}
-    assert path == PACKAGE / "__init__.py" or not asked & set(armour_surgery._HOME)
+def test_only_the_command_line_asks_the_package_for_its_public_names() -> None:
+    own = "armour_surgery."
+    for path in FILES:
+        asked = {name.removeprefix(own) for name, _ in imports(path) if name.startswith(own)}
+        allowed = room_of(path) == "cli" or path == PACKAGE / "__init__.py"
+        assert allowed or not asked & set(armour_surgery._HOME), path
 
 
 def test_every_room_stands_on_one_floor() -> None:
@@ -194,13 +198,13 @@ def test_faces_that_light_commands_meet_are_empty(room: str) -> None:
     assert len(ast.parse((PACKAGE / room / "__init__.py").read_text(encoding="utf-8")).body) == 1
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if room_of(path) == "cli"], ids=lambda path: path.name)
-def test_commands_import_the_heavy_things_inside(path: Path) -> None:
+def test_commands_import_the_heavy_things_inside() -> None:
     heavy = {"torch", "timm", "transformers", "torchvision", "safetensors", "numpy", "sklearn", "matplotlib"}
-    assert not roots(path, lazy=False) & heavy
     light = {PACKAGE / name for name in LIGHT}
-    eager = {file_of(name) for room, name, lazy in inner(path) if not lazy and room != "cli"}
-    assert eager <= light
+    for path in FILES:
+        if room_of(path) == "cli":
+            assert not roots(path, lazy=False) & heavy, path
+            assert {file_of(name) for room, name, lazy in inner(path) if not lazy and room != "cli"} <= light, path
 
 
 def test_what_commands_import_at_once_is_light() -> None:
@@ -209,11 +213,9 @@ def test_what_commands_import_at_once_is_light() -> None:
         assert not roots(PACKAGE / name) & heavy
 
 
-@pytest.mark.parametrize(
-    "path", [*FILES, *BESIDE], ids=[*NAMES, *(path.relative_to(TESTS.parent).as_posix() for path in BESIDE)]
-)
-def test_files_stay_readable(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) < 400
+def test_files_stay_readable() -> None:
+    for path in (*FILES, *BESIDE):
+        assert len(path.read_text(encoding="utf-8").splitlines()) < 400, path
 
 
 def test_folders_of_tests_are_rooms_of_the_package() -> None:
@@ -229,37 +231,34 @@ def _public_names(tree: ast.Module) -> list[str] | None:
     return None
 
 
-@pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_every_module_says_what_is_public(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    assert ast.get_docstring(tree), "no docstring"
-    if path.stem == "__main__":
-        return
-    names = _public_names(tree)
-    defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    if names is None:
-        assert not {name for name in defined if not name.startswith("_")}, "no __all__"
-        return
-    assert names == sorted(names, key=lambda name: (not name.isupper(), name)) or names == sorted(names)
-    assert len(names) == len(set(names))
-    assert not [name for name in names if name.startswith("_")]
+def test_every_module_says_what_is_public() -> None:
+    for path in FILES:
+        tree = parsed(path)
+        assert ast.get_docstring(tree), f"{path}: no docstring"
+        if path.stem == "__main__":
+            continue
+        names = _public_names(tree)
+        defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        if names is None:
+            assert not {name for name in defined if not name.startswith("_")}, f"{path}: no __all__"
+            continue
+        assert names in (sorted(names, key=lambda name: (not name.isupper(), name)), sorted(names)), path
+        assert len(names) == len(set(names)), path
+        assert not [name for name in names if name.startswith("_")], path
 
 
-@pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_public_functions_are_in_all_and_used_or_documented(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    names = _public_names(tree)
-    if names is None:
-        return
-    bound = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            bound.add(node.name)
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            bound |= {alias.asname or alias.name for alias in node.names}
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            bound.add(node.id)
-    assert set(names) <= bound
+def test_public_functions_are_in_all_and_used_or_documented() -> None:
+    for path in FILES:
+        tree = parsed(path)
+        bound = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                bound.add(node.name)
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                bound |= {alias.asname or alias.name for alias in node.names}
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                bound.add(node.id)
+        assert set(_public_names(tree) or ()) <= bound, path
 
 
 def test_only_those_who_draw_wait_for_matplotlib() -> None:
@@ -275,7 +274,7 @@ def test_only_those_who_draw_wait_for_matplotlib() -> None:
 
 def test_no_pickle_and_no_unsafe_load_in_the_package() -> None:
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if not isinstance(node, ast.Call):
                 continue
             called = ast.unparse(node.func)

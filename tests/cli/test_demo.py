@@ -20,8 +20,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str,
     out = tmp_path_factory.mktemp("demo")
     compare, kept = speed.compare, list[bool]()
     with pytest.MonkeyPatch.context() as patch:
-        # Everything as it is, but for the patience of the timing; and this process goes on after it.
-        patch.setattr(speed, "compare", lambda *models, **_: compare(*models, rounds=4, budget_s=1))
+        # Everything as it is, but for the patience and the images of the timing; and this process goes on after it.
+        patch.setattr(
+            speed, "compare", lambda models, images, **_: compare(models, lambda: images()[:8], rounds=4, budget_s=1)
+        )
         patch.setattr(speed, "keep_memory", lambda: kept.append(True))
         result = CliRunner().invoke(app, ["demo", "--json", "--out", str(out)])
     assert result.exit_code == 0, result.stderr

@@ -208,8 +208,13 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "armour_surgery", "finetune", *arguments]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+IN_TURN = """
+import json, sys
+from armour_surgery.cli import app
+for arguments in json.loads(sys.argv[1]):
+    if code := app(arguments, standalone_mode=False):
+        sys.exit(code)
+"""
 
 
 def test_killed_and_resumed_is_as_if_nothing_had_happened(here: Path) -> None:
@@ -219,7 +224,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(here: Path) -> None:
                 "augment.auto=rand-m9-mstd0.5-inc1", "augment.erase=0.25", "run.checkpoint_every=1",
                 "run.log_every=1"):  # fmt: skip
         settings += ["--set", one]
-    process = subprocess.Popen(command(*settings, "--out", "killed"), env=environment(), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command(*settings, "--out", "killed"), stdout=subprocess.DEVNULL)
     log = Path("killed/log.jsonl")
     deadline = time.monotonic() + 120
     while not (log.is_file() and log.read_text(encoding="utf-8").count("\n") >= 4):
@@ -231,9 +236,10 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(here: Path) -> None:
     assert json.loads(Path("killed/training.json").read_text(encoding="utf-8"))["status"] == "running"
     assert "holds a run already" in bad("finetune", *settings, "--out", "killed", code=2)
     began = log.read_text(encoding="utf-8").count("\n")
-    # In processes of their own, too: what other tests left behind in this one is nothing that a user has.
-    for rest in (["--out", "killed", "--resume"], ["--out", "whole"]):
-        subprocess.run(command(*settings, *rest), env=environment(), stdout=subprocess.DEVNULL, check=True)
+    # In a process of their own, too: what other tests left behind in this one is nothing that a user has. One serves
+    # for both, since each run seeds what it draws.
+    rests = [["finetune", *settings, *rest] for rest in (["--out", "killed", "--resume"], ["--out", "whole"])]
+    subprocess.run([sys.executable, "-c", IN_TURN, json.dumps(rests)], stdout=subprocess.DEVNULL, check=True)
     for name in ("checkpoints/last.safetensors", "model.safetensors"):
         one, two = load_file(Path("killed", name)), load_file(Path("whole", name))
         assert one.keys() == two.keys()
@@ -251,7 +257,7 @@ def test_torchrun_trains_in_two_processes_and_one_of_them_speaks(here: Path) -> 
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = ["finetune", "armour", "--recipe", "recover", *SHORT, "--out", "two", "--json"]
     launched = [*torchrun, "-m", "armour_surgery", *arguments]
-    done = subprocess.run(launched, env=environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(launched, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["steps"] == 6

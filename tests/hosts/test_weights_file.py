@@ -123,7 +123,7 @@ def entry(dtype: str = "F32", shape: tuple[int, ...] = (1,), end: int = 4) -> di
         ({"a": entry(shape=(2**40, 2**40))}, "truncated or damaged"),
         ({"a": {"shape": [1]}}, "no type for 'a'"),
         ([1], "no JSON object"),
-        ({str(number): entry(shape=(0,), end=0) for number in range(50_001)}, "claims 50001 tensors"),
+        (dict.fromkeys(map(str, range(50_001)), entry(shape=(0,), end=0)), "claims 50001 tensors"),
         ({"a": entry("F6_E2M3", (4,), 3)}, "F6_E2M3 in a: quantized"),
     ],
     ids=["more than there is", "overflow", "no type", "a list", "many", "six bits"],

@@ -9,7 +9,9 @@ from oracle import check, randomize
 from own_attentions import tokens
 from torch import nn
 
-from armour_surgery import inspect
+from armour_surgery.discover import find_sites
+from armour_surgery.records import RefusedSite
+from armour_surgery.traced import FoundSite
 
 EXAMPLES = int(os.environ.get("ARMOUR_TEST_EXAMPLES", "6"))
 
@@ -41,12 +43,16 @@ def fitting(recipe: Recipe) -> set[str]:
 @given(recipes())
 def test_any_attention_converts_exactly_or_is_refused(recipe: Recipe) -> None:
     model = randomize(Host(Generated(recipe))).double().eval()
-    (site,) = inspect(model, example_input=tokens(2, 7))
+    batches = [{"x": tokens(2, 7)}, {"x": tokens(3, 7)}, {"x": tokens(2, 5)}]
+    (found,) = sites = find_sites(model, batches[0])
     if recipe.softmax == "written out":
-        assert "write it as torch.softmax" in site.refused["qv"], site.refused
+        assert isinstance(found, RefusedSite)
+        assert "write it as torch.softmax" in found.reason
         return
-    modes = {mode for mode in site.modes if "grouped" not in mode}
-    assert modes == fitting(recipe), (recipe, site.refused)
-    for mode in sorted(modes - {"qk-diag"}):
-        errors = check(model, mode, [{"x": tokens(2, 7)}, {"x": tokens(3, 7)}, {"x": tokens(2, 5)}])
+    assert isinstance(found, FoundSite), (recipe, found)
+    modes = {mode for mode in found.site.modes if "grouped" not in mode}
+    assert modes == fitting(recipe), (recipe, found.site.refused)
+    first, *others = sorted(modes - {"qk-diag"})
+    for mode in (first, *others):
+        errors = check(model, mode, batches, None if mode == first else sites)
         assert max(errors.values()) <= 1e-9, (mode, errors)

@@ -1,6 +1,7 @@
 """Attention as engineers write it converts exactly, or is refused with the reason."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from small_models import refused
 from torch import nn
 from written_attentions import CONVERTED, REFUSED, N, Packed, join
 
-from armour_surgery import convert, inspect
+from armour_surgery import convert
+from armour_surgery.discover import find_sites
 from armour_surgery.errors import NothingToConvertError, TraceError
+from armour_surgery.traced import SeenSite
 
 EVERY = [(kind, mode) for kind, modes in CONVERTED.items() for mode in modes]
 
@@ -27,15 +30,23 @@ def host(kind: type[nn.Module]) -> nn.Module:
     return alone(kind) if kind.__name__ in ("PooledQueries", "FewAsk") else hidden(kind)
 
 
+@functools.cache
+def searched(kind: type[nn.Module]) -> tuple[nn.Module, list[SeenSite]]:
+    """A host that nobody changes, searched once for all modes that are tried on it."""
+    model = host(kind)
+    return model, find_sites(model, {"x": tokens()})
+
+
 @pytest.mark.parametrize("kind", CONVERTED, ids=lambda kind: kind.__name__)
 def test_the_modes_that_fit(kind: type[nn.Module]) -> None:
-    (site,) = inspect(host(kind), example_input=tokens())
-    assert tuple(mode for mode in site.modes if mode != "qk-diag") == CONVERTED[kind]
+    _, (found,) = searched(kind)
+    assert tuple(mode for mode in found.site.modes if mode != "qk-diag") == CONVERTED[kind]
 
 
 @pytest.mark.parametrize(("kind", "mode"), EVERY, ids=lambda value: getattr(value, "__name__", value))
 def test_surgery_changes_nothing_where_the_projections_are_equal(kind: type[nn.Module], mode: str) -> None:
-    errors = check(host(kind), mode, [{"x": tokens()}, {"x": tokens(5)}, {"x": tokens(1)}])
+    model, sites = searched(kind)
+    errors = check(model, mode, [{"x": tokens()}, {"x": tokens(5)}, {"x": tokens(1)}], sites)
     assert max(errors.values()) <= 1e-12, errors
 
 
@@ -43,8 +54,8 @@ def test_surgery_changes_nothing_where_the_projections_are_equal(kind: type[nn.M
 @pytest.mark.parametrize("name", ["EinopsPacked", "EinopsLayers", "LowestNumber", "ChoosesBySize"])
 def test_another_number_of_tokens_is_followed(name: str, count: int) -> None:
     kind = next(kind for kind in CONVERTED if kind.__name__ == name)
-    model = host(kind)
-    errors = check(model, "qv", [{"x": tokens()}, {"x": tokens(2, count)}, {"x": tokens(3, count)}])
+    model, sites = searched(kind)
+    errors = check(model, "qv", [{"x": tokens()}, {"x": tokens(2, count)}, {"x": tokens(3, count)}], sites)
     assert max(errors.values()) <= 1e-12, errors
 
 
