@@ -79,7 +79,19 @@ def _replay(model: nn.Module, plan: Mapping[str, Any]) -> None:
             f"the surgery in the config of this {kind} is none: {first}; take config.json from the folder that was "
             "saved"
         ) from error
-    replay(model, _in_names_of(model, surgery))
+    surgery = _in_names_of(model, surgery)
+    replay(model, surgery)
+    for site in surgery.sites:
+        _leave_out_of_drawing(model.get_submodule(site.fqn))
+
+
+def _leave_out_of_drawing(attention: nn.Module) -> None:
+    """Say that transformers drew this attention's weights: it would reach for each projection, and some are gone.
+
+    The projections are modules of their own, which it goes through too; parameters of the attention itself are not.
+    """
+    if not any(True for _ in attention.parameters(recurse=False)):
+        attention._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def _in_names_of(model: nn.Module, surgery: SurgeryPlan) -> SurgeryPlan:
