@@ -12,6 +12,7 @@ from timm.models.vision_transformer import ATTN_LAYERS, Attention
 from torch import nn
 
 from armour_surgery.errors import ModelError
+from armour_surgery.plugins import timm_arguments
 
 __all__ = ["PAPER", "register"]
 
@@ -28,7 +29,8 @@ PAPER = {
 
 
 def register() -> None:
-    """Add what timm can create and use by name."""
+    """Add what timm can create and use by name, and what older versions of it do not keep."""
+    timm_arguments.register()
     ATTN_LAYERS["armour"] = Armour
     _add(ARCHITECTURE, from_folder)
     for name, (original, mode) in PAPER.items():
