@@ -123,8 +123,7 @@ def source_of(model: nn.Module, arguments: Mapping[str, Any]) -> Source:
             f"{architecture!r}), so it cannot be built again; create it with timm.create_model"
         )
     name = _with_tag(architecture, cfg.get("tag"))
-    # Recent versions of timm keep the arguments of create_model here; older ones leave them to be read off.
-    made_with = {key: value for key, value in getattr(model, "_model_args", {}).items() if key not in FORBIDDEN}
+    made_with = {key: value for key, value in _made_with(model).items() if key not in FORBIDDEN}
     merged = {**_jsonable(made_with), **_read_off(model, cfg), **arguments}
     # The overlay is computed anew: the config may have changed since the model was made.
     merged.pop("pretrained_cfg_overlay", None)
@@ -280,8 +279,14 @@ def _read_off(model: nn.Module, cfg: Mapping[str, Any]) -> dict[str, Any]:
         arguments["img_size"] = list(img_size)
     # Rates rise from block to block up to the one that was asked for.
     rates = [vars(layer).get("drop_prob", 0.0) for layer in model.modules() if type(layer).__name__ == "DropPath"]
-    if rates and "drop_path_rate" not in getattr(model, "_model_args", {}):
+    if rates and "drop_path_rate" not in _made_with(model):
         arguments["drop_path_rate"] = max(rates)
+    return arguments
+
+
+def _made_with(model: nn.Module) -> dict[str, Any]:
+    """The arguments of create_model, which timm keeps; before 1.0.31 plugins/timm_arguments.py does."""
+    arguments: dict[str, Any] = getattr(model, "_model_args", {})
     return arguments
 
 
@@ -304,9 +309,9 @@ def _in_chans(model: nn.Module, cfg: Mapping[str, Any]) -> int:
 
 def _img_size(model: nn.Module) -> tuple[int, ...] | None:
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    # timm writes there what a model without patches was built for.
-    size = size or getattr(model, "_traits", {}).get("img_size")
-    return tuple(size) if size else None
+    # What a model without patches was built for: newer versions of timm write it there.
+    size = size or getattr(model, "_traits", {}).get("img_size") or _made_with(model).get("img_size")
+    return (size, size) if isinstance(size, int) else tuple(size) if size else None
 
 
 def _submodule(model: nn.Module, fqn: Any) -> nn.Module | None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from armour_surgery.errors import ModelError
 from armour_surgery.hosts.library_config import TIMM_FOLDER
+from armour_surgery.plugins import timm_arguments
 
 __all__ = ["PAPER", "register"]
 
@@ -27,7 +28,8 @@ PAPER = {
 
 
 def register() -> None:
-    """Add what timm can create and use by name."""
+    """Add what timm can create and use by name, and what older versions of it do not keep."""
+    timm_arguments.register()
     ATTN_LAYERS["armour"] = Armour
     _add(TIMM_FOLDER, from_folder)
     for name, (original, mode) in PAPER.items():

@@ -154,6 +154,17 @@ def test_a_tower_inside_a_larger_model(part: bool, tmp_path: Path) -> None:
         transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path)
 
 
+def test_a_library_that_draws_each_projection_s_weights_itself(tmp_path: Path) -> None:
+    """SigLIP's code for missing weights reaches for `v_proj.weight`, and there is no `v_proj` any more."""
+    torch.manual_seed(0)
+    model = convert(transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**HF)).eval(), "qv")
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(model(IMAGES).last_hidden_state, again(IMAGES).last_hidden_state)
+    drawn: Any = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    assert all(weight.isfinite().all() for weight in drawn.state_dict().values())
+
+
 @pytest.mark.parametrize("change", [{"sites": 3}, {"example": [["pixel_values", [0, 3, 32, 32], "float32"]]}])
 def test_a_surgery_that_is_none_is_refused(change: dict[str, Any], folder: Path) -> None:
     config = transformers.AutoConfig.from_pretrained(folder)
