@@ -6,6 +6,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -161,8 +162,12 @@ def _line_in(folder: Path, error: BaseException) -> str:
 def _importing(path: Path) -> Iterator[None]:
     """While open, the file finds its neighbors first, as one does that Python is started with."""
     folder = path.parent
-    for name in [name for name, module in sys.modules.items() if _gives_way(name, module, folder)]:
-        del sys.modules[name]
+    # As text: a Path for each of thousands of modules takes a second.
+    known = tuple(os.path.join(other, "") for other in _FOLDERS)
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if isinstance(file, str) and file.startswith(known) and _is_brought_by(folder, name, Path(file)):
+            del sys.modules[name]
     _FOLDERS.add(folder)
     before = list(sys.path)
     sys.path[:0] = [str(folder), str(_root_of(folder))]
@@ -172,15 +177,12 @@ def _importing(path: Path) -> Iterator[None]:
         sys.path[:] = before
 
 
-def _gives_way(name: str, module: ModuleType | None, folder: Path) -> bool:
-    """Whether a module is of another user's folder, and has the name of one that this folder brings."""
-    file = getattr(module, "__file__", None)
-    if file is None or not any(Path(file).is_relative_to(other) for other in _FOLDERS):
-        return False
+def _is_brought_by(folder: Path, name: str, file: Path) -> bool:
+    """Whether this folder has a module of the name that one from another place, `file`, has now."""
     for home in (folder, _root_of(folder)):
         top = home / name.partition(".")[0]
         brought = top.with_suffix(".py").is_file() or top.is_dir()
-        if brought and Path(file) != top.with_suffix(".py") and not Path(file).is_relative_to(top):
+        if brought and file != top.with_suffix(".py") and not file.is_relative_to(top):
             return True
     return False
 

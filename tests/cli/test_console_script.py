@@ -30,11 +30,13 @@ def test_the_console_script_in_a_fresh_folder(here: Path) -> None:
 
 
 def test_python_dash_m_and_a_failure(here: Path) -> None:
-    command = [sys.executable, "-m", "armour_surgery"]
-    done = subprocess.run([*command, "convert", "./absent"], capture_output=True, text=True, cwd=here, check=False)
+    """One that is told before torch is imported, which takes seconds."""
+    (here / "taken").touch()
+    command = [sys.executable, "-m", "armour_surgery", "demo", "--out", "taken/out"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=here, check=False)
     assert done.returncode == 1
     assert done.stdout == ""
     [line] = done.stderr.splitlines()
     assert line.startswith("error: ")
     assert "\x1b" not in line
-    assert os.listdir(here) == []
+    assert os.listdir(here) == ["taken"]
