@@ -24,13 +24,12 @@ def run(
     It is as if the script began with `import armour_surgery`: local-dir:FOLDER and the paper's names are timm's then,
     and transformers loads converted folders. Under torchrun: torchrun --no-python armour-surgery run SCRIPT ...
     """
-    import armour_surgery  # noqa: F401  the libraries know converted models from here on
-
     if not script.is_file():
         error = UsageError(f"SCRIPT {str(script)!r} is no file; name a Python file, and its arguments after it")
         typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
         raise typer.Exit(error.exit_code)
-    # As Python itself does for a script. What goes wrong in it is shown as Python shows it.
+    # As Python itself does for a script; what goes wrong in it is shown as Python shows it. The libraries know converted
+    # models since this package was imported.
     sys.argv = [str(script), *context.args]
     sys.path.insert(0, str(script.resolve().parent))
     runpy.run_path(str(script), run_name="__main__")

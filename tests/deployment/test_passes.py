@@ -1,6 +1,7 @@
 """Each pass of `deploy` alone: its work is gone, the function is the same, and what it must not touch stays."""
 
-from collections import Counter
+from collections import copy
+import Counter
 from collections.abc import Iterable
 
 import pytest
@@ -143,7 +144,8 @@ def test_only_tokens_that_the_head_reads_are_computed_to_the_end(name: str, conv
 
 
 def test_where_all_tokens_are_read_beside_the_first_all_are_computed() -> None:
-    model, example = double("vit", False)
+    shared, example = double("vit", False)
+    model = copy.deepcopy(shared)
     model.__class__ = _WithTokens
     with pytest.raises(NothingToDeployError, match="the model's output needs all its tokens"):
         deploy(model, example_input=example, passes="drop-dead-tokens")

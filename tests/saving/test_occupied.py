@@ -51,7 +51,7 @@ def test_the_folder_of_others_is_written_to_with_force(vit: nn.Module, tmp_path:
     (tmp_path / "README.md").write_text("mine")
     (tmp_path / "notes.txt").write_text("mine")
     message = refused(NotOursError, lambda: save_conversion(vit, tmp_path))
-    assert "README.md in it with --force; other files stay" in message
+    assert "README.md, config.json and preprocessor_config.json in it with --force; other files stay" in message
     assert (tmp_path / "README.md").read_text() == "mine"
     load(save_conversion(vit, tmp_path, force=True))
     assert (tmp_path / "notes.txt").read_text() == "mine"
