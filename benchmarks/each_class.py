@@ -15,8 +15,8 @@ weights and converted. Then:
 
 What the original itself does not do, or not right (three images at once, training, compiling), is told so, and is no
 failure. Models of transformers have two layers in every part, few words and experts, narrow MLPs, and images of eight
-by eight patches where they run on such. What takes longer than ten minutes of a processor, or more than 14 GiB, is
-left.
+by eight patches where they run on such; one of timm whose images have more than 512 pixels a side gets the smallest
+that it takes. What takes longer than ten minutes of a processor, or more than 14 GiB, is left.
 """
 
 import argparse
@@ -37,21 +37,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from class_table import CHECKS, class_table
-from small_configs import shrink
+from small_architectures import images, outputs, quiet_outputs, running
 from torch import Tensor, nn
 
 from armour_surgery import convert, deploy, load, save
-from armour_surgery.calls import run
 from armour_surgery.coverage.summary import versions
 from armour_surgery.errors import ArmourError, PostconditionError
-from armour_surgery.examples import with_numbers
 from armour_surgery.hosts.catalog import skeleton
-from armour_surgery.hosts.running import example_input
 from armour_surgery.measure.cost import count_params
 from armour_surgery.measure.difference import largest_difference
-from armour_surgery.saving.any_model import load_any
 
 _ABOUT = "\n\nFor every"  # where the table's own text begins in that of this file
 _CANDIDATES = 8  # architectures of a class that are asked for; those that were examined fastest
@@ -59,7 +54,6 @@ _NEAR = 1e-5
 _LONGEST = 600  # seconds of a processor that a class may take
 _SLOWEST = 6  # times as long it may wait for one, beside other work, until it is taken to hang
 _MEMORY_GIB = 14
-_LARGE = 500_000_000  # parameters from which on a model is run with two layers in every part or not at all
 
 
 def main() -> None:
@@ -173,56 +167,6 @@ def _plainest(library: str, names: list[str]) -> str:
     return min(names[:_CANDIDATES], key=cost)
 
 
-def _builders(library: str, name: str) -> list[Callable[[], nn.Module]]:
-    """What may build the architecture with random weights; of transformers, smaller ones first."""
-    if library != "transformers":
-        return [lambda: load_any(f"{library}:{name}", pretrained=False)[0]]
-    import transformers
-
-    from armour_surgery.hosts.transformers_catalog import cut_config
-
-    cls = getattr(transformers, name)
-    entries = [cut_config(name)]
-    if count_params(skeleton(library, name)[0]) < _LARGE:  # some cannot be cut
-        entries.append(cls.config_class().to_dict())
-    configs = []
-    for config in entries:
-        smaller = copy.deepcopy(config)
-        configs += [smaller, config] if shrink(smaller) else [config]
-    return [lambda config=config: cls(cls.config_class(**config)).eval() for config in configs]  # type: ignore[misc]
-
-
-def _running(library: str, name: str) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The architecture, with what it ran on."""
-    *smaller, whole = _builders(library, name)
-    for build in smaller:
-        try:
-            return _built(build)
-        except Exception:  # not made for small images, or for two layers
-            continue
-    return _built(whole)
-
-
-def _built(build: Callable[[], nn.Module]) -> tuple[nn.Module, dict[str, Tensor]]:
-    torch.manual_seed(0)
-    original = build()
-    one = with_numbers(example_input(original, 1), "cpu")
-    _quiet_outputs(original, one)
-    return original, one
-
-
-def _outputs(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """All floating tensors of the output, drawing equal random numbers where the model draws any."""
-    torch.manual_seed(0)
-    leaves = pytree.tree_leaves(run(model, inputs))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def _quiet_outputs(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
-    with torch.no_grad():
-        return _outputs(model, inputs)
-
-
 class _Reader:
     """Another process, which loads folders and has never built nor converted anything."""
 
@@ -250,28 +194,28 @@ def _read(connection: Connection) -> None:
         try:
             model = load(folder)
             # Plain arrays cross to the other process without shared memory, of which containers have little.
-            connection.send([_quiet_outputs(model, one) for one in inputs])
+            connection.send([quiet_outputs(model, one) for one in inputs])
         except Exception as error:
             connection.send(f"{type(error).__name__}: {error}")
 
 
 def _examine(library: str, name: str, reader: _Reader) -> dict[str, str]:
     try:
-        original, one = _running(library, name)
+        original, one = running(library, name)
     except Exception as error:
         return dict.fromkeys(CHECKS, f"not examined: {_said(error)}")
     try:
-        three = with_numbers(example_input(original, 3), "cpu")
-        _quiet_outputs(original, three)
+        three = images(original, 3)
+        quiet_outputs(original, three)
     except Exception:
         three = None
     try:
         converted = convert(original, "auto")
-        expected = _quiet_outputs(converted, one)
+        expected = quiet_outputs(converted, one)
     except Exception as error:
         return dict.fromkeys(CHECKS, _failed(error))
     checks: dict[str, Callable[[nn.Module], str]] = {
-        "copy": lambda model: _same(_quiet_outputs(copy.deepcopy(model), one), expected),
+        "copy": lambda model: _same(quiet_outputs(copy.deepcopy(model), one), expected),
         # Norms over a batch of one vector do not train.
         "train": lambda model: _train(model, one if three is None else three),
         "compile": lambda model: _compile(model, one),
@@ -288,7 +232,7 @@ def _examine(library: str, name: str, reader: _Reader) -> dict[str, str]:
         if three is None:
             loaded["load 3"] = "the original takes one image"
         else:
-            loaded["load 3"] = _same(answers[1], _quiet_outputs(converted, three))
+            loaded["load 3"] = _same(answers[1], quiet_outputs(converted, three))
     except Exception as error:
         loaded = dict.fromkeys(("load 1", "load 3"), _failed(error))
     outcomes |= loaded
@@ -327,10 +271,10 @@ def _same(got: list[Tensor], expected: list[Tensor]) -> str:
 
 
 def _train(model: nn.Module, inputs: dict[str, Tensor]) -> str:
-    before = _quiet_outputs(model, inputs)
+    before = quiet_outputs(model, inputs)
     student = copy.deepcopy(model).train()
     optimizer = torch.optim.SGD(student.parameters(), lr=1e-4)
-    trained = [output.float().square().mean() for output in _outputs(student, inputs) if output.requires_grad]
+    trained = [output.float().square().mean() for output in outputs(student, inputs) if output.requires_grad]
     if not trained:
         raise ValueError("what its outputs depend on is frozen")
     torch.stack(trained).sum().backward()
@@ -338,7 +282,7 @@ def _train(model: nn.Module, inputs: dict[str, Tensor]) -> str:
     if not gradients or not all(gradient.isfinite().all() for gradient in gradients):
         return "FAILS: gradients are not finite"
     optimizer.step()
-    after = _quiet_outputs(student.eval(), inputs)
+    after = quiet_outputs(student.eval(), inputs)
     # Some have minus infinity where they mask.
     kept = [output.isfinite() | ~was.isfinite() for output, was in zip(after, before, strict=True)]
     return "finite" if all(one.all() for one in kept) else "FAILS: the output is not finite"
@@ -347,12 +291,12 @@ def _train(model: nn.Module, inputs: dict[str, Tensor]) -> str:
 def _compile(model: nn.Module, inputs: dict[str, Tensor]) -> str:
     torch._dynamo.reset()
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager")
-    difference = largest_difference(_quiet_outputs(model, inputs), _quiet_outputs(compiled, inputs))
+    difference = largest_difference(quiet_outputs(model, inputs), quiet_outputs(compiled, inputs))
     if difference <= _NEAR:
         return f"{difference:.0e}"
     exact, inputs = copy.deepcopy(model).double(), _in_doubles(inputs)
-    wanted = _quiet_outputs(exact, inputs)
-    double = largest_difference(wanted, _quiet_outputs(torch.compile(exact, backend="aot_eager"), inputs))
+    wanted = quiet_outputs(exact, inputs)
+    double = largest_difference(wanted, quiet_outputs(torch.compile(exact, backend="aot_eager"), inputs))
     return f"{double:.0e} in float64" if double <= _NEAR else f"FAILS: {difference:.1e}, in float64 {double:.1e}"
 
 
@@ -367,13 +311,13 @@ def _deploy(converted: nn.Module, inputs: dict[str, Tensor], expected: list[Tens
         if isinstance(error, PostconditionError):
             raise
         return f"refused: {_said(error)}"
-    difference = largest_difference(expected, _quiet_outputs(deployed, inputs))
+    difference = largest_difference(expected, quiet_outputs(deployed, inputs))
     if difference <= _NEAR:
         return f"{difference:.0e}"
     # Rounding decides what a model selects by rank, the best of many queries for one, where weights are random.
     exact, inputs = copy.deepcopy(converted).double(), _in_doubles(inputs)
-    wanted = _quiet_outputs(exact, inputs)
-    double = largest_difference(wanted, _quiet_outputs(deploy(exact, inplace=True), inputs))
+    wanted = quiet_outputs(exact, inputs)
+    double = largest_difference(wanted, quiet_outputs(deploy(exact, inplace=True), inputs))
     return f"{double:.0e} in float64" if double <= _NEAR else f"FAILS: {difference:.1e}, in float64 {double:.1e}"
 
 
