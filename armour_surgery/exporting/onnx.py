@@ -48,16 +48,14 @@ def write_onnx(model: nn.Module, inputs: Inputs, path: Path, origin: dict[str, A
             "to bfloat16 or float16 first, or export to pt2 or openvino"
         )
 
+    axes = free_axes(inputs, any_size=any_size)
+
     def follow() -> Any:
         with _quiet():
+            # Not left to the ONNX exporter: that of torch 2.9 follows no ViT of transformers with a free batch.
+            graph = torch.export.export(model, (), kwargs=inputs, dynamic_shapes=axes, strict=False)
             return torch.onnx.export(
-                model,
-                (),
-                kwargs=inputs,
-                dynamo=True,
-                dynamic_shapes=free_axes(inputs, any_size=any_size),
-                external_data=False,
-                verbose=False,
+                graph, (), kwargs=inputs, dynamo=True, dynamic_shapes=axes, external_data=False, verbose=False
             )
 
     program = traced(model, "ONNX", follow)
@@ -67,10 +65,14 @@ def write_onnx(model: nn.Module, inputs: Inputs, path: Path, origin: dict[str, A
 
 def to_int8(source: Path, target: Path) -> None:
     """Quantize the weights of matrix products to 8 bits, and activations while it runs (dynamic quantization)."""
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    model = onnx.load(source)
+    # torch writes the shapes of weights there too, and ONNX Runtime before 1.32 transposes weights without them.
+    del model.graph.value_info[:]
     with _quiet():
-        quantize_dynamic(source, target, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8)
+        quantize_dynamic(model, target, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8)
 
 
 def load_onnx(path: Path, threads: int | None = None, batch: int | None = None) -> Callable[[Inputs], list[Tensor]]:

@@ -1,6 +1,7 @@
 """torch.export's own format: a .pt2 that torch loads without the code of the model."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,10 @@ def write_pt2(model: nn.Module, inputs: Inputs, path: Path, origin: dict[str, An
 
 def load_pt2(path: Path) -> Callable[[Inputs], list[Tensor]]:
     """A function that runs the file."""
-    module = torch.export.load(path).module()
+    with warnings.catch_warnings():
+        # torch 2.9 warns of memory that it maps itself, and does not write to.
+        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+        module = torch.export.load(path).module()
 
     def loaded(inputs: Inputs) -> list[Tensor]:
         with torch.no_grad():
