@@ -28,7 +28,7 @@ def run(
         error = UsageError(f"SCRIPT {str(script)!r} is no file; name a Python file, and its arguments after it")
         typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
         raise typer.Exit(error.exit_code)
-    # As Python itself does for a script; what goes wrong in it is shown as Python shows it. The libraries know converted
+    # As Python itself does for a script; what goes wrong in it is shown as Python shows it. Libraries know converted
     # models since this package was imported.
     sys.argv = [str(script), *context.args]
     sys.path.insert(0, str(script.resolve().parent))

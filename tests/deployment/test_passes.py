@@ -1,7 +1,7 @@
 """Each pass of `deploy` alone: its work is gone, the function is the same, and what it must not touch stays."""
 
-from collections import copy
-import Counter
+import copy
+from collections import Counter
 from collections.abc import Iterable
 
 import pytest
