@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from armour_surgery.cli.run import command
 from armour_surgery.errors import UsageError
 
 __all__ = ["as_it_is", "run"]
@@ -24,12 +25,15 @@ def run(
     It is as if the script began with `import armour_surgery`: local-dir:FOLDER and the paper's names are timm's then,
     and transformers loads converted folders. Under torchrun: torchrun --no-python armour-surgery run SCRIPT ...
     """
-    if not script.is_file():
-        error = UsageError(f"SCRIPT {str(script)!r} is no file; name a Python file, and its arguments after it")
-        typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
-        raise typer.Exit(error.exit_code)
+    _check(script)
     # As Python itself does for a script; what goes wrong in it is shown as Python shows it. Libraries know converted
     # models since this package was imported.
     sys.argv = [str(script), *context.args]
     sys.path.insert(0, str(script.resolve().parent))
     runpy.run_path(str(script), run_name="__main__")
+
+
+@command
+def _check(script: Path) -> None:
+    if not script.is_file():
+        raise UsageError(f"SCRIPT {str(script)!r} is no file; name a Python file, and its arguments after it")

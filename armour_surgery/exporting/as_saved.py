@@ -16,7 +16,6 @@ from armour_surgery.hosts.library_folder import auto_class
 from armour_surgery.records import Source
 from armour_surgery.saving.folder import read_plan, save
 from armour_surgery.saving.staging import CARD
-from armour_surgery.surgery.perform import surgery_of
 
 __all__ = ["LIBRARIES", "write_saved"]
 
@@ -41,7 +40,6 @@ def write_saved(
         UsageError: the model is not converted. ExportError: it is of another library, or see `write_remote_code`.
         FolderError: it cannot be rebuilt from its library.
     """
-    surgery_of(model)
     source = read_plan(save(model, folder)).source
     assert source is not None
     if source.library != LIBRARIES[format]:
@@ -60,10 +58,8 @@ def write_saved(
         how = f'model = {auto}.from_pretrained("FOLDER", trust_remote_code=True)'
     else:
         auto = auto_class(model)
-        first, how = (
-            f"import armour_surgery\nfrom transformers import {auto}\n",
-            f'model = {auto}.from_pretrained("FOLDER")',
-        )
+        first = f"import armour_surgery\nfrom transformers import {auto}\n"
+        how = f'model = {auto}.from_pretrained("FOLDER")'
     card = (folder / CARD).read_text(encoding="utf-8")
     section = _HOW.format(library=source.library, first=first, how=how)
     (folder / CARD).write_text(card + section, encoding="utf-8")

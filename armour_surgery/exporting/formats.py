@@ -133,10 +133,8 @@ def export(
     target = Path(path)
     origin = _origin(model, name or type(model).__name__, deploy)
     with torch.inference_mode(False), torch.no_grad():
-        if format in LIBRARIES:
-            return _saved(model, format, target, origin, images, remote_code=remote_code)
-        if format == "compat":
-            return _compat(model, target, origin, images, into)
+        if not FORMATS[format]:
+            return _folder(model, format, target, origin, images, into, remote_code=remote_code)
         ready = deployed(model) if deploy else full_copy(model).eval()
         ready = ready.cpu()
         compared, larger = _compared(ready, images)
@@ -176,32 +174,31 @@ def _compared(model: nn.Module, images: object) -> tuple[list[Inputs], Inputs | 
     return compared + ([] if larger is None else [larger]), larger
 
 
-def _saved(
-    model: nn.Module, format: str, target: Path, origin: dict[str, Any], images: object, *, remote_code: bool
+def _folder(
+    model: nn.Module,
+    format: str,
+    target: Path,
+    origin: dict[str, Any],
+    images: object,
+    into: nn.Module | None,
+    *,
+    remote_code: bool,
 ) -> Exported:
+    """A folder of weights, loaded by the library that it is for."""
     ready = full_copy(model).cpu().eval()
-    compared, _ = _compared(ready, images)
+    compared = _compared(ready, images)[0] if format in LIBRARIES else batches(ready, images)
     wanted = [answers(ready, inputs) for inputs in compared]
     with _written_aside(target) as folder:
-        source = write_saved(ready, format, folder, origin, compared, remote_code=remote_code)
-        loaded = read_converted(folder, ready, by_its_code=remote_code)
+        if format in LIBRARIES:
+            source = write_saved(ready, format, folder, origin, compared, remote_code=remote_code)
+            loaded = read_converted(folder, ready, source, by_its_code=remote_code)
+        else:
+            stock, source = write_compat(ready, into, folder, origin)
+            loaded = read_folder(folder, stock, source, into)
         error = largest_error(wanted, compared, partial(answers, loaded), "what was written")
         _refuse_different(error, format)
         size = _bytes_in(folder)
     return Exported(origin["model"], format, str(target), size, error, _checked_with(source.library))
-
-
-def _compat(model: nn.Module, target: Path, origin: dict[str, Any], images: object, into: nn.Module | None) -> Exported:
-    ready = full_copy(model).cpu().eval()
-    compared = batches(ready, images)
-    wanted = [answers(ready, inputs) for inputs in compared]
-    with _written_aside(target) as folder:
-        stock, source = write_compat(ready, into, folder, origin)
-        loaded = read_folder(folder, stock, source, into)
-        error = largest_error(wanted, compared, partial(answers, loaded), "what was written")
-        _refuse_different(error, "compat")
-        size = _bytes_in(folder)
-    return Exported(origin["model"], "compat", str(target), size, error, _checked_with(source.library))
 
 
 def _refuse_different(error: float, format: str) -> None:

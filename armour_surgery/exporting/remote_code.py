@@ -6,6 +6,7 @@ the surgery made of it; all else it imports from transformers.
 
 import importlib.metadata
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,17 @@ import torch
 from torch import nn
 
 from armour_surgery import __version__, hosts
+from armour_surgery.copies import align
 from armour_surgery.errors import ExportError
 from armour_surgery.exporting.globals_of_code import Preamble, names_in
-from armour_surgery.hosts.library_config import CONFIG, placeholders
+from armour_surgery.hosts.gone import placeholders, with_placeholders, with_stand_ins
+from armour_surgery.hosts.library_config import CONFIG
 from armour_surgery.hosts.library_folder import MODELING, auto_class
 from armour_surgery.hosts.transformers_marks import stock_config_class
 from armour_surgery.records import Source
 from armour_surgery.rewrite.emit import ArmourAttention, write_forward
+from armour_surgery.rewrite.torch_attention import reset_parameters
+from armour_surgery.surgery.perform import surgery_of
 
 __all__ = ["write_remote_code"]
 
@@ -31,10 +36,6 @@ The attentions below know the ways of calling them that were seen when this was 
 
 from __future__ import annotations
 
-import re
-
-import torch
-from torch import nn
 '''
 
 _UNKNOWN = """
@@ -52,13 +53,9 @@ class {name}({host}):
 {members}{forward}
 '''
 
-# What torch's own layer is asked by those that go past its forward, and by who draws weights.
+# What torch's own layer is asked by those that go past its forward, and by who draws weights; see `answers_of`.
 _OF_TORCH = """    _qkv_same_embed_dim = property(lambda self: False)
-
-    def _reset_parameters(self):
-        for weight in (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight):
-            if weight is not None:
-                nn.init.xavier_uniform_(weight)
+    _reset_parameters = reset_parameters
 
 """
 
@@ -68,8 +65,6 @@ GONE = {gone}
 SHAPES = {shapes}
 VALUES = {values}
 ATTENTIONS = {attentions}
-# One number for each projection that is gone: a stock class finds a weight of the wrong size, and draws none.
-PLACEHOLDERS = {placeholders}
 
 
 class {config}({stock_config}):
@@ -96,33 +91,31 @@ class {model}({stock}):
         for name, attention in ATTENTIONS.items():
             self.get_submodule(name).__class__ = attention
         known = set(self._keys_to_ignore_on_load_unexpected or ())
-        self._keys_to_ignore_on_load_unexpected = known | {{re.escape(name) for name in PLACEHOLDERS}}
+        self._keys_to_ignore_on_load_unexpected = known | set(map(re.escape, placeholders(self)))
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        for tensor in (*model.parameters(), *model.buffers()):
-            # Mapped from a file, and not aligned: sums round differently there than in the model that was written.
-            if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
-                tensor.data = tensor.data.clone()
+        align(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
     def _init_weights(self, module):
-        # Stock classes may draw weights by the names of projections; they find others in the place of those gone.
-        gone = [name for name, child in module._modules.items() if child is None]
-        try:
-            module._modules.update({{name: nn.Linear(1, 1) for name in gone}})
-            super()._init_weights(module)
-        finally:
-            module._modules.update(dict.fromkeys(gone))
+        with_stand_ins(super()._init_weights, module)
 
     def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
         kwargs.setdefault("save_original_format", False)
-        whole = dict(self.state_dict() if state_dict is None else state_dict)
-        whole |= {{name: torch.zeros(1) for name in PLACEHOLDERS}}
-        super().save_pretrained(save_directory, *args, state_dict=whole, **kwargs)
+        super().save_pretrained(save_directory, *args, state_dict=with_placeholders(self, state_dict), **kwargs)
 """
+
+# What that class calls.
+_OF_MODEL = {
+    "re": re,
+    "nn": nn,
+    "align": align,
+    "placeholders": placeholders,
+    "with_placeholders": with_placeholders,
+    "with_stand_ins": with_stand_ins,
+}
 
 
 def write_remote_code(model: nn.Module, source: Source, folder: Path) -> str:
@@ -150,6 +143,8 @@ def _text(model: nn.Module, stock: nn.Module) -> str:
     config: Any = model.config
     stock_config = stock_config_class(type(config))
     preamble = Preamble(f"the forward of {kind.__name__}")
+    for name, value in _OF_MODEL.items():
+        preamble.add(name, value)
     for cls in (kind, stock_config):
         preamble.add(cls.__name__, cls)
     classes: dict[str, str] = {}  # text by name
@@ -163,10 +158,9 @@ def _text(model: nn.Module, stock: nn.Module) -> str:
                 classes[names[cls]] = _attention(module, names[cls], preamble)
             attentions[fqn] = names[cls]
     gone, shapes, values = _changes(model, stock)
-    surgery: Any = model.surgery
     head = _HEAD.format(
         name=kind.__name__,
-        mode=", ".join(sorted({site.mode for site in surgery.sites})),
+        mode=", ".join(sorted({site.mode for site in surgery_of(model).sites})),
         version=__version__,
         transformers=importlib.metadata.version("transformers"),
     )
@@ -176,15 +170,13 @@ def _text(model: nn.Module, stock: nn.Module) -> str:
         shapes=_literal(shapes),
         values=_literal(values),
         attentions=table,
-        placeholders=_literal(list(placeholders(model))),
         config=type(config).__name__,
         stock_config=stock_config.__name__,
         model_type=type(config).model_type,
         model=f"Armour{kind.__name__}",
         stock=kind.__name__,
     )
-    imports = [line for line in sorted(set(preamble.imports)) if line not in head]
-    blocks = [head + "\n".join(imports), *preamble.definitions, _UNKNOWN, *classes.values(), body]
+    blocks = [head + "\n".join(sorted(preamble.imports)), *preamble.definitions, _UNKNOWN, *classes.values(), body]
     return "\n\n".join(block.strip("\n") for block in blocks) + "\n"
 
 
@@ -199,7 +191,10 @@ def _attention(module: ArmourAttention, name: str, preamble: Preamble) -> str:
     )
     preamble.add(host.__name__, host)
     indented = "".join(f"    {line}\n" if line.strip() else "\n" for line in source.splitlines())
-    members = _OF_TORCH if issubclass(host, nn.MultiheadAttention) else ""
+    members = ""
+    if issubclass(host, nn.MultiheadAttention):
+        preamble.add("reset_parameters", reset_parameters)
+        members = _OF_TORCH
     return _ATTENTION.format(
         name=name, host=host.__name__, mode=type(module).armour_mode, members=members, forward=indented
     )

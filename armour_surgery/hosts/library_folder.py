@@ -3,7 +3,8 @@
 import copy
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,51 +64,53 @@ def read_folder(folder: Path, model: nn.Module, source: Source, fresh: nn.Module
     Raises:
         ExportError: the library does not take it; the message is the library's.
     """
-    library = source.library
-    try:
-        if library == "timm":
-            import timm
-
-            loaded: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
-        elif library == "transformers":
+    with _taken_by(source.library, model):
+        if source.library == "timm":
+            loaded = _from_timm(folder)
+        elif source.library == "transformers":
             loaded = _from_transformers(folder, type(model))
         else:
             loaded = build(source) if fresh is None else copy.deepcopy(fresh)
             loaded.load_state_dict(load_file(folder / _WEIGHTS), strict=True, assign=True)
-    except Exception as error:
-        raise ExportError(
-            f"{type(model).__name__} of {library} does not load what was written: {type(error).__name__}: {error}; "
-            "please report it"
-        ) from error
     return loaded.to(next(model.parameters()).dtype).eval()
 
 
-def read_converted(folder: Path, model: nn.Module, *, by_its_code: bool) -> nn.Module:
+def read_converted(folder: Path, model: nn.Module, source: Source, *, by_its_code: bool) -> nn.Module:
     """What the library makes of a folder that `save` wrote of this model of timm or transformers, in eval mode.
 
     Raises:
         ExportError: the library does not take it; the message is the library's.
     """
-    library = "transformers" if hasattr(model, "config") else "timm"
+    with _taken_by(source.library, model):
+        if source.library == "timm":
+            return _from_timm(folder).eval()
+        import transformers
+
+        config: Any = model.config
+        kind = _class_in(folder, type(model)) if by_its_code else getattr(transformers, auto_class(model))
+        loaded: nn.Module = kind.from_pretrained(
+            folder, local_files_only=True, attn_implementation=config._attn_implementation
+        )
+        return loaded.eval()
+
+
+@contextmanager
+def _taken_by(library: str, model: nn.Module) -> Iterator[None]:
+    """What a library raises while this is open, it raises because it does not take what was written."""
     try:
-        if library == "timm":
-            import timm
-
-            loaded: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
-        else:
-            import transformers
-
-            config: Any = model.config
-            kind = _class_in(folder, type(model)) if by_its_code else getattr(transformers, auto_class(model))
-            loaded = kind.from_pretrained(
-                folder, local_files_only=True, attn_implementation=config._attn_implementation
-            )
+        yield
     except Exception as error:
         raise ExportError(
-            f"{library} does not load what was written of {type(model).__name__}: {type(error).__name__}: {error}; "
+            f"{type(model).__name__} of {library} does not load what was written: {type(error).__name__}: {error}; "
             "please report it"
         ) from error
-    return loaded.eval()
+
+
+def _from_timm(folder: Path) -> nn.Module:
+    import timm
+
+    loaded: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    return loaded
 
 
 def auto_class(model: nn.Module) -> str:

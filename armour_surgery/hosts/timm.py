@@ -19,7 +19,7 @@ from armour_surgery.hosts.untrusted import refuse_reaching
 from armour_surgery.hosts.weights_file import Kind, kinds_in_folder, read_weights
 from armour_surgery.records import Source
 
-__all__ = ["build", "example", "known_names", "load", "owns", "source_of"]
+__all__ = ["build", "example", "jsonable", "known_names", "load", "owns", "source_of"]
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "config.json")
 # Builder arguments that fetch, read files, or place the model; a recipe for rebuilding has no business with them.
@@ -124,13 +124,13 @@ def source_of(model: nn.Module, arguments: Mapping[str, Any]) -> Source:
         )
     name = _with_tag(architecture, cfg.get("tag"))
     made_with = {key: value for key, value in _made_with(model).items() if key not in FORBIDDEN}
-    merged = {**_jsonable(made_with), **_read_off(model, cfg), **arguments}
+    merged = {**jsonable(made_with), **_read_off(model, cfg), **arguments}
     # The overlay is computed anew: the config may have changed since the model was made.
     merged.pop("pretrained_cfg_overlay", None)
     default = get_pretrained_cfg(name).to_dict()
     overlay = {key: cfg[key] for key in DATA_CONFIG if key in cfg and cfg[key] != default.get(key)}
-    if _jsonable(overlay):
-        merged["pretrained_cfg_overlay"] = _jsonable(overlay)
+    if jsonable(overlay):
+        merged["pretrained_cfg_overlay"] = jsonable(overlay)
     hub_id, _, revision = str(cfg.get("hf_hub_id") or "").partition("@")
     typed = f"hf-hub:{hub_id}" if cfg.get("source") == "hf-hub" else name
     return Source("timm", name, merged, {}, typed, revision or None, cfg.get("license"))
@@ -324,7 +324,7 @@ def _submodule(model: nn.Module, fqn: Any) -> nn.Module | None:
         return None
 
 
-def _jsonable(values: Mapping[str, Any]) -> dict[str, Any]:
+def jsonable(values: Mapping[str, Any]) -> dict[str, Any]:
     """The entries that JSON can hold, as JSON holds them."""
     kept: dict[str, Any] = {}
     for key, value in values.items():

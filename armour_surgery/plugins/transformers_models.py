@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from transformers.models.auto import image_processing_auto, modeling_auto
 from transformers.models.auto.auto_factory import _LazyAutoMapping
 
+from armour_surgery.copies import align
 from armour_surgery.errors import SchemaError
-from armour_surgery.hosts.library_config import placeholders
+from armour_surgery.hosts.gone import placeholders
 from armour_surgery.hosts.transformers_marks import PLAN
 from armour_surgery.patching import on_cpu_by_default
 from armour_surgery.records import SurgeryPlan
@@ -68,16 +69,9 @@ class _Converted:
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers has it, with weights where torch would have put them.
-
-        In a file, which is mapped, tensors begin where their neighbors end, and for memory that is not aligned torch
-        takes other kernels, whose sums round differently.
-        """
+        """As transformers has it, with weights where torch would have put them; see `align`."""
         loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
-                tensor.data = tensor.data.clone()
+        align(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
 

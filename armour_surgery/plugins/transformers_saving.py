@@ -28,39 +28,30 @@ def _for_converted(save: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(save)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> Any:
         if any("surgery" in vars(module) for module in self.modules()):
+            from armour_surgery.hosts.gone import with_placeholders
+
             _mark_whole(self)
             # By the names that modules have: transformers writes older ones by default, and its Trainer cannot resume
             # from those.
             kwargs.setdefault("save_original_format", False)
-            state_dict = _with_placeholders(self, state_dict)
+            state_dict = with_placeholders(self, state_dict)
         return save(self, save_directory, *args, state_dict=state_dict, **kwargs)
 
     return save_pretrained
 
 
 def _with_stand_ins(initialize: Callable[..., Any]) -> Callable[..., Any]:
-    """Drawing weights for what a file lacks, also in classes that name the projections of their attention (SigLIP).
-
-    In the place of one that is gone they find another, of one number, which is gone again afterwards.
-    """
+    """What draws a module's weights, also where a projection is gone."""
 
     @functools.wraps(initialize)
     def _initialize_weights(self: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
-        gone = [name for name, child in module._modules.items() if child is None]
-        try:
-            for name in gone:
-                module._modules[name] = _one_number()
+        if None not in module._modules.values():  # every module of every model comes by here
             return initialize(self, module, *args, **kwargs)
-        finally:
-            module._modules.update(dict.fromkeys(gone))
+        from armour_surgery.hosts.gone import with_stand_ins
+
+        return with_stand_ins(functools.partial(initialize, self), module, *args, **kwargs)
 
     return _initialize_weights
-
-
-def _one_number() -> Any:
-    from torch import nn
-
-    return nn.Linear(1, 1)
 
 
 def _mark_whole(model: Any) -> None:
@@ -70,10 +61,3 @@ def _mark_whole(model: Any) -> None:
 
     if "surgery" not in vars(model):
         mark_converted(model, surgery_of(model))
-
-
-def _with_placeholders(model: Any, state_dict: Any) -> dict[str, Any]:
-    from armour_surgery.hosts.library_config import placeholders
-
-    whole = dict(model.state_dict() if state_dict is None else state_dict)
-    return whole | placeholders(model)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from armour_surgery.errors import SpecializationError
 
-__all__ = ["answers_of", "taking_nested"]
+__all__ = ["answers_of", "reset_parameters", "taking_nested"]
 
 
 def answers_of(host: type[nn.Module]) -> dict[str, Any]:
@@ -23,10 +23,10 @@ def answers_of(host: type[nn.Module]) -> dict[str, Any]:
         return {}
     # To torch this flag says that in_proj_weight is q, k and v of one width, [3E, E], which it is no more: the layer
     # then calls the module. Torch keeps it on the instance, and only a property goes before that.
-    return {"_qkv_same_embed_dim": property(lambda self: False), "_reset_parameters": _reset_parameters}
+    return {"_qkv_same_embed_dim": property(lambda self: False), "_reset_parameters": reset_parameters}
 
 
-def _reset_parameters(self: nn.MultiheadAttention) -> None:
+def reset_parameters(self: nn.MultiheadAttention) -> None:
     """Draw the weights anew as torch does, those that there are; trainers and transformers call it."""
     for weight in (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight):
         if weight is not None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from armour_surgery.errors import KeyMismatchError, SchemaError
-from armour_surgery.hosts.library_config import placeholders
+from armour_surgery.hosts.gone import placeholders
 from armour_surgery.saving.document import Document
 from armour_surgery.saving.staging import PLAN, WEIGHTS
 

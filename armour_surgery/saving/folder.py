@@ -24,7 +24,8 @@ from armour_surgery.errors import (
     SchemaError,
     UsageError,
 )
-from armour_surgery.hosts.library_config import placeholders, write_config
+from armour_surgery.hosts.gone import placeholders
+from armour_surgery.hosts.library_config import write_config
 from armour_surgery.hosts.limits import Limits
 from armour_surgery.hosts.skeleton import changed_attributes, first_difference
 from armour_surgery.hosts.weights_file import digest_of

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from armour_surgery.errors import UsageError
+from armour_surgery.hosts.library_config import CONFIG, PROCESSOR
 from armour_surgery.saving.occupied import TRAINING
 from armour_surgery.saving.staging import CARD, PLAN, WEIGHTS, stays_inside
 
@@ -16,7 +17,7 @@ __all__ = ["LeftOut", "sort_files"]
 # Beside what `save` wrote: pictures and pages that a card shows, whose license it is, and what libraries read.
 PICTURES = (".gif", ".html", ".jpeg", ".jpg", ".pdf", ".png", ".svg", ".webp")
 PAPERS = ("citation", "copying", "license", "licence", "notice")
-CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json")
+CONFIGS = (CONFIG, PROCESSOR, "processor_config.json")
 # Names that trainers give to what they go on from, ours (`checkpoints/`) and others' (`checkpoint-500/`).
 STATES = ("checkpoint*", "optimizer*", "scheduler*", "scaler*", "rng_state*", "training_args*", "*.ckpt")
 RECORDS = (TRAINING, "recipe.yaml", "log.jsonl", "summary.csv", "events.out.tfevents*", "tensorboard*")

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from saved_models import HF, HOSTS, armour, outputs
+from saved_models import HF, HOSTS, armour, host, outputs
 from small_models import refused
 from torch import nn
 
 from armour_surgery import convert, export
 from armour_surgery.errors import ExportError
 from armour_surgery.hosts.library_folder import read_converted
+from armour_surgery.saving.folder import read_plan
 
 # What another process does, in which this tool cannot be imported.
 ANOTHER = """
@@ -56,6 +57,12 @@ def _converted(name: str) -> nn.Module:
     return convert(MORE[name]().eval())
 
 
+def loaded_by_its_code(folder: Path, model: nn.Module) -> nn.Module:
+    source = read_plan(folder).source
+    assert source is not None
+    return read_converted(folder, model, source, by_its_code=True)
+
+
 def test_another_process_without_this_tool_loads_trains_and_saves_it(tmp_path: Path) -> None:
     converted: Any = armour("hf-vit")
     told = export(converted, tmp_path / "out", format="hf", remote_code=True)
@@ -85,7 +92,7 @@ def test_every_host_has_one(name: str, tmp_path: Path) -> None:
     assert {package.partition(".")[0] for package in packages} <= {"__future__", "re", "torch", "transformers"}
     told = json.loads((tmp_path / "out/config.json").read_text(encoding="utf-8"))
     assert told["auto_map"]["AutoConfig"].startswith("modeling_armour.Armour")
-    loaded = read_converted(tmp_path / "out", converted, by_its_code=True)
+    loaded = loaded_by_its_code(tmp_path / "out", converted)
     assert loaded.state_dict().keys() == converted.state_dict().keys()
     loaded.train()
     assert outputs(loaded)
@@ -93,7 +100,7 @@ def test_every_host_has_one(name: str, tmp_path: Path) -> None:
 
 def test_a_call_that_the_file_does_not_know_is_told(tmp_path: Path) -> None:
     export(armour("hf-vit"), tmp_path / "out", format="hf", remote_code=True)
-    loaded: Any = read_converted(tmp_path / "out", armour("hf-vit"), by_its_code=True)
+    loaded: Any = loaded_by_its_code(tmp_path / "out", armour("hf-vit"))
     with pytest.raises(NotImplementedError, match="ArmourViTAttention0 was called in a way .a mask"):
         loaded.vit.layers[0].attention(torch.randn(1, 17, 48), torch.zeros(1, 1, 17, 17))
 
@@ -110,3 +117,22 @@ def test_a_mode_that_adds_modules_is_refused(tmp_path: Path) -> None:
     message = refused(ExportError, lambda: export(converted, tmp_path / "out", format="hf", remote_code=True))
     assert "which --remote-code cannot write" in message
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_part_that_was_converted_by_itself(tmp_path: Path) -> None:
+    model: Any = host("hf-clip")
+    model.vision_model = convert(model.vision_model, "kv")
+    assert export(model, tmp_path / "out", format="hf", remote_code=True).max_relative_error == 0.0
+    assert "(kv)" in (tmp_path / "out/modeling_armour.py").read_text(encoding="utf-8").splitlines()[0]
+
+
+def test_attention_of_torch_draws_all_its_weights(tmp_path: Path) -> None:
+    converted = _converted("siglip")
+    export(converted, tmp_path / "out", format="hf", remote_code=True)
+    loaded: Any = loaded_by_its_code(tmp_path / "out", converted)
+    attention = loaded.head.attention
+    with torch.no_grad():
+        for parameter in attention.parameters(recurse=False):
+            parameter.fill_(torch.nan)
+    attention._reset_parameters()
+    assert all(parameter.isfinite().all() for parameter in attention.parameters())
