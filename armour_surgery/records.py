@@ -372,7 +372,8 @@ class KeptPlace:
 class Deployment:
     """Everything that `deploy` did to a model. It rides on the model as `model.deployment`.
 
-    `passes` are the names of those that ran, in their order; `compiled` says that they were chosen for torch.compile.
+    `passes` are the names of those that ran, in their order; `runtime` says what they were chosen for, and `compiled`
+    that this is torch.compile.
     `error` is the largest difference of the model's outputs to what they were before, relative to the largest output,
     on a batch of noise; None where there were no weights to try.
     """
@@ -382,6 +383,7 @@ class Deployment:
     done: tuple[DeployedPlace, ...]
     kept: tuple[KeptPlace, ...]
     error: float | None
+    runtime: str = "torch"
 
     def count(self, name: str) -> int:
         """How many places a pass changed."""

@@ -44,7 +44,7 @@ def main() -> None:
             stock = timm.create_model(name).eval()
             armour = convert(stock, mode)
             measured = benchmark(
-                {"stock": stock, "armour": armour, "deployed": deploy(armour)},
+                {"stock": stock, "armour": armour, "deployed": deploy(armour, runtime=runtime)},
                 batch_sizes=(options.batch_size,),
                 runtime=runtime,
                 threads=options.threads,

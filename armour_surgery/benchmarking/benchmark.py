@@ -23,7 +23,7 @@ from armour_surgery.benchmarking.results import BatchSpeed, Benchmark, ModelCost
 from armour_surgery.benchmarking.speed import compare, keep_memory, many_compiled
 from armour_surgery.calls import given_in_order
 from armour_surgery.copies import full_copy
-from armour_surgery.deployment.pipeline import deploy
+from armour_surgery.deployment.pipeline import RUNTIMES, deploy
 from armour_surgery.errors import BenchmarkError, ExampleInputError, NothingToDeployError, UsageError
 from armour_surgery.examples import on_meta, with_numbers
 from armour_surgery.exporting.onnx import load_onnx, require, write_onnx
@@ -39,7 +39,6 @@ __all__ = ["DTYPES", "ROUNDS", "RUNTIMES", "benchmark"]
 RunsInputs = Callable[[dict[str, Tensor]], list[Tensor]]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-RUNTIMES = ("torch", "compile", "onnx", "openvino")
 ROUNDS = 300
 
 _MIB = 2**20
@@ -235,7 +234,7 @@ def _subject(
     name: str, model: nn.Module, settings: Settings, device: torch.device, example: dict[str, Tensor], file: Path
 ) -> _Subject:
     if settings.deployed:
-        model = _deployed(model, settings.compiled, example)
+        model = _deployed(model, "compile" if settings.compiled else settings.runtime, example)
     dtype = DTYPES[settings.dtype]
     # Training drops what a host computed and keeps for eval, which would stay in its old type (LeViT's biases).
     model = model.to(device=device, dtype=dtype).train().eval()
@@ -255,11 +254,11 @@ def _subject(
     return _Subject(name, model, run, example, device, loaded)
 
 
-def _deployed(model: nn.Module, compiled: bool, example: dict[str, Tensor]) -> nn.Module:
+def _deployed(model: nn.Module, runtime: str, example: dict[str, Tensor]) -> nn.Module:
     if hasattr(model, "deployment"):
         return model  # the caller did it
     try:
-        deployed: nn.Module = deploy(model, compiled=compiled, example_input=example, inplace=True)
+        deployed: nn.Module = deploy(model, runtime=runtime, example_input=example, inplace=True)
     except NothingToDeployError:
         return model  # nothing to fold is as good as folded
     return deployed

@@ -30,7 +30,7 @@ class AttentionGraph:
     traced: TracedSite
     graph: fx.Graph
     modules: list[nn.Module]
-    compiled: bool
+    runtime: str
     forced: bool
     fused: bool
     changed: bool = False
@@ -61,12 +61,13 @@ def deploy_attention(
     example: dict[str, Tensor],
     passes: Iterable[tuple[AttentionPass, Findings]],
     *,
-    compiled: bool,
+    runtime: str,
     forced: bool,
 ) -> None:
     """Run the passes, in order, on every attention of a model, and put in the modules that come out.
 
-    `compiled` says that the model will be compiled, `forced` that passes act also where they do not pay.
+    `runtime` is where the model will run (one of `pipeline.RUNTIMES`), `forced` says that passes act also where they do
+    not pay.
     """
     try:
         sites = find_sites(model, example)
@@ -82,7 +83,7 @@ def deploy_attention(
         for _, findings in passes:
             findings.left(site.fqn, str(reason))
     for alike in groups.values():
-        _deploy_alike(model, alike, passes, compiled, forced)
+        _deploy_alike(model, alike, passes, runtime, forced)
 
 
 def _why_left(model: nn.Module, site: FoundSite) -> str | None:
@@ -96,14 +97,14 @@ def _why_left(model: nn.Module, site: FoundSite) -> str | None:
 
 
 def _deploy_alike(
-    model: nn.Module, alike: list[FoundSite], passes: list[tuple[AttentionPass, Findings]], compiled: bool, forced: bool
+    model: nn.Module, alike: list[FoundSite], passes: list[tuple[AttentionPass, Findings]], runtime: str, forced: bool
 ) -> None:
     traced = alike[0].traced
     modules = [model.get_submodule(member.fqn) for member in alike]
     graph = traced.trace.graph
     acting = unread_nodes(graph)
     state = AttentionGraph(
-        traced, graph, modules, compiled, forced, traced.core.kind != "softmax", buffers=[{} for _ in modules]
+        traced, graph, modules, runtime, forced, traced.core.kind != "softmax", buffers=[{} for _ in modules]
     )
     for attention_pass, findings in passes:
         outcome = attention_pass(state)

@@ -27,8 +27,10 @@ def fuse_attention(state: AttentionGraph) -> Outcome:
     if state.fused:
         return NOTHING_TO_DO
     keys = core.k.meta["value"].shape[core.k_axes[0]]
-    if state.compiled and not state.forced:
-        return Outcome(reason="compiled, its products and softmax are faster as they are written")
+    # torch.compile fuses them itself. To other runtimes torch's exporter hands a fused attention written out, Q and K
+    # both multiplied by the root of the scale (benchmarks/results/runtimes.md).
+    if state.runtime != "torch" and not state.forced:
+        return Outcome(reason=f"in {state.runtime} its products and softmax are faster as they are written")
     if keys < _FEWEST_KEYS and not state.forced:
         return Outcome(reason=f"with {keys} keys its products and softmax are as fast as they are written")
     written = read_written_out(core, state.submodules())

@@ -31,7 +31,7 @@ from armour_surgery.patching import on_cpu_by_default
 from armour_surgery.records import DeployedPlace, Deployment, KeptPlace
 from armour_surgery.surgery.targets import Example, plain_example_of, refuse_deployed
 
-__all__ = ["PASSES", "deploy"]
+__all__ = ["PASSES", "RUNTIMES", "deploy"]
 
 ModelPass = Callable[[nn.Module, dict[str, Tensor], Findings], None]
 
@@ -54,6 +54,9 @@ PASSES = (*_MODEL_PASSES, *_ATTENTION_PASSES, *_LAST_PASSES)
 # (0.98 times as fast where the model against itself came out at 0.99), so that one runs only when it is asked for.
 _ONLY_WHEN_ASKED = ("fold-layer-norm",)
 
+# Where a deployed model can run: a pass may pay in one and not in another.
+RUNTIMES = ("torch", "compile", "onnx", "openvino")
+
 # The largest relative difference of outputs that is rounding, by type.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
@@ -66,6 +69,7 @@ def deploy(
     compiled: bool = False,
     example_input: Example | None = None,
     inplace: bool = False,
+    runtime: str = "torch",
 ) -> nn.Module:
     """Ready a model for inference, converted or not: the same function within rounding, with less work.
 
@@ -79,15 +83,21 @@ def deploy(
         compiled: whether the model will go through torch.compile: some passes then do not pay.
         example_input: what to run the (weightless) model on, if it is of no known library; as for `convert`.
         inplace: change the model itself, and need no memory for another one.
+        runtime: where it will run: `torch`, `compile` (as `compiled`), or exported to `onnx` (ONNX Runtime) or
+            `openvino`. Passes leave alone what does not pay there.
 
     Raises:
-        UsageError: a pass of that name does not exist, or a wrapper is around the model.
+        UsageError: there is no pass or runtime of that name, or a wrapper is around the model.
         AlreadyDeployedError: the model is deployed already.
         NothingToDeployError: no pass found anything to do; the message says what they left alone and why.
         ExampleInputError: the model's input is not known, or it did not run on it.
         DiscoveryError: it cannot be followed, because something was done to its modules; the message says how to go on.
         PostconditionError: the outputs differ by more than rounding. This is a bug of ours.
     """
+    if runtime not in RUNTIMES:
+        raise UsageError(f"runtime {runtime!r} is none; choose {', '.join(RUNTIMES)}")
+    if compiled:
+        runtime = "compile"
     names = _chosen(passes)
     refuse_deployed(model)
     with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode do not count their changes
@@ -103,7 +113,7 @@ def deploy(
                 _MODEL_PASSES[name](result, example, findings[name])
         attention = [(_ATTENTION_PASSES[name], findings[name]) for name in names if name in _ATTENTION_PASSES]
         if attention:
-            deploy_attention(result, example, attention, compiled=compiled, forced=passes is not None)
+            deploy_attention(result, example, attention, runtime=runtime, forced=passes is not None)
         for name in names:
             if name in _LAST_PASSES:
                 _LAST_PASSES[name](result, example, findings[name])
@@ -113,7 +123,7 @@ def deploy(
     for notes in findings.values():
         done += notes.done
         kept += notes.kept
-    report = Deployment(names, compiled, tuple(done), tuple(kept), error)
+    report = Deployment(names, runtime == "compile", tuple(done), tuple(kept), error, runtime)
     _refuse_if_nothing_done(report, type(model).__name__)
     result.deployment = report  # type: ignore[assignment]
     result.register_forward_pre_hook(_refuse_training)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from armour_surgery import __version__, hosts
 from armour_surgery.copies import full_copy
-from armour_surgery.deployment import deploy as deployed
+from armour_surgery.deployment.pipeline import RUNTIMES
+from armour_surgery.deployment.pipeline import deploy as deployed
 from armour_surgery.errors import ExportError, FolderError, UsageError
 from armour_surgery.exporting.as_saved import LIBRARIES, write_saved
 from armour_surgery.exporting.comparison import Inputs, answers, batches, largest_error, other_size
@@ -135,7 +136,8 @@ def export(
     with torch.inference_mode(False), torch.no_grad():
         if not FORMATS[format]:
             return _folder(model, format, target, origin, images, into, remote_code=remote_code)
-        ready = deployed(model) if deploy else full_copy(model).eval()
+        runtime = format if format in RUNTIMES else "torch"
+        ready = deployed(model, runtime=runtime) if deploy else full_copy(model).eval()
         ready = ready.cpu()
         compared, larger = _compared(ready, images)
         wanted = [answers(ready, inputs) for inputs in compared]

@@ -9,7 +9,7 @@ from torch import fx
 
 from armour_surgery.errors import PostconditionError, TraceError
 from armour_surgery.rewrite.contract import Block, Part, Surgery, width_of
-from armour_surgery.rewrite.relayout import block_layout, relayout, separate
+from armour_surgery.rewrite.relayout import Step, block_layout, relayout, separate
 from armour_surgery.traced import Anchor, Atom, Layout, Producer
 
 __all__ = ["ShareRolesPass", "is_expressible", "wanted_parts"]
@@ -107,6 +107,44 @@ def _source(surgery: Surgery, run: Run, target: Layout) -> tuple[fx.Node, Layout
     return None
 
 
+def _read_in(surgery: Surgery) -> dict[Part, set[Layout]]:
+    """The layouts in which each part is read."""
+    layouts: dict[Part, set[Layout]] = {}
+    for letter in "qkv":
+        if not _touched(surgery, letter):
+            continue
+        runs = _runs(surgery, wanted_parts(surgery, letter))
+        for anchor in surgery.role(letter).anchors:
+            if anchor.layout is None:
+                continue
+            for run in runs:
+                target = anchor.layout if len(runs) == 1 else separate(anchor.layout)
+                layouts.setdefault(run[0], set()).add(target)
+    return layouts
+
+
+def _together(surgery: Surgery, block: Block) -> tuple[Layout, list[Step]] | None:
+    """The layout in which all parts of a packed projection are read, and views of all of it that lead there.
+
+    The parts lie on the first axis then. None where they differ in size, in heads, or in how they are read, or where
+    what reads them takes heads apart itself.
+    """
+    places = surgery.parts_in(block.node)
+    shapes = {(part.size, surgery.role(part.letter).num_heads) for part in places}
+    read_in = _read_in(surgery)
+    layouts = [read_in.get(part, set()) for part in places]
+    if len(places) == 1 or len(shapes) > 1 or any(len(each) != 1 or each != layouts[0] for each in layouts):
+        return None
+    (target,) = layouts[0]
+    if any(len(atoms) > 1 for atoms in target):
+        return None
+    packed = block_layout(block.node.meta["value"].ndim, block.axis)
+    packed = tuple(("part", *atoms) if "h" in atoms else atoms for atoms in packed)
+    ((size, heads),) = shapes
+    steps = relayout(packed, (("part",), *target), {"part": len(places), "h": heads, "j": size})
+    return None if steps is None else (target, steps)
+
+
 class ShareRolesPass:
     """Replace every anchor of a touched role by views of blocks; concatenate only where a mode says so."""
 
@@ -177,7 +215,7 @@ class _Writer:
         self.contiguous: dict[fx.Node, fx.Node] = {}
         # What each node would hold, strides included: they tell where the host's own copies have to be kept.
         self.values = _narrowed_values(surgery)
-        self.split: dict[fx.Node, dict[Part, fx.Node]] = {}
+        self.apart: dict[fx.Node, tuple[dict[Part, fx.Node], Layout]] = {}
         self.heads: dict[fx.Node, fx.Node] = {}
         self.written: dict[tuple[Run, Layout], fx.Node] = {}
 
@@ -210,8 +248,10 @@ class _Writer:
                 raise PostconditionError(f"no views lead to {target} for {run}")
             node, layout = source
             block = self.surgery.blocks.get(run[0])
-            if block is not None:
-                node = self.neighbors(run, block, before) if block.stride else self.piece(run[0], block, before)
+            if block is not None and not block.stride:
+                node, layout = self.piece(run[0], block, before)
+            elif block is not None:
+                node = self.neighbors(run, block, before)
             for method, arguments in relayout(layout, target, _sizes(self.surgery, run)) or ():
                 node = self.call(before, method, (node, *arguments))
             self.written[run, target] = node
@@ -228,23 +268,34 @@ class _Writer:
         name = run[0].letter if len(run) == 1 else "v"  # only V is ever made of several parts
         return self.call(before, "narrow", (self.heads[block.node], block.axis, block.offset, size), name)
 
-    def piece(self, part: Part, block: Block, before: fx.Node) -> fx.Node:
-        """The part's own channels: one of the pieces that its projection's output is split into."""
-        if block.node not in self.split:
-            self.split[block.node] = self.split_up(block, before)
-        return self.split[block.node][part]
+    def piece(self, part: Part, block: Block, before: fx.Node) -> tuple[fx.Node, Layout]:
+        """The part's own channels, one of the pieces that its projection's output is taken apart into; their layout."""
+        if block.node not in self.apart:
+            self.apart[block.node] = self.take_apart(block, before)
+        pieces, layout = self.apart[block.node]
+        return pieces[part], layout
 
-    def split_up(self, block: Block, before: fx.Node) -> dict[Part, fx.Node]:
-        """All parts of the projection that a block is in; one that holds a single part needs no split."""
+    def take_apart(self, block: Block, before: fx.Node) -> tuple[dict[Part, fx.Node], Layout]:
+        """All parts of the projection that a block is in, and their layout; a single part is all of it."""
         places = self.surgery.parts_in(block.node)
         siblings = sorted(places, key=lambda part: places[part].offset)
+        layout = block_layout(block.node.meta["value"].ndim, block.axis)
         if len(siblings) == 1:
-            return {siblings[0]: block.node}
-        pieces = self.call(before, "split", (block.node, _widths(self.surgery, siblings), block.axis))
+            return {siblings[0]: block.node}, layout
+        together = _together(self.surgery, block)
+        if together is None:
+            pieces = self.call(before, "split", (block.node, _widths(self.surgery, siblings), block.axis))
+        else:
+            # As hosts write it, in one move of all parts: OpenVINO copies every piece of a split.
+            layout, steps = together
+            moved = block.node
+            for method, arguments in steps:
+                moved = self.call(before, method, (moved, *arguments))
+            pieces = self.call(before, "unbind", (moved, 0))
         nodes: dict[Part, fx.Node] = {}
         for index, part in enumerate(siblings):
             nodes[part] = self.call(before, "getitem", (pieces, index), part.letter)
-        return nodes
+        return nodes, layout
 
     def call(self, before: fx.Node, method: str, arguments: tuple[object, ...], name: str | None = None) -> fx.Node:
         """Write one call; `name` is what generated code calls its result, where nothing else has that name yet."""

@@ -1,6 +1,7 @@
 """What `deploy` promises of whole models: the same function, still exportable, the original untouched."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -113,10 +114,13 @@ def test_it_exports_to_onnx(name: str, converted: bool, tmp_path) -> None:
     assert relative_error(expected, [torch.from_numpy(found[0])]) < 1e-5
 
 
-def test_compiled_models_keep_their_products_as_they_are_written() -> None:
+@pytest.mark.parametrize("asked", [{"compiled": True}, {"runtime": "compile"}, {"runtime": "onnx"}])
+def test_products_stay_as_they_are_written_where_fusing_does_not_pay(asked: dict[str, Any]) -> None:
     model, example = double("levit", False)
-    deployed = deploy(model, example_input=example, compiled=True)
-    assert deployed.deployment.compiled
+    deployed = deploy(model, example_input=example, **asked)
+    assert deployed.deployment.compiled is (asked != {"runtime": "onnx"})
+    assert deployed.deployment.runtime == asked.get("runtime", "compile")
+    assert any("as they are written" in place.reason for place in deployed.deployment.kept)
     assert deployed.deployment.count("fuse-attention") == 0
     assert deployed.deployment.count("fold-batch-norm") > 0
     assert worst("levit", model, deployed) < 1e-12
@@ -188,6 +192,8 @@ def test_passes_are_chosen_by_name() -> None:
     assert "'fold-layernorm'" in unknown
     assert all(name in unknown for name in PASSES)
     assert "empty" in refused(UsageError, lambda: deploy(model, example_input=example, passes=[]))
+    nowhere = refused(UsageError, lambda: deploy(model, example_input=example, runtime="tensorrt"))
+    assert "'tensorrt' is none; choose torch, compile, onnx, openvino" in nowhere
 
 
 def test_nothing_to_do_is_an_error_that_says_why() -> None:

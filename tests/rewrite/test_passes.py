@@ -35,6 +35,49 @@ class ChannelShuffle(nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
+class AllAtOnce(nn.Module):
+    """Packed `[3, H, d]`, taken apart by one permutation of all of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(20, 36)
+        self.out = nn.Linear(12, 20)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 3, 4)).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class WideValues(nn.Module):
+    """Packed `[q | k | v]`, with values twice as wide as keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(20, 3 * 16)
+        self.out = nn.Linear(24, 20)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).split([12, 12, 24], -1)
+        q, k = (t.unflatten(-1, (3, 4)).transpose(1, 2) for t in (q, k))
+        v = v.unflatten(-1, (3, 8)).transpose(1, 2)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class KeysAcross(nn.Module):
+    """Packed `[q | k | v]`, with keys laid out `[B, H, d, N]` as their product reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(20, 36)
+        self.out = nn.Linear(12, 20)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        q, v = (t.unflatten(-1, (3, 4)).transpose(1, 2) for t in (q, v))
+        scores = q @ k.transpose(1, 2).unflatten(1, (3, 4)) * 0.5
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
 # Attention that views cannot express.
 
 
@@ -188,3 +231,21 @@ def test_residuals_are_the_distance_of_the_weights() -> None:
     for mode, lost, had in (("qv", v - q, v), ("qk", k - q, k), ("kv", v - k, v)):
         plan = convert(model, mode, example_input=(torch.empty(2, 6, 20))).surgery
         assert plan.sites[0].residual == pytest.approx(float(lost.norm() / had.norm()), rel=1e-6)
+
+
+# How the outputs of packed projections are taken apart.
+
+
+def test_parts_that_are_read_alike_are_taken_apart_in_one_move() -> None:
+    """As hosts write it: runtimes copy each piece of a split (OpenVINO), and move each piece by itself."""
+    code = convert(AllAtOnce(), "qv", example_input=torch.randn(2, 5, 20)).code
+    assert ".unbind(0)" in code
+    assert "split(" not in code
+    assert code.count("permute(") == 1
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(WideValues, "qk"), (KeysAcross, "kv"), (Plain, "qv")])
+def test_parts_that_differ_or_are_taken_apart_by_the_host_are_split(kind: type[nn.Module], mode: str) -> None:
+    code = convert(kind(), mode, example_input=torch.randn(2, 5, 20)).code
+    assert "split(" in code
+    assert "unbind(" not in code
