@@ -322,3 +322,36 @@ class FoundSite:
 
 # What came of one attention that was seen: it was followed, or the reason why not.
 SeenSite = FoundSite | RefusedSite
+
+
+@dataclass(frozen=True)
+class HiddenRows:
+    """The channels of a projection in front of an MLP's hidden ones.
+
+    `tensors` have a row per channel: its weight, bias and a BatchNorm after it. `sizes` are (module, attribute) that
+    state their number. Each of `pieces` has one channel for every hidden one: gated units read two of them.
+    """
+
+    weight: str
+    tensors: tuple[str, ...]
+    sizes: tuple[tuple[str, str], ...]
+    pieces: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class FoundMlp:
+    """Projections `firsts`, something that acts on each of `hidden` channels alone, and the projection `second`.
+
+    Names are those in the model; `fqn` is the innermost module that holds all of it. `order` says which runs first.
+    """
+
+    fqn: str
+    hidden: int
+    firsts: tuple[HiddenRows, ...]
+    second: str
+    order: int
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The weights that get narrower."""
+        return (*(first.weight for first in self.firsts), f"{self.second}.weight")

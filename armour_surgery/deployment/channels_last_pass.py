@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from armour_surgery.calls import run
-from armour_surgery.deployment.dataflow import FunctionCall, follow_model
 from armour_surgery.deployment.findings import Findings
+from armour_surgery.discover.dataflow import FunctionCall, follow_model
 from armour_surgery.examples import with_numbers
 from armour_surgery.rewrite.edits import tensor_named
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from armour_surgery.altered import has_hooks
-from armour_surgery.deployment.dataflow import Dataflow, follow_model
 from armour_surgery.deployment.emit import make_deployed_class
 from armour_surgery.deployment.findings import Findings
+from armour_surgery.discover.dataflow import Dataflow, follow_model
 from armour_surgery.discover.match import find_core, is_call_of
 from armour_surgery.discover.nodes import value_of
 from armour_surgery.discover.record import record

@@ -3,16 +3,14 @@
 import torch
 from torch import Tensor, nn
 
-from armour_surgery.deployment.dataflow import Dataflow, FunctionCall, follow_model
 from armour_surgery.deployment.findings import Findings
 from armour_surgery.deployment.folding import (
     fold_into_maker,
     fold_into_readers,
-    numbers_after,
     readers_of,
-    runs_along,
     weights_of,
 )
+from armour_surgery.discover.dataflow import Dataflow, FunctionCall, follow_model, numbers_after, runs_along
 from armour_surgery.rewrite.edits import owner_of, tensor_named
 
 __all__ = ["fold_batch_norm"]

@@ -2,15 +2,14 @@
 
 from torch import Tensor, nn
 
-from armour_surgery.deployment.dataflow import Dataflow, FunctionCall, follow_model
 from armour_surgery.deployment.findings import Findings
 from armour_surgery.deployment.folding import (
     Weights,
     fold_into_maker,
-    numbers_after,
     weights_of,
 )
 from armour_surgery.deployment.removals import Removal, do_removals, survivors
+from armour_surgery.discover.dataflow import Dataflow, FunctionCall, follow_model, numbers_after
 from armour_surgery.rewrite.edits import tensor_named
 
 __all__ = ["fold_layer_scale"]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from armour_surgery.deployment.dataflow import Dataflow, FunctionCall
+from armour_surgery.discover.dataflow import Dataflow, FunctionCall, numbers_after, runs_along
 from armour_surgery.rewrite.edits import owner_of, tensor_named
 
 __all__ = [
@@ -13,10 +13,7 @@ __all__ = [
     "Weights",
     "fold_into_maker",
     "fold_into_readers",
-    "numbers_after",
     "readers_of",
-    "repeat_layout",
-    "runs_along",
     "weights_of",
 ]
 
@@ -50,32 +47,6 @@ def weights_of(flow: Dataflow, call: FunctionCall) -> Weights | str:
         return Weights(name, bias_name, axis=-1, pads=False)
     pads = call.argument(4, "padding") not in (0, (0,), (0, 0))
     return Weights(name, bias_name, axis=1 - weight.ndim, pads=pads)
-
-
-def numbers_after(tensor: Tensor, axis: int, steps: list[FunctionCall]) -> Tensor:
-    """The channel that every element belongs to, where a tensor with channels at `axis` went through `steps`."""
-    shape = [1] * tensor.ndim
-    shape[axis] = tensor.shape[axis]
-    numbers = torch.arange(tensor.shape[axis]).reshape(shape).expand(tensor.shape)
-    for step in steps:
-        numbers = repeat_layout(step, numbers)
-    return numbers
-
-
-def repeat_layout(step: FunctionCall, numbers: Tensor) -> Tensor:
-    """A layout operation of the run, done once more to numbers."""
-    # These numbers need not have the strides of what the host had, and `view` would refuse them.
-    function = torch.Tensor.reshape if step.name == "view" else step.function
-    moved: Tensor = function(numbers, *step.args[1:], **step.kwargs)
-    return moved
-
-
-def runs_along(numbers: Tensor, axis: int, channels: int) -> bool:
-    """Whether element c along `axis` belongs to channel c, wherever one looks."""
-    if numbers.shape[axis] != channels:
-        return False
-    line = torch.arange(channels)
-    return bool((numbers.movedim(axis, -1) == line).all())
 
 
 def readers_of(flow: Dataflow, tensor: Tensor, axis: int) -> Readers | str:

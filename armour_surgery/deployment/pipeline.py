@@ -14,7 +14,6 @@ from armour_surgery.calls import run
 from armour_surgery.copies import floating_weight, full_copy, has_weights
 from armour_surgery.deployment.attention import AttentionPass, deploy_attention
 from armour_surgery.deployment.channels_last_pass import channels_last
-from armour_surgery.deployment.dataflow import follow_model, tensors_in
 from armour_surgery.deployment.drop_dead_tokens_pass import drop_dead_tokens
 from armour_surgery.deployment.drop_key_bias_pass import drop_key_bias
 from armour_surgery.deployment.findings import Findings
@@ -25,6 +24,7 @@ from armour_surgery.deployment.fold_scale_pass import fold_scale
 from armour_surgery.deployment.fuse_attention_pass import fuse_attention
 from armour_surgery.deployment.precompute_pass import precompute
 from armour_surgery.deployment.remove_idle_modules_pass import remove_idle_modules
+from armour_surgery.discover.dataflow import follow_model, tensors_in
 from armour_surgery.errors import NothingToDeployError, PostconditionError, UsageError
 from armour_surgery.measure.difference import largest_difference
 from armour_surgery.patching import on_cpu_by_default

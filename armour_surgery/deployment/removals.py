@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from armour_surgery.copies import meta_copy
-from armour_surgery.deployment.dataflow import follow_model
+from armour_surgery.discover.dataflow import follow_model
 from armour_surgery.errors import DiscoveryError
 from armour_surgery.rewrite.edits import owner_of
 

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from armour_surgery.deployment.dataflow import Dataflow, FunctionCall, follow_model
 from armour_surgery.deployment.findings import Findings
-from armour_surgery.deployment.folding import repeat_layout
+from armour_surgery.discover.dataflow import Dataflow, FunctionCall, follow_model, repeat_layout
 from armour_surgery.rewrite.edits import owner_of
 
 __all__ = ["remove_idle_modules"]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from armour_surgery import hosts
 from armour_surgery.calls import run
-from armour_surgery.deployment.dataflow import tensors_in
+from armour_surgery.discover.dataflow import tensors_in
 from armour_surgery.errors import ExportError
 from armour_surgery.examples import images_in, with_numbers
 from armour_surgery.hosts.preprocessing import preprocessing

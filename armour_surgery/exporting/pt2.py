@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from armour_surgery.deployment.dataflow import tensors_in
+from armour_surgery.discover.dataflow import tensors_in
 from armour_surgery.exporting.comparison import Inputs
 from armour_surgery.exporting.graphs import free_axes, traced
 

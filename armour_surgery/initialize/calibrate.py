@@ -1,12 +1,15 @@
 """Choose weights site by site on the converted model's own activations, against what the original computes."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from armour_surgery.errors import CalibrationError
 from armour_surgery.initialize.batches import HELD_OUT, Batches
+from armour_surgery.initialize.block import Block
+from armour_surgery.initialize.hidden import MlpProblem, narrow
 from armour_surgery.initialize.problem import Problem
 from armour_surgery.initialize.site import Site, SiteResult
 from armour_surgery.initialize.stream import learned_tokens
@@ -26,27 +29,48 @@ def calibrate(
     call: Callable[[nn.Module, Tensor], Any],
     done: Callable[[str], None] = lambda fqn: None,
     alone: bool = False,
+    mlps: Sequence[MlpProblem] = (),
+    units: Mapping[str, str] | None = None,
 ) -> tuple[list[SiteResult], Batches]:
     """Give every site of `converted` the weights that do best on the images of `batches`; in place.
 
     Both models must be in eval mode and in float32 or float64. `problems` are the sites in the order they run,
     `call(model, batch)` runs a model, `done(fqn)` is told of every finished site. Labels play no part. With
-    `alone` every site gets what it gets in the original, as if no other were converted.
+    `alone` every site gets what it gets in the original, as if no other were converted. `mlps` get fewer hidden
+    channels, chosen in the stream as it then is; `units` then names the part of the model that each of all these is
+    in, in the order in which they run.
 
-    Returns the sites' results and the batches; these have kept some of the held-out images, at most 64, for a report.
+    Returns the sites' results, those of MLPs among them, and the batches; these have kept some of the held-out images,
+    at most 64, for a report.
 
     Raises:
         CalibrationError: fewer than two batches, or fewer tokens than channels.
     """
-    units = units_of(original, [problem.fqn for problem in problems])
-    before, after = Walk(original, units, call), Walk(converted, units, call)
+    if units is None:
+        fqns = [problem.fqn for problem in problems]
+        units = dict(zip(fqns, units_of(original, fqns), strict=True))
+    parts: dict[str, tuple[list[Problem], list[MlpProblem]]] = {}
+    for fqn, unit in units.items():
+        here = parts.setdefault(unit, ([], []))
+        here[0].extend(problem for problem in problems if problem.fqn == fqn)
+        here[1].extend(mlp for mlp in mlps if mlp.fqn == fqn)
+    parts = {unit: here for unit, here in parts.items() if any(here)}
+    before, after = Walk(original, list(parts), call), Walk(converted, list(parts), call)
     store = Store()
     try:
         data = _first_pass(before, after, batches, store)
-        results = []
-        for number, problem in enumerate(problems):
-            results.append(Site(before, after, number, problem, data, store).solve(alone))
-            done(problem.fqn)
+        results: list[SiteResult] = []
+        for number, (attention, hidden) in enumerate(parts.values()):
+            block = Block(before, after, number, attention[0] if attention else None, data, store)
+            block.find_branches()
+            block.run_original()
+            solved = [Site(block, problem).solve(alone) for problem in attention]
+            solved += [narrow(block, mlp, alone) for mlp in hidden]
+            if block.finish(alone):
+                solved = [replace(result, steps=(*result.steps, "last layer")) for result in solved]
+            results += solved
+            for result in solved:
+                done(result.fqn)
         return results, data
     finally:
         store.close()

@@ -16,7 +16,7 @@ from torch import nn
 
 from armour_surgery import deploy
 from armour_surgery.deployment import drop_dead_tokens_pass
-from armour_surgery.deployment.dataflow import follow_model
+from armour_surgery.discover.dataflow import follow_model
 from armour_surgery.errors import NothingToDeployError
 
 

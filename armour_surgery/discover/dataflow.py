@@ -17,11 +17,19 @@ from torch.overrides import TorchFunctionMode
 from armour_surgery.altered import has_hooks, names_below, why_altered
 from armour_surgery.calls import run, running, without_fast_paths
 from armour_surgery.copies import alias, floating_weight, meta_copy
-from armour_surgery.discover import could_not_run
+from armour_surgery.discover.record import could_not_run
 from armour_surgery.examples import on_meta, with_numbers
 from armour_surgery.shapes import RememberedShapes
 
-__all__ = ["Dataflow", "FunctionCall", "follow_model", "tensors_in"]
+__all__ = [
+    "Dataflow",
+    "FunctionCall",
+    "follow_model",
+    "numbers_after",
+    "repeat_layout",
+    "runs_along",
+    "tensors_in",
+]
 
 # They move numbers and change none: what goes in as channel c comes out as channel c. Unlike discovery's, this list has
 # `expand` and `roll`, which repeat and wrap tokens: channels stay what they are.
@@ -264,3 +272,29 @@ def _followed(copied: nn.Module, example: Mapping[str, Any]) -> Dataflow:
         result = run(copied, example)
     flow.results = tensors_in(result)
     return flow
+
+
+def numbers_after(tensor: Tensor, axis: int, steps: list[FunctionCall]) -> Tensor:
+    """The channel that every element belongs to, where a tensor with channels at `axis` went through `steps`."""
+    shape = [1] * tensor.ndim
+    shape[axis] = tensor.shape[axis]
+    numbers = torch.arange(tensor.shape[axis]).reshape(shape).expand(tensor.shape)
+    for step in steps:
+        numbers = repeat_layout(step, numbers)
+    return numbers
+
+
+def repeat_layout(step: FunctionCall, numbers: Tensor) -> Tensor:
+    """A layout operation of the run, done once more to numbers."""
+    # These numbers need not have the strides of what the host had, and `view` would refuse them.
+    function = torch.Tensor.reshape if step.name == "view" else step.function
+    moved: Tensor = function(numbers, *step.args[1:], **step.kwargs)
+    return moved
+
+
+def runs_along(numbers: Tensor, axis: int, channels: int) -> bool:
+    """Whether element c along `axis` belongs to channel c, wherever one looks."""
+    if numbers.shape[axis] != channels:
+        return False
+    line = torch.arange(channels)
+    return bool((numbers.movedim(axis, -1) == line).all())
