@@ -9,18 +9,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from armour_surgery.spelled import millions, shortened
+from armour_surgery.spelled import MLP, millions, shortened
 from armour_surgery.tabular import Table, Tabular
 from armour_surgery.views import plan_table
 
 __all__ = [
     "AttentionSite",
     "ConvertedPart",
-    "DeployedPlace",
-    "Deployment",
     "Fidelity",
     "FrontierPoint",
-    "KeptPlace",
+    "MlpPlan",
     "Progress",
     "Projection",
     "RefusedSite",
@@ -183,6 +181,23 @@ class SitePlan:
 
 
 @dataclass(frozen=True)
+class MlpPlan:
+    """An MLP that has fewer hidden channels than before.
+
+    `residual` is the relative error of its output on the tokens that it was fitted to, as its closed form leaves it;
+    None where there were no weights. `steps` names what was fitted.
+    """
+
+    fqn: str
+    hidden_before: int
+    hidden_after: int
+    params_before: int
+    params_after: int
+    residual: float | None
+    steps: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class RefusedSite:
     """A site that was left as it was, and why."""
 
@@ -210,7 +225,8 @@ class Fidelity:
 class Sensitivity:
     """What converting one site alone, in one way, wins and costs.
 
-    `rank` is the number of shared channels per head, None for all of them. `params_saved` counts parameters of the
+    `rank` is the number of shared channels per head, None for all of them; of an MLP (`mode` is then "mlp") the number
+    of hidden channels. `params_saved` counts parameters of the
     model. `residual` is the relative error of the site's output on held-out images. `loss` is the model's:
     1 - the mean cosine of its final features' tokens to the original's, with this site alone converted.
     """
@@ -255,7 +271,8 @@ class ConvertedPart:
 class SurgeryPlan(Tabular):
     """Everything that `convert` did (or, from `plan`, would do). It rides on the model as `model.surgery`.
 
-    `sensitivities` and `frontier` are what was weighed for a budget, `max_loss`; empty without one.
+    `sensitivities` and `frontier` are what was weighed for a budget, `max_loss` or `params_goal`; empty without one.
+    `mlps` are those with fewer hidden channels now.
     `example` has the (name, shape, type) of every tensor that the model was run on, and `example_values` by name what
     of it counts as numbers: whole numbers in their order, and what is no tensor.
     `trained` is a sentence about the training that came afterwards; `fidelity` then no longer holds and is None.
@@ -285,6 +302,8 @@ class SurgeryPlan(Tabular):
     parts: tuple[ConvertedPart, ...] = ()
     original: dict[str, str] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
+    mlps: tuple[MlpPlan, ...] = ()
+    params_goal: int | None = None
 
     @property
     def loss(self) -> float:
@@ -294,6 +313,7 @@ class SurgeryPlan(Tabular):
     def chosen(self, points: Iterable[FrontierPoint]) -> FrontierPoint | None:
         """The point of a frontier whose sites are those that were converted."""
         converted = {(site.fqn, site.mode, site.rank) for site in self.sites}
+        converted |= {(mlp.fqn, MLP, mlp.hidden_after) for mlp in self.mlps}
         return next((point for point in points if set(point.sites) == converted), None)
 
     def table(self) -> Table:
@@ -334,6 +354,7 @@ class SurgeryPlan(Tabular):
             "sensitivities": tuple(Sensitivity(**option) for option in data.get("sensitivities", ())),
             "frontier": tuple(frontier),
             "classes": tuple(data.get("classes", ())),
+            "mlps": tuple(MlpPlan(**{**mlp, "steps": tuple(mlp.get("steps", ()))}) for mlp in data.get("mlps", ())),
         }
         return cls(**{**data, **records})
 
@@ -349,46 +370,3 @@ def _examples(entries: Iterable[Any]) -> tuple[tuple[str, tuple[int, ...], str],
 
 def _values(entries: Iterable[Any]) -> tuple[tuple[str, Any], ...]:
     return tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in entries)
-
-
-@dataclass(frozen=True)
-class DeployedPlace:
-    """One thing that `deploy` did: the pass, by name, and the module or parameter it was about."""
-
-    name: str
-    fqn: str
-
-
-@dataclass(frozen=True)
-class KeptPlace:
-    """A place that a pass of `deploy` looked at and left as it was, and why."""
-
-    name: str
-    fqn: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Deployment:
-    """Everything that `deploy` did to a model. It rides on the model as `model.deployment`.
-
-    `passes` are the names of those that ran, in their order; `runtime` says what they were chosen for, and `compiled`
-    that this is torch.compile.
-    `error` is the largest difference of the model's outputs to what they were before, relative to the largest output,
-    on a batch of noise; None where there were no weights to try.
-    """
-
-    passes: tuple[str, ...]
-    compiled: bool
-    done: tuple[DeployedPlace, ...]
-    kept: tuple[KeptPlace, ...]
-    error: float | None
-    runtime: str = "torch"
-
-    def count(self, name: str) -> int:
-        """How many places a pass changed."""
-        return sum(place.name == name for place in self.done)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary."""
-        return asdict(self)

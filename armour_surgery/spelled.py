@@ -4,7 +4,10 @@ import os
 import re
 from collections.abc import Sequence
 
-__all__ = ["change", "grouped_names", "last_name", "millions", "names_only", "short_names", "shortened", "way"]
+__all__ = ["MLP", "change", "grouped_names", "last_name", "millions", "names_only", "short_names", "shortened", "way"]
+
+# What an MLP with fewer hidden channels has in the place of a mode.
+MLP = "mlp"
 
 # How timm's names of datasets begin; they have slashes and are no paths.
 _DATASET = re.compile(r"(?:hfds|hfids|tfds|wds|torch)/", re.IGNORECASE)
@@ -21,7 +24,12 @@ def millions(count: int, digits_of_billions: int = 4) -> str:
 
 
 def way(mode: str, rank: int | None, separator: str = ", ") -> str:
-    """How a site is converted: the mode, and the rank where the site has fewer channels than it could."""
+    """How a site is converted: the mode, and the rank where the site has fewer channels than it could.
+
+    Of an MLP it is how many hidden channels stay.
+    """
+    if mode == MLP:
+        return f"{rank} hidden channels"
     return f"{mode}{separator}rank {rank}" if rank is not None else mode
 
 

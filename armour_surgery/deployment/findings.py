@@ -1,6 +1,6 @@
 """What a pass did where, and where it left things alone, collected while it runs."""
 
-from armour_surgery.records import DeployedPlace, KeptPlace
+from armour_surgery.deployment.records import DeployedPlace, KeptPlace
 
 __all__ = ["Findings"]
 

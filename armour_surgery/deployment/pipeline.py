@@ -23,12 +23,12 @@ from armour_surgery.deployment.fold_layer_scale_pass import fold_layer_scale
 from armour_surgery.deployment.fold_scale_pass import fold_scale
 from armour_surgery.deployment.fuse_attention_pass import fuse_attention
 from armour_surgery.deployment.precompute_pass import precompute
+from armour_surgery.deployment.records import DeployedPlace, Deployment, KeptPlace
 from armour_surgery.deployment.remove_idle_modules_pass import remove_idle_modules
 from armour_surgery.discover.dataflow import follow_model, tensors_in
 from armour_surgery.errors import NothingToDeployError, PostconditionError, UsageError
 from armour_surgery.measure.difference import largest_difference
 from armour_surgery.patching import on_cpu_by_default
-from armour_surgery.records import DeployedPlace, Deployment, KeptPlace
 from armour_surgery.surgery.targets import Example, plain_example_of, refuse_deployed
 
 __all__ = ["PASSES", "RUNTIMES", "deploy"]

@@ -217,7 +217,7 @@ def _shared(model: nn.Module, sites: list[FoundSite], pair: str, example: dict[s
             for operation in prepared.operations:
                 operate(converted, operation)
             order = Order(AUTO, init="joint-svd", example=example)
-            results, _ = choose_weights(model, converted, prepared.operations, order)
+            results, _ = choose_weights(model, converted, prepared, order)
         for result in results:
             sharing[result.fqn] = _Sharing(modes[result.fqn], result.residual)
     return sharing

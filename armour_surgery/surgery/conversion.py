@@ -16,24 +16,29 @@ from armour_surgery import hosts
 from armour_surgery.altered import has_hooks, names_below
 from armour_surgery.copies import has_weights, meta_copy
 from armour_surgery.discover import find_sites
+from armour_surgery.discover.mlps import find_mlps
 from armour_surgery.errors import ArmourError, NothingToConvertError
+from armour_surgery.measure.cost import count_params
 from armour_surgery.modes import AUTO, MODES, choose
 from armour_surgery.notes import ArmourWarning
 from armour_surgery.patching import on_cpu_by_default
 from armour_surgery.progress import told
 from armour_surgery.records import AttentionSite, Progress, Sensitivity, Source, SurgeryPlan
 from armour_surgery.surgery.finite import refuse_not_finite
+from armour_surgery.surgery.mlps import Narrowing, units_in_order
 from armour_surgery.surgery.operation import Prepared, prepare
-from armour_surgery.surgery.order import CALIBRATION_IMAGES, SYNTHETIC, Images, Order, Rank, check_options
+from armour_surgery.surgery.order import CALIBRATION_IMAGES, SYNTHETIC, Images, Order, Rank, check_options, params_goal
 from armour_surgery.surgery.original import tensor_digests
 from armour_surgery.surgery.perform import perform, surgery_of
 from armour_surgery.surgery.refusals import nothing_fits
-from armour_surgery.surgery.selection import convert_within, measure_sites
+from armour_surgery.surgery.selection import convert_within
+from armour_surgery.surgery.sensitivity import measure_sites
 from armour_surgery.surgery.targets import (
     Example,
     check_names,
     example_of,
     leave_words_alone,
+    left_by_patterns,
     refuse_converted,
     select_sites,
 )
@@ -130,6 +135,8 @@ def convert(
     calibration_images: int = CALIBRATION_IMAGES,
     reconstruct: int = 0,
     max_loss: float | None = None,
+    params: int | str | None = None,
+    mlp: bool = False,
     rank: Rank | Literal["auto"] | None = None,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
@@ -158,7 +165,12 @@ def convert(
         reconstruct: with `calibrated`, so many small steps by gradient afterwards, every block for itself, on other
             crops of the images where there are some; kept only if held-out images agree.
         max_loss: with `calibrated`, convert only as many sites as fit this budget, the most rewarding first. The loss
-            is 1 - the mean cosine of the final features' tokens to the original's on held-out images.
+            is 1 - the mean cosine of the final features' tokens to the original's on held-out images. What each site
+            costs is measured, under `auto` for `qv` and for `kv` where both fit.
+        params: with `calibrated`, instead, the best model with so many parameters at most: a number, "18M", or "-15%".
+        mlp: with one of these, also let MLPs have fewer hidden channels (multiples of 8), where that costs least. Those
+            that the others replace worst stay, and the second layer is fitted anew. An MLP is two projections, and
+            between them nothing but functions of single channels (an activation, a gate, a BatchNorm).
         rank: with modes `qv` and `kv`, how many channels Q, K and V of every head get, in place of key_dim; the output
             projection reads as many. One number for all sites, or one by site name (others keep what they have), or
             "auto" (with `calibrated`): multiples of 8, as few as `max_loss` allows, or without it, as cost a tenth
@@ -186,7 +198,7 @@ def convert(
         ExampleInputError: the model's input is not known, or it did not run on it.
         DiscoveryError: it cannot run without its weights, because something was done to its modules.
     """
-    check_options(mode, init, calibration, rank, reconstruct, max_loss)
+    check_options(mode, init, calibration, rank, reconstruct, max_loss, params, mlp)
     refuse_converted(model)
     problem: str | None = None
     if source is None:
@@ -197,6 +209,8 @@ def convert(
             init=init,
             rank=rank,
             max_loss=max_loss,
+            params_goal=None if params is None else params_goal(params, count_params(model)),
+            mlp=mlp,
             images=Images(SYNTHETIC if calibration is None else calibration, calibration_images),
             steps=reconstruct,
             example=example_of(model, example_input),
@@ -216,14 +230,22 @@ def _prepare(
     model: nn.Module, order: Order, include: str | Iterable[str] | None, exclude: str | Iterable[str] | None
 ) -> Prepared:
     """What can be done to a model; its weights are looked at, and nothing is changed."""
-    sites = select_sites(find_sites(model, order.example), include, exclude)
+    found_sites = find_sites(model, order.example)
+    all_mlps = find_mlps(model, order.example) if order.mlp else []
+    sites = select_sites(found_sites, include, exclude, [mlp.fqn for mlp in all_mlps])
+    mlps = [mlp for mlp in all_mlps if left_by_patterns(mlp.fqn, include, exclude)]
     check_names(order.fixed_rank, sites)
     if order.mode == AUTO and include is None:
         sites = leave_words_alone(model, sites)
     refit = order.init != "wq"
     prepared = prepare(model, sites, order.mode, order.fixed_rank, refit=refit)
-    if not prepared.operations:
+    if not prepared.operations and not mlps:
         raise nothing_fits(model, order.mode, prepared.refused)
+    if mlps:
+        followed = [site for site in found_sites if isinstance(site, FoundSite)]
+        units = units_in_order(model, order.example, followed, all_mlps)
+        narrowings = [Narrowing(mlp, mlp.hidden) for mlp in mlps]
+        prepared = replace(prepared, mlps=narrowings, units=units)
     found = [operation.found for operation in prepared.operations]
     refuse_not_finite(model, found, computing=refit or order.rank is not None)
     return prepared

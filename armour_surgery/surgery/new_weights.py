@@ -19,7 +19,8 @@ from armour_surgery.initialize.walk import units_of
 from armour_surgery.measure.fidelity import compare_outputs
 from armour_surgery.records import Fidelity
 from armour_surgery.surgery.calibration_images import CalibrationData
-from armour_surgery.surgery.operation import Operation
+from armour_surgery.surgery.mlps import params_per_channel, problems_of_mlps
+from armour_surgery.surgery.operation import Prepared
 from armour_surgery.surgery.order import Images, Order
 from armour_surgery.surgery.problems import problems_of
 
@@ -42,15 +43,17 @@ class Effect:
 
 
 def choose_weights(
-    original: nn.Module, converted: nn.Module, operations: list[Operation], order: Order
+    original: nn.Module, converted: nn.Module, prepared: Prepared, order: Order
 ) -> tuple[list[SiteResult], Fidelity | None]:
     """Give a converted model its weights, in place; with images, also say how near it is to the original then.
+
+    Its MLPs, which have all their hidden channels until now, get fewer.
 
     Both models keep their types, modes and devices. What they compute with meanwhile is at least float32. With
     `order.steps` every site goes on by gradient for so many.
     """
     with _precise(original, converted) as (before, after):
-        problems = problems_of(before, operations)
+        problems = problems_of(before, prepared.operations)
         if order.init != "calibrated":
             inputs = _as_precise(order.example, before)
 
@@ -61,8 +64,17 @@ def choose_weights(
 
             return from_weights(before, after, problems, order.init, call), None
         data = CalibrationData(before, order.example, order.images, order.progress)
-        done = data.counter("calibrating", len(problems))
-        results, batches = calibrate(before, after, problems, data.batches(), data.call, done)
+        done = data.counter("calibrating", len(problems) + len(prepared.mlps))
+        results, batches = calibrate(
+            before,
+            after,
+            problems,
+            data.batches(),
+            data.call,
+            done,
+            mlps=problems_of_mlps(prepared.mlps),
+            units=prepared.units or None,
+        )
         reported = batches.kept
         if order.steps:
             judged, reported = _halves(batches.kept)
@@ -116,24 +128,42 @@ def _reconstruct(
 
 
 def measure_alone(
-    original: nn.Module, converted: nn.Module, operations: list[Operation], order: Order, images: Images
+    original: nn.Module, converted: nn.Module, prepared: Prepared, order: Order, images: Images
 ) -> list[Effect]:
-    """Calibrate every site as if no other were converted, and measure what the model loses by it alone."""
+    """Calibrate every site as if no other were converted, and measure what the model loses by it alone.
+
+    The same for MLPs; of a block that holds both, one of them.
+    """
     with _precise(original, converted) as (before, after):
-        problems = problems_of(before, operations)
+        problems = problems_of(before, prepared.operations)
         data = CalibrationData(before, order.example, images, order.progress)
         # Every site counts twice: it is calibrated, and then measured.
-        done = data.counter("measuring sites", 2 * len(problems))
-        results, batches = calibrate(before, after, problems, data.batches(), data.call, done, alone=True)
-        units = units_of(before, [problem.fqn for problem in problems])
+        what = "measuring MLPs" if prepared.mlps else "measuring sites"
+        done = data.counter(what, 2 * (len(problems) + len(prepared.mlps)))
+        fqns = [problem.fqn for problem in problems]
+        units = prepared.units or dict(zip(fqns, units_of(before, fqns), strict=True))
+        per_channel = {problem.fqn: _per_channel(before, problem) for problem in problems}
+        per_channel |= {mlp.found.fqn: params_per_channel(before, mlp.found) for mlp in prepared.mlps}
+        results, batches = calibrate(
+            before,
+            after,
+            problems,
+            data.batches(),
+            data.call,
+            done,
+            alone=True,
+            mlps=problems_of_mlps(prepared.mlps),
+            units=units,
+        )
         effects = []
-        for problem, unit, result in zip(problems, units, results, strict=True):
+        for result in results:
+            unit = units[result.fqn]
             hybrid = alias(before)
             hybrid.set_submodule(unit, after.get_submodule(unit))
             fidelity = compare_outputs(before, hybrid, batches.kept, data.features, data.source)
-            per_channel = _per_channel(before, problem) if result.ranks else 0
-            effects.append(Effect(result, 1 - fidelity.cosine, per_channel))
-            done(problem.fqn)
+            each = per_channel[result.fqn] if result.ranks else 0
+            effects.append(Effect(result, 1 - fidelity.cosine, each))
+            done(result.fqn)
         return effects
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -26,6 +26,7 @@ from armour_surgery.rewrite import (
     residual,
     rewrite,
 )
+from armour_surgery.surgery.mlps import Narrowing
 from armour_surgery.surgery.refusals import (
     refuse_bound_channels,
     refuse_changed,
@@ -65,10 +66,15 @@ class Operation:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What can be done to a model as it was asked, and the sites that stay as they are."""
+    """What can be done to a model as it was asked, and the sites that stay as they are.
+
+    `mlps` are to get fewer hidden channels; `units` then has the block of every attention and MLP (`mlps.py`).
+    """
 
     operations: list[Operation]
     refused: list[RefusedSite]
+    mlps: list[Narrowing] = field(default_factory=list)
+    units: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What was asked of a surgery, checked once: every stage below `convert` gets it whole."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -8,12 +9,15 @@ from armour_surgery.errors import UsageError
 from armour_surgery.modes import AUTO, get_mode
 from armour_surgery.records import Progress, Source
 
-__all__ = ["CALIBRATION_IMAGES", "INITS", "SYNTHETIC", "Images", "Order", "Rank", "check_options"]
+__all__ = ["CALIBRATION_IMAGES", "INITS", "SYNTHETIC", "Images", "Order", "Rank", "check_options", "params_goal"]
 
 INITS = ("wq", "wq-refit", "joint-svd", "calibrated")
 # How many images `calibrated` uses where nobody says, and which.
 CALIBRATION_IMAGES = 256
 SYNTHETIC = "synthetic"
+
+_GOAL = re.compile(r"-(?P<percent>\d+(\.\d+)?) ?%|(?P<number>\d+(\.\d+)?) ?(?P<unit>[kKmMgG]?)")
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 # Channels of a head: one number for all sites, or one by site name.
 Rank = int | Mapping[str, int]
@@ -38,6 +42,8 @@ class Order:
     init: str = "wq"
     rank: Rank | Literal["auto"] | None = None
     max_loss: float | None = None
+    params_goal: int | None = None
+    mlp: bool = False
     images: Images = Images(SYNTHETIC, CALIBRATION_IMAGES)
     steps: int = 0
     example: dict[str, Any] = field(default_factory=dict)
@@ -53,7 +59,7 @@ class Order:
     @property
     def weighs_sites(self) -> bool:
         """Whether sites or ranks are to be chosen by what they cost."""
-        return self.max_loss is not None or self.rank == "auto"
+        return self.max_loss is not None or self.params_goal is not None or self.rank == "auto"
 
 
 def check_options(
@@ -63,16 +69,28 @@ def check_options(
     rank: object = None,
     reconstruct: object = 0,
     max_loss: object = None,
+    params: object = None,
+    mlp: bool = False,
 ) -> None:
     """Check what can be checked without a model.
 
     Raises:
         UsageError: there is no such mode or init, the init uses no images and is given some or what needs them, the
-            mode has no rank and is given one, or a number is none that makes sense.
+            mode has no rank and is given one, MLPs are to be narrowed and nothing says how far, or a number is none
+            that makes sense.
     """
     _check_init(init)
     if init != "calibrated":
-        _check_without_images(init, calibration, rank, reconstruct, max_loss)
+        _check_without_images(init, calibration, rank, reconstruct, max_loss, params)
+    if max_loss is not None and params is not None:
+        raise UsageError(
+            f"max_loss {max_loss!r} and params {params!r} are two goals: the smallest model within a loss, or the best "
+            "of a size; leave one of them out"
+        )
+    if mlp and max_loss is None and params is None:
+        raise UsageError("mlp needs a goal: max_loss (a loss, such as 0.01) or params (a size, such as -15%)")
+    if params is not None:
+        params_goal(params, 1)
     _check_reconstruct(reconstruct)
     _check_max_loss(max_loss)
     if mode != AUTO:
@@ -81,17 +99,40 @@ def check_options(
         _check_rank(mode, rank)
 
 
+def params_goal(given: object, present: int) -> int:
+    """How many parameters a model is to have: a number, `18M`, or `-15%` of those `present`.
+
+    Raises:
+        UsageError: it says none of these.
+    """
+    if isinstance(given, int) and not isinstance(given, bool) and given > 0:
+        return given
+    found = _GOAL.fullmatch(given.strip()) if isinstance(given, str) else None
+    if found is not None and found["percent"] and 0 < float(found["percent"]) < 100:
+        return round(present * (1 - float(found["percent"]) / 100))
+    if found is not None and found["number"] and float(found["number"]) > 0:
+        return round(float(found["number"]) * _UNITS[(found["unit"] or "").upper()])
+    raise UsageError(f"params {given!r} is no size; give a share to save (-15%) or a number of parameters (18M)")
+
+
 def _check_init(init: str) -> None:
     if init not in INITS:
         raise UsageError(f"unknown init {init!r}; choose one of {', '.join(INITS)}")
 
 
-def _check_without_images(init: str, calibration: object, rank: object, reconstruct: object, max_loss: object) -> None:
+def _check_without_images(
+    init: str, calibration: object, rank: object, reconstruct: object, max_loss: object, params: object
+) -> None:
     if calibration is not None:
         raise UsageError(
             f"init {init!r} uses no images; use init 'calibrated' with calibration images, or leave them out"
         )
-    needs_images = {"rank auto": rank == "auto", "reconstruct": bool(reconstruct), "max_loss": max_loss is not None}
+    needs_images = {
+        "rank auto": rank == "auto",
+        "reconstruct": bool(reconstruct),
+        "max_loss": max_loss is not None,
+        "params": params is not None,
+    }
     for option, given in needs_images.items():
         if given:
             raise UsageError(

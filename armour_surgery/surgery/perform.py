@@ -1,5 +1,7 @@
 """Do the operations that were prepared, choose the new weights, and keep the plan on the model."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -10,6 +12,7 @@ from armour_surgery.examples import recorded
 from armour_surgery.initialize import SiteResult
 from armour_surgery.measure.cost import CostReport, count_macs, count_params
 from armour_surgery.records import Fidelity, SitePlan, SurgeryPlan
+from armour_surgery.surgery.mlps import mlp_plans
 from armour_surgery.surgery.new_weights import choose_weights
 from armour_surgery.surgery.operation import Change, Operation, Prepared, operate
 from armour_surgery.surgery.order import Order
@@ -26,11 +29,13 @@ def perform(model: nn.Module, prepared: Prepared, order: Order, *, inplace: bool
     with torch.inference_mode(False):  # tensors made in inference mode could never be trained
         # `wq` takes rows as they are, unless fewer than a head has are to stay.
         solved = [step for step in prepared.operations if order.init != "wq" or step.rank is not None]
-        original = full_copy(model) if inplace and solved else model
+        chosen = bool(solved or prepared.mlps) and has_weights(model)
+        original = full_copy(model) if inplace and chosen else model
         converted = model if inplace else full_copy(model)
         changes = [operate(converted, operation) for operation in prepared.operations]
-        if solved and has_weights(model):
-            results, fidelity = choose_weights(original, converted, solved, order)
+        if chosen:
+            results, fidelity = choose_weights(original, converted, replace(prepared, operations=solved), order)
+        mlps = mlp_plans(original, prepared.mlps, results)
     after = count_macs(converted, order.example)
     by_name = {result.fqn: result for result in results}
     sites = []
@@ -51,6 +56,7 @@ def perform(model: nn.Module, prepared: Prepared, order: Order, *, inplace: bool
         source=order.source,
         fidelity=fidelity,
         original=order.original,
+        mlps=mlps,
     )
     return keep_plan(converted, plan)
 

@@ -5,7 +5,6 @@ converting a site costs is measured for each site alone; small errors add up nea
 to cost the sum. What the sum leaves out is measured by converting, and the prediction scaled by it.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,23 +12,21 @@ from functools import partial
 import torch
 from torch import nn
 
-from armour_surgery.copies import copy_weights, full_copy
+from armour_surgery.copies import copy_weights
 from armour_surgery.errors import NothingToConvertError
 from armour_surgery.measure.cost import count_params
-from armour_surgery.modes import AUTO, MODES, choose
 from armour_surgery.records import FrontierPoint, Progress, RefusedSite, Sensitivity
-from armour_surgery.surgery.new_weights import Effect, measure_alone, to_read_again
+from armour_surgery.spelled import MLP
+from armour_surgery.surgery.mlps import narrow_without_images
+from armour_surgery.surgery.new_weights import to_read_again
 from armour_surgery.surgery.operation import Prepared, operate, prepare
 from armour_surgery.surgery.order import Order
 from armour_surgery.surgery.perform import keep_plan, perform, surgery_of
-from armour_surgery.traced import FoundSite, SeenSite
+from armour_surgery.surgery.sensitivity import measure_mlps, measure_sites
+from armour_surgery.traced import FoundSite
 
-__all__ = ["Choice", "convert_within", "frontier", "measure_sites", "search"]
+__all__ = ["Choice", "convert_within", "frontier", "search"]
 
-# Images that sites are measured on one by one: enough to rank them.
-SENSITIVITY_IMAGES = 64
-# Ranks are multiples of this: what hardware likes.
-RANK_STEP = 8
 _TRIES = 4
 # A conversion this near to its budget is not tried again.
 _CLOSE = 0.85
@@ -62,11 +59,15 @@ class _Attempts:
         self._everything = everything
         self._order = order
 
-    def convert(self, choice: Choice, *, budget: float) -> tuple[nn.Module, float]:
-        """The model with these sites converted, and its loss on held-out images; `budget` is why others are not."""
+    def convert(self, choice: Choice, *, reason: str) -> tuple[nn.Module, float]:
+        """The model with these sites converted, and its loss on held-out images; `reason` is why others are not."""
         modes: dict[str, str] = {}
         ranks: dict[str, int] = {}
+        widths: dict[str, int] = {}
         for fqn, mode, rank in choice:
+            if mode == MLP:
+                widths[fqn] = rank or 0
+                continue
             modes[fqn] = mode
             if rank is not None:
                 ranks[fqn] = rank
@@ -76,51 +77,95 @@ class _Attempts:
             if operation.fqn in modes:
                 sites.append(operation.found)
             else:
-                reason = f"converting it costs more than a loss of {budget:.4g} allows"
                 left.append(RefusedSite(operation.fqn, reason))
         left.sort(key=lambda site: site.fqn)
         operations = prepare(self._model, sites, modes, ranks, refit=True).operations
-        self.prepared[choice] = Prepared(operations, [*self._everything.refused, *left])
-        converted = perform(self._model, self.prepared[choice], self._order, inplace=False)
+        mlps = [replace(one, kept=widths[one.found.fqn]) for one in self._everything.mlps if one.found.fqn in widths]
+        prepared = Prepared(operations, [*self._everything.refused, *left], mlps, self._everything.units)
+        self.prepared[choice] = prepared
+        converted = perform(self._model, prepared, self._order, inplace=False)
         return converted, surgery_of(converted).loss
 
 
 def convert_within(model: nn.Module, prepared: Prepared, order: Order, *, inplace: bool) -> nn.Module:
-    """Convert the sites that fit a budget of loss, and say on the plan what was weighed.
+    """Convert what fits a budget of loss, or leads to a number of parameters, and say on the plan what was weighed.
 
     `prepared` is how everything would be converted. With rank "auto", ranks are free; without a budget it is then a
     tenth more than what full ranks cost, or 0.001.
 
     Raises:
-        NothingToConvertError: the budget leaves nothing.
+        NothingToConvertError: the budget leaves nothing, or there is not so much to save.
     """
     order = replace(order, images=to_read_again(model, order.example, order.images))
     sites = [operation.found for operation in prepared.operations]
     with torch.inference_mode(False):
         options = measure_sites(model, sites, order, ranks=order.rank == "auto")
-    if order.fixed_rank is not None:
-        given = {operation.fqn: operation.rank for operation in prepared.operations}
-        options = [replace(option, rank=given[option.fqn]) for option in options]
+        if order.fixed_rank is not None:
+            given = {operation.fqn: operation.rank for operation in prepared.operations}
+            options = [replace(option, rank=given[option.fqn]) for option in options]
+        options += measure_mlps(model, [one.found for one in prepared.mlps], prepared.units, order)
     params = count_params(model)
     attempts = _Attempts(model, prepared, order)
+    if order.params_goal is not None:
+        points = frontier(options, params)
+        best, points, taken = _of_size(points, order.params_goal, attempts)
+    else:
+        best, points, taken, order = _within_loss(options, params, prepared, order, attempts)
+    plan = replace(
+        surgery_of(best),
+        sensitivities=tuple(options),
+        frontier=tuple(points),
+        max_loss=order.max_loss,
+        params_goal=order.params_goal,
+    )
+    if not inplace:
+        return keep_plan(best, plan)
+    chosen = attempts.prepared[taken.sites]
+    for operation in chosen.operations:
+        operate(model, operation)
+    narrow_without_images(model, chosen.mlps)
+    copy_weights(best, model)
+    return keep_plan(model, plan)
+
+
+def _within_loss(
+    options: Sequence[Sensitivity], params: int, prepared: Prepared, order: Order, attempts: _Attempts
+) -> tuple[nn.Module, list[FrontierPoint], FrontierPoint, Order]:
+    """The smallest model within a budget of loss, and the order with that budget in it."""
     first: nn.Module | None = None
     if order.max_loss is not None:
         budget = order.max_loss
         points = frontier(options, params)
     else:
         full = tuple((operation.fqn, operation.mode, None) for operation in prepared.operations)
-        first, loss = attempts.convert(full, budget=math.inf)
+        first, loss = attempts.convert(full, reason="")
         budget = max(_SLACK * loss, _LITTLE)
         points = _beyond(options, full, params)
         points[0] = replace(points[0], measured=loss)
-    best, points, taken = search(points, budget, partial(attempts.convert, budget=budget), order.progress, first)
-    plan = replace(surgery_of(best), sensitivities=tuple(options), frontier=tuple(points), max_loss=budget)
-    if not inplace:
-        return keep_plan(best, plan)
-    for operation in attempts.prepared[taken.sites].operations:
-        operate(model, operation)
-    copy_weights(best, model)
-    return keep_plan(model, plan)
+    reason = f"converting it costs more than a loss of {budget:.4g} allows"
+    best, points, taken = search(points, budget, partial(attempts.convert, reason=reason), order.progress, first)
+    return best, points, taken, replace(order, max_loss=budget)
+
+
+def _of_size(
+    points: list[FrontierPoint], goal: int, attempts: _Attempts
+) -> tuple[nn.Module, list[FrontierPoint], FrontierPoint]:
+    """The model with so many parameters at most that should lose the least.
+
+    Raises:
+        NothingToConvertError: all of it together does not save so much.
+    """
+    place = next((place for place, point in enumerate(points) if point.params <= goal), None)
+    if not place:
+        smallest = points[-1].params
+        raise NothingToConvertError(
+            f"params asks for {goal:,} parameters, and this model has {points[0].params:,}; it could have "
+            f"{smallest:,}. Ask for a number between, or add mlp=True (--mlp) or rank='auto' (--rank auto), which let "
+            "more go"
+        )
+    model, loss = attempts.convert(points[place].sites, reason=f"{goal:,} parameters are reached without it")
+    points[place] = replace(points[place], measured=loss)
+    return model, points, points[place]
 
 
 def _beyond(options: Sequence[Sensitivity], full: Choice, params: int) -> list[FrontierPoint]:
@@ -145,63 +190,6 @@ def _beyond(options: Sequence[Sensitivity], full: Choice, params: int) -> list[F
         sites = tuple((fqn, mode, ranks.get(fqn)) for fqn, mode, _ in full)
         points.append(FrontierPoint(point.params, point.predicted + loss, None, sites))
     return points
-
-
-def measure_sites(model: nn.Module, sites: Sequence[SeenSite], order: Order, *, ranks: bool) -> list[Sensitivity]:
-    """What every site costs when it alone is converted: in its mode, for wide V under `auto` also in `concat-full`.
-
-    With `ranks`, also with fewer channels a head, in steps of 8: then what the closed form leaves out, relative to all
-    channels, scales what was measured.
-    """
-    images = replace(order.images, count=min(order.images.count, SENSITIVITY_IMAGES))
-    followed = [site for site in sites if isinstance(site, FoundSite)]
-    options: list[Sensitivity] = []
-    for mode in _modes(followed, order.mode):
-        fitting = [site for site in followed if mode in _modes_of(site, order.mode)]
-        operations = prepare(model, fitting, mode, refit=True).operations
-        converted = full_copy(model)
-        changes = [operate(converted, operation) for operation in operations]
-        effects = measure_alone(model, converted, operations, order, images)
-        for operation, change, effect in zip(operations, changes, effects, strict=True):
-            saved = change.params_before - change.params_after
-            # Rounding makes a cosine of nearly one more than one.
-            loss = max(effect.loss, 0.0)
-            full = Sensitivity(operation.fqn, mode, None, saved, effect.result.residual, loss)
-            options.append(full)
-            if ranks:
-                options += _with_ranks(full, effect, operation.found.site.key_dim)
-    return options
-
-
-def _modes(sites: list[FoundSite], requested: str) -> list[str]:
-    """The modes that some site is tried in."""
-    modes: set[str] = set()
-    for site in sites:
-        modes.update(_modes_of(site, requested))
-    return [name for name in MODES if name in modes]
-
-
-def _modes_of(found: FoundSite, requested: str) -> list[str]:
-    """The modes that a site is tried in."""
-    mode, _ = choose(found.site, requested)
-    if mode is None:
-        return []
-    wide = requested == AUTO and mode == "concat-half" and "concat-full" in found.site.modes
-    return [mode, "concat-full"] if wide else [mode]
-
-
-def _with_ranks(full: Sensitivity, effect: Effect, size: int) -> list[Sensitivity]:
-    """The same site with fewer channels a head, where their number is free."""
-    if not effect.per_channel:
-        return []
-    options = []
-    for rank in range((size - 1) // RANK_STEP * RANK_STEP, 0, -RANK_STEP):
-        lost = effect.result.ranks[rank - 1]
-        saved = full.params_saved + (size - rank) * effect.per_channel
-        # `lost` is of squared errors, as a loss is; a residual is the root of one.
-        residual = full.residual * lost**0.5
-        options.append(replace(full, rank=rank, params_saved=saved, loss=full.loss * lost, residual=residual))
-    return options
 
 
 def frontier(options: Sequence[Sensitivity], params: int) -> list[FrontierPoint]:
@@ -285,7 +273,7 @@ def search(
     if best is None:
         place, loss = min(tried.items(), key=lambda item: item[1])
         raise NothingToConvertError(
-            f"max_loss {budget:g} leaves no site to convert: {points[place].sites[0][0]} and "
+            f"max_loss {budget:g} leaves nothing to convert: {points[place].sites[0][0]} and "
             f"{len(points[place].sites) - 1} others cost {loss:.4f}, measured as 1 - cosine of the final features; "
             "allow more, or give more calibration images"
         )

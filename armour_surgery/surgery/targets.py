@@ -2,7 +2,7 @@
 
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -163,33 +163,38 @@ def _of_shape(shape: tuple[int, ...], model: nn.Module) -> torch.Tensor:
 
 
 def select_sites(
-    sites: list[SeenSite], include: str | Iterable[str] | None, exclude: str | Iterable[str] | None
+    sites: list[SeenSite],
+    include: str | Iterable[str] | None,
+    exclude: str | Iterable[str] | None,
+    mlps: Sequence[str] = (),
 ) -> list[SeenSite]:
     """The sites that the patterns leave. A pattern also matches everything below a module that it matches.
 
+    `mlps` are names that patterns may be about as well; where they leave one of those, they need leave no site.
+
     Raises:
-        PatternError: a pattern matches no site, or all of them together leave none.
+        PatternError: a pattern matches nothing, or all of them together leave nothing.
     """
     names = [site.fqn for site in sites]
-    wanted = None if include is None else _patterns(include)
-    unwanted = [] if exclude is None else _patterns(exclude)
-    for pattern in [*(wanted or ()), *unwanted]:
-        if not any(_matches(name, pattern) for name in names):
+    for pattern in [*_patterns(include), *_patterns(exclude)]:
+        if not any(_matches(name, pattern) for name in [*names, *mlps]):
             raise PatternError(
                 f"pattern {pattern!r} matches none of the {len(names)} attention sites, which are named like "
                 f"{names[0]!r} and {names[-1]!r}"
             )
-    chosen = []
-    for site in sites:
-        asked_for = wanted is None or any(_matches(site.fqn, pattern) for pattern in wanted)
-        if asked_for and not any(_matches(site.fqn, pattern) for pattern in unwanted):
-            chosen.append(site)
-    if not chosen:
+    chosen = [site for site in sites if left_by_patterns(site.fqn, include, exclude)]
+    if not chosen and not any(left_by_patterns(name, include, exclude) for name in mlps):
+        wanted = _patterns(include) if include is not None else "everything"
         raise PatternError(
-            f"include {wanted if wanted is not None else 'everything'} and exclude {unwanted} leave none of the "
-            f"{len(names)} attention sites"
+            f"include {wanted} and exclude {_patterns(exclude)} leave none of the {len(names)} attention sites"
         )
     return chosen
+
+
+def left_by_patterns(fqn: str, include: str | Iterable[str] | None, exclude: str | Iterable[str] | None) -> bool:
+    """Whether a name is asked for and not excluded."""
+    asked_for = include is None or any(_matches(fqn, pattern) for pattern in _patterns(include))
+    return asked_for and not any(_matches(fqn, pattern) for pattern in _patterns(exclude))
 
 
 def leave_words_alone(model: nn.Module, sites: list[SeenSite]) -> list[SeenSite]:
@@ -206,7 +211,9 @@ def leave_words_alone(model: nn.Module, sites: list[SeenSite]) -> list[SeenSite]
     return left
 
 
-def _patterns(given: str | Iterable[str]) -> list[str]:
+def _patterns(given: str | Iterable[str] | None) -> list[str]:
+    if given is None:
+        return []
     return [given] if isinstance(given, str) else list(given)
 
 

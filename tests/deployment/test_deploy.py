@@ -23,7 +23,7 @@ from armour_surgery.errors import (
     PostconditionError,
     UsageError,
 )
-from armour_surgery.records import DeployedPlace
+from armour_surgery.deployment.records import DeployedPlace
 from armour_surgery.rewrite import ArmourAttention
 
 PLAIN = ["deit-distilled", "dinov2", "beit", "swin", "levit", "hf-dinov2"]
