@@ -7,11 +7,12 @@ from armour_surgery.spelled import change, grouped_names, millions, names_only, 
 from armour_surgery.tabular import Listing, Table
 
 if TYPE_CHECKING:
-    from armour_surgery.records import AttentionSite, RefusedSite, Sensitivity, SitePlan, SurgeryPlan
+    from armour_surgery.records import AttentionSite, MlpPlan, RefusedSite, Sensitivity, SitePlan, SurgeryPlan
 
 __all__ = [
     "Sensitivities",
     "Sites",
+    "mlp_row",
     "plan_table",
     "refused_lines",
     "sensitivity_table",
@@ -97,6 +98,10 @@ def plan_table(surgery: "SurgeryPlan") -> Table:
         after = sum(site.params_after for site in alike)
         numbers = (millions(before), millions(after), change(before, after), _residuals(alike))
         rows.append((grouped_names([site.fqn for site in alike]), label, *numbers))
+    if surgery.mlps:
+        before, after, _ = mlp_row(surgery)
+        numbers = (millions(before), millions(after), change(before, after), _residuals(surgery.mlps))
+        rows.append((grouped_names([mlp.fqn for mlp in surgery.mlps]), mlp_row(surgery)[2], *numbers))
     notes = [
         _cost("model: parameters", surgery.params_before, surgery.params_after),
         _cost("model: MACs per image", surgery.macs_before, surgery.macs_after),
@@ -127,7 +132,15 @@ def _cost(label: str, before: int, after: int) -> str:
     return f"{label} {millions(before)} -> {millions(after)} ({change(before, after)})"
 
 
-def _residuals(sites: "Sequence[SitePlan]") -> str:
+def mlp_row(surgery: "SurgeryPlan") -> tuple[int, int, str]:
+    """Of all narrowed MLPs together the parameters before and after, and how many hidden channels they have."""
+    before = sum(mlp.params_before for mlp in surgery.mlps)
+    after = sum(mlp.params_after for mlp in surgery.mlps)
+    kept = sum(mlp.hidden_after for mlp in surgery.mlps)
+    return before, after, f"{kept:,} of {sum(mlp.hidden_before for mlp in surgery.mlps):,} hidden channels"
+
+
+def _residuals(sites: "Sequence[SitePlan | MlpPlan]") -> str:
     """The smallest and the largest, or the one that there is."""
     values = sorted(f"{site.residual:.3f}" for site in sites if site.residual is not None)
     if not values:

@@ -56,5 +56,7 @@ CONVERT_KEYS = {
     "fidelity",
     "frontier",
     "max_loss",
+    "params_goal",
+    "mlps",
     "seconds",
 }  # fmt: skip

@@ -105,6 +105,8 @@ def test_the_signature_of_convert() -> None:
         "calibration",
         "calibration_images",
         "max_loss",
+        "mlp",
+        "params",
         "progress",
         "rank",
         "reconstruct",

@@ -80,6 +80,18 @@ def convert(
             show_default="all sites",
         ),
     ] = None,
+    params: Annotated[
+        str | None,
+        typer.Option(
+            metavar="P",
+            help="With calibrated, instead: the best model with so many parameters at most, such as 18M, or -15%.",
+            show_default=False,
+        ),
+    ] = None,
+    mlp: Annotated[
+        bool,
+        typer.Option("--mlp", help="With --max-loss or --params: also let MLPs have fewer hidden channels."),
+    ] = False,
     rank: Annotated[
         str | None,
         typer.Option(
@@ -144,7 +156,7 @@ def convert(
         if bench is not None and (report is None or dry_run):
             raise UsageError("--bench is for the page that --report writes, of a model that is converted; add --report")
         channels = _rank(rank)
-        check_options(mode, init, calib, channels, reconstruct, max_loss)
+        check_options(mode, init, calib, channels, reconstruct, max_loss, params, mlp)
         if out is not None and not dry_run:
             check_replaceable(out, force=force)
         if report is not None:
@@ -193,6 +205,8 @@ def convert(
                 calibration_images=calib_images,
                 reconstruct=reconstruct,
                 max_loss=max_loss,
+                params=params,
+                mlp=mlp,
                 rank=channels,
                 progress=tell,
                 **options,
@@ -286,9 +300,11 @@ def _document(model: str, surgery: "SurgeryPlan", target: Path | None, seconds: 
         "macs_before": surgery.macs_before,
         "macs_after": surgery.macs_after,
         "sites": sites,
+        "mlps": [asdict(mlp) for mlp in surgery.mlps],
         "refused": [asdict(refused) for refused in surgery.refused],
         "fidelity": asdict(surgery.fidelity) if surgery.fidelity is not None else None,
         "max_loss": surgery.max_loss,
+        "params_goal": surgery.params_goal,
         "frontier": frontier,
         "seconds": round(seconds, 3),
     }
@@ -303,7 +319,10 @@ def _tell(console: "Console", model: str, kind: str, surgery: "SurgeryPlan", tar
 
     verb = "converted" if target is not None else "would be converted"
     total = len(surgery.sites) + len(surgery.refused)
-    console.print(f"[bold]{escape(model)}[/bold] ({kind}): {len(surgery.sites)} of {total} attention sites {verb}")
+    narrower = f", {len(surgery.mlps)} MLPs narrowed" if surgery.mlps else ""
+    console.print(
+        f"[bold]{escape(model)}[/bold] ({kind}): {len(surgery.sites)} of {total} attention sites {verb}{narrower}"
+    )
     console.print(cost_table(surgery))
     for line in refused_lines(surgery.refused):
         console.print(f"  left alone: {line}", style="dim", markup=False)

@@ -50,6 +50,10 @@ def cost_table(surgery: SurgeryPlan) -> Shown:
         rows.append((f"{names}  ({label})", "", "", ""))
         # A space that is not broken at sets the line under the one that it is a part of.
         rows.append(("\u00a0\u00a0attention parameters", *_cost_cells(before, after)))
+    if surgery.mlps:
+        before, after, label = views.mlp_row(surgery)
+        rows.append((f"{grouped_names([mlp.fqn for mlp in surgery.mlps])}  ({label})", "", "", ""))
+        rows.append(("\u00a0\u00a0MLP parameters", *_cost_cells(before, after)))
     rows.append(("parameters", *_cost_cells(surgery.params_before, surgery.params_after)))
     rows.append(("MACs per image", *_cost_cells(surgery.macs_before, surgery.macs_after)))
     headers = ("", "before", "after", "change")

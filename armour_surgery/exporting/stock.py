@@ -11,8 +11,8 @@ from armour_surgery.rewrite.edits import AddGrouped, Edit, KeepAlong, KeepColumn
 from armour_surgery.rewrite.grouped import GroupedProjection
 from armour_surgery.saving.filling import assign
 from armour_surgery.saving.folder import distinct_tensors, rebuildable
-from armour_surgery.saving.replay import operations_of
-from armour_surgery.surgery.operation import Operation
+from armour_surgery.saving.replay import mlps_of, operations_of
+from armour_surgery.surgery.mlps import edits_of
 from armour_surgery.surgery.parts import name_in_whole
 from armour_surgery.surgery.perform import surgery_of
 from armour_surgery.surgery.rows import copy_shared
@@ -24,8 +24,8 @@ def as_stock(model: nn.Module, into: nn.Module | None = None) -> tuple[nn.Module
     """A model of the original's class and shapes with a converted model's outputs, within rounding, and how it
     is built; on the CPU, in eval mode.
 
-    A projection that serves twice is stored twice, channels that a rank took away are zeros, and a grouped projection
-    is a full one with zeros. Converted to the same modes again, it is the same model as before.
+    A projection that serves twice is stored twice, channels that a rank or a narrower MLP took away are zeros, and a
+    grouped projection is a full one with zeros. Converted to the same modes again, it is the same model as before.
 
     Args:
         model: a converted model.
@@ -45,9 +45,16 @@ def as_stock(model: nn.Module, into: nn.Module | None = None) -> tuple[nn.Module
             )
     host, source = _fresh(model, surgery, into)
     operations = [(part, one) for part, all_of_it in operations_of(host, surgery).items() for one in all_of_it]
+    edits: dict[str, list[Edit]] = {}
+    for part, operation in operations:
+        _note(edits, name_in_whole(part, operation.fqn), operation.rewritten.edits)
+    for part, narrowings in mlps_of(host, surgery).items():
+        for one in narrowings:
+            # Zeros in the places of channels that are gone: what follows reads nothing of them.
+            _note(edits, part, edits_of(one.found, range(one.kept)))
     tensors, tied = distinct_tensors(model)
     whole = _widened(
-        host, {**tensors, **{name: tensors[other] for name, other in tied.items()}}, operations, floating_type(model)
+        host, {**tensors, **{name: tensors[other] for name, other in tied.items()}}, edits, floating_type(model)
     )
     assign(host, whole, {name: other for name, other in tied.items() if name in whole and other in whole})
     _cast_buffers(host, model)
@@ -83,15 +90,17 @@ def _cast_buffers(host: nn.Module, model: nn.Module) -> None:
             setattr(host.get_submodule(owner), attribute, buffer.to(dtype))
 
 
+def _note(edits: dict[str, list[Edit]], module: str, of_module: list[Edit]) -> None:
+    """Write down by tensor, named in the model, what was done to it."""
+    for edit in of_module:
+        for name in edited_names(edit):
+            edits.setdefault(name_in_whole(module, name), []).append(edit)
+
+
 def _widened(
-    host: nn.Module, present: dict[str, Tensor], operations: list[tuple[str, Operation]], floating: torch.dtype
+    host: nn.Module, present: dict[str, Tensor], edits: dict[str, list[Edit]], floating: torch.dtype
 ) -> dict[str, Tensor]:
     """The converted model's tensors in the shapes of the host's; zeros where it has none."""
-    edits: dict[str, list[Edit]] = {}
-    for part, operation in operations:
-        for edit in operation.rewritten.edits:
-            for name in edited_names(edit):
-                edits.setdefault(name_in_whole(name_in_whole(part, operation.fqn), name), []).append(edit)
     whole = {}
     for name, place in host.state_dict().items():
         if name not in present:

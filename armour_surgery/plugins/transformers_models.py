@@ -101,4 +101,6 @@ def _in_names_of(model: nn.Module, surgery: SurgeryPlan) -> SurgeryPlan:
         return next((name for name in (fqn, inside, f"{prefix}{fqn}") if name in present), fqn)
 
     sites = tuple(replace(site, fqn=named(site.fqn)) for site in surgery.sites)
-    return replace(surgery, sites=sites, parts=tuple(replace(part, fqn=named(part.fqn)) for part in surgery.parts))
+    mlps = tuple(replace(mlp, fqn=named(mlp.fqn)) for mlp in surgery.mlps)
+    parts = tuple(replace(part, fqn=named(part.fqn)) for part in surgery.parts)
+    return replace(surgery, sites=sites, mlps=mlps, parts=parts)

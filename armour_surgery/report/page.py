@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from armour_surgery.records import Fidelity, FrontierPoint, Sensitivity, SitePlan, SurgeryPlan
+from armour_surgery.records import Fidelity, FrontierPoint, MlpPlan, Sensitivity, SitePlan, SurgeryPlan
 from armour_surgery.report.elements import NONE, Row, bar, code, facts, figure, numbers, section, table, tile
 from armour_surgery.report.figures import frontier_figure, sensitivity_figure
 from armour_surgery.report.style import inline_svg
@@ -67,6 +67,7 @@ def html_report(
         section("Before and after", _costs(surgery)),
         _speed(speed),
         section("Sites", _sites(surgery.sites)),
+        _mlps(surgery.mlps),
         _refused(surgery),
         _sensitivities(sensitivities),
         _frontier(surgery, frontier),
@@ -136,14 +137,15 @@ def _way(mode: str, rank: int | None) -> str:
 def _header(surgery: SurgeryPlan, name: str) -> str:
     total = len(surgery.sites) + len(surgery.refused)
     ways = Counter((site.mode, site.rank) for site in surgery.sites)
-    shared = ", ".join(f"{count} \u00d7 {_way(mode, rank)}" for (mode, rank), count in ways.items())
+    shared = ", ".join(f"{count} \u00d7 {_way(mode, rank)}" for (mode, rank), count in ways.items()) or "none"
+    narrower = f", {len(surgery.mlps)} MLPs narrowed" if surgery.mlps else ""
     origin = (
         code(names_only(surgery.source.name)) if surgery.source and surgery.source.name else "A model built in Python"
     )
     return (
         f'<header>\n<p class="eyebrow">Armour surgery</p>\n<h1>{escape(name)}</h1>\n'
-        f"<p>{origin} with {len(surgery.sites)} of {total} attentions converted ({shared}); weights chosen by "
-        f"{code(surgery.init)}.</p>\n</header>"
+        f"<p>{origin} with {len(surgery.sites)} of {total} attentions converted ({shared}){narrower}; weights chosen "
+        f"by {code(surgery.init)}.</p>\n</header>"
     )
 
 
@@ -231,6 +233,20 @@ def _speed(measured: Table | None) -> str:
     columns = {title: "number" if place in measured.right else "" for place, title in enumerate(measured.headers)}
     rows = [Row([escape(names_only(cell)) for cell in row]) for row in measured.rows]
     return section("Speed", table(columns, rows), f'<p class="note">{escape(measured.caption)}.</p>')
+
+
+def _mlps(mlps: Sequence[MlpPlan]) -> str:
+    """A row for each MLP that got narrower."""
+    if not mlps:
+        return ""
+    rows = []
+    for mlp in mlps:
+        residual = NONE if mlp.residual is None else f"{mlp.residual:.4f}"
+        hidden = f"{mlp.hidden_after:,} of {mlp.hidden_before:,}"
+        numbers = _cost_row("", mlp.params_before, mlp.params_after).cells[1:]
+        rows.append(Row((code(mlp.fqn), hidden, residual, *numbers)))
+    names = ("hidden channels", "residual", "parameters", "after", "change")
+    return section("MLPs", table({"MLP": "", **dict.fromkeys(names, "number")}, rows))
 
 
 def _sites(sites: Sequence[SitePlan]) -> str:

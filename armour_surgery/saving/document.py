@@ -137,6 +137,6 @@ def check_plan(surgery: SurgeryPlan) -> None:
             rebuilt(part.example, part.example_values, torch.float32)
     except (AttributeError, RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(f"the numbers of its example do not fit their shapes ({error})") from error
-    for name, times in Counter(site.fqn for site in surgery.sites).items():
+    for name, times in Counter([*(site.fqn for site in surgery.sites), *(mlp.fqn for mlp in surgery.mlps)]).items():
         if times > 1:
             raise ValueError(f"site {name!r} is named twice")

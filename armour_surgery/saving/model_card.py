@@ -55,7 +55,8 @@ def model_card(surgery: SurgeryPlan, name: str) -> str:
         *how_to_load(source, name),
         "```",
         "",
-        f"Converted: {converted}.",
+        f"Converted: {converted or 'no attention'}.",
+        *_narrowed(surgery),
         *_residuals(surgery),
     ]
     if surgery.refused:
@@ -106,7 +107,17 @@ def _shared(surgery: SurgeryPlan) -> str:
     for (mode, rank), count in ways.items():
         channels = f" with {rank} channels a head" if rank else ""
         parts.append(f"{count} x `{mode}`{channels}")
+    if surgery.mlps:
+        parts.append(f"{len(surgery.mlps)} narrower MLPs")
     return ", ".join(parts)
+
+
+def _narrowed(surgery: SurgeryPlan) -> list[str]:
+    """Which MLPs have fewer hidden channels."""
+    if not surgery.mlps:
+        return []
+    names = ", ".join(f"`{mlp.fqn}` {mlp.hidden_after:,} of {mlp.hidden_before:,}" for mlp in surgery.mlps)
+    return ["", f"Hidden channels of its MLPs: {names}."]
 
 
 def _row(label: str, before: int, after: int) -> str:

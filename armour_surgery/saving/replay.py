@@ -12,12 +12,13 @@ from armour_surgery.errors import ExampleInputError, SchemaError
 from armour_surgery.examples import Example, rebuilt
 from armour_surgery.measure.cost import count_params
 from armour_surgery.modes import MODES, choose_rank
-from armour_surgery.records import RefusedSite, SurgeryPlan
+from armour_surgery.records import MlpPlan, RefusedSite, SitePlan, SurgeryPlan
+from armour_surgery.surgery.mlps import Narrowing, narrow_without_images, narrowings_of
 from armour_surgery.surgery.operation import Operation, SharedRewrites, operate
 from armour_surgery.surgery.perform import keep_plan
 from armour_surgery.traced import FoundSite, SeenSite
 
-__all__ = ["operations_of", "replay"]
+__all__ = ["mlps_of", "operations_of", "replay"]
 
 
 def replay(host: nn.Module, surgery: SurgeryPlan) -> nn.Module:
@@ -27,10 +28,12 @@ def replay(host: nn.Module, surgery: SurgeryPlan) -> nn.Module:
         SchemaError: the plan names a site that the host does not have, or a mode that does not fit there.
         UsageError: the plan gives a site a rank that it cannot have.
     """
+    mlps = mlps_of(host, surgery)
     for fqn, operations in operations_of(host, surgery).items():
         part = host.get_submodule(fqn)
         for operation in operations:
             operate(part, operation)
+        narrow_without_images(part, mlps[fqn])
         if fqn:
             hosts.mark_converted(part)
     return keep_plan(host, surgery)
@@ -46,12 +49,25 @@ def operations_of(host: nn.Module, surgery: SurgeryPlan) -> dict[str, list[Opera
     return {fqn: _operations(host.get_submodule(fqn), part) for fqn, part in parts.items()}
 
 
+def mlps_of(host: nn.Module, surgery: SurgeryPlan) -> dict[str, list[Narrowing]]:
+    """Which MLPs of a freshly built host get fewer hidden channels, by the modules that were converted.
+
+    Raises:
+        SchemaError: see `narrowings_of`.
+    """
+    found: dict[str, list[Narrowing]] = {}
+    for fqn, plan in _parts(host, surgery).items():
+        part = host.get_submodule(fqn)
+        found[fqn] = narrowings_of(part, _example_of(part, plan), plan)
+    return found
+
+
 def _parts(host: nn.Module, surgery: SurgeryPlan) -> dict[str, SurgeryPlan]:
     """The plan by the modules that were converted, the model itself ("") or parts of it, in the names of each."""
     if not surgery.parts:
         return {"": surgery}
     parts: dict[str, SurgeryPlan] = {}
-    left = list(surgery.sites)
+    left: list[SitePlan | MlpPlan] = [*surgery.sites, *surgery.mlps]
     modules = dict(host.named_modules())
     for part in surgery.parts:
         if part.fqn not in modules:
@@ -59,9 +75,14 @@ def _parts(host: nn.Module, surgery: SurgeryPlan) -> dict[str, SurgeryPlan]:
         below = [site for site in left if f"{site.fqn}.".startswith(f"{part.fqn}.")]
         left = [site for site in left if site not in below]
         # A part may be an attention itself, whose own name is empty.
-        named = tuple(replace(site, fqn=site.fqn[len(part.fqn) + 1 :]) for site in below)
+        named = [replace(site, fqn=site.fqn[len(part.fqn) + 1 :]) for site in below]
         parts[part.fqn] = replace(
-            surgery, sites=named, parts=(), example=part.example, example_values=part.example_values
+            surgery,
+            sites=tuple(site for site in named if isinstance(site, SitePlan)),
+            mlps=tuple(mlp for mlp in named if isinstance(mlp, MlpPlan)),
+            parts=(),
+            example=part.example,
+            example_values=part.example_values,
         )
     if left:
         raise SchemaError(f"the plan converts {left[0].fqn!r}, which is in none of its parts")

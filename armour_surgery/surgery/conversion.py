@@ -39,6 +39,7 @@ from armour_surgery.surgery.targets import (
     example_of,
     leave_words_alone,
     left_by_patterns,
+    patterns,
     refuse_converted,
     select_sites,
 )
@@ -230,6 +231,8 @@ def _prepare(
     model: nn.Module, order: Order, include: str | Iterable[str] | None, exclude: str | Iterable[str] | None
 ) -> Prepared:
     """What can be done to a model; its weights are looked at, and nothing is changed."""
+    include = None if include is None else patterns(include)
+    exclude = patterns(exclude)
     found_sites = find_sites(model, order.example)
     all_mlps = find_mlps(model, order.example) if order.mlp else []
     sites = select_sites(found_sites, include, exclude, [mlp.fqn for mlp in all_mlps])

@@ -32,11 +32,12 @@ def plan_of_whole(model: nn.Module, parts: Mapping[str, SurgeryPlan], source: So
     MACs are those of the parts alone. Of several parts, `mode` and `init` are what they have in common: `auto`, and
     `wq` where one of them needs training.
     """
-    sites, refused, sensitivities = [], [], []
+    sites, mlps, refused, sensitivities = [], [], [], []
     original: dict[str, str] = {}
     for fqn, plan in parts.items():
         original |= {name_in_whole(fqn, name): digest for name, digest in plan.original.items()}
         sites += [replace(site, fqn=name_in_whole(fqn, site.fqn)) for site in plan.sites]
+        mlps += [replace(mlp, fqn=name_in_whole(fqn, mlp.fqn)) for mlp in plan.mlps]
         refused += [replace(site, fqn=name_in_whole(fqn, site.fqn)) for site in plan.refused]
         sensitivities += [replace(option, fqn=name_in_whole(fqn, option.fqn)) for option in plan.sensitivities]
     plans = list(parts.values())
@@ -68,4 +69,6 @@ def plan_of_whole(model: nn.Module, parts: Mapping[str, SurgeryPlan], source: So
         frontier=tuple(frontier),
         parts=tuple(ConvertedPart(fqn, plan.example, plan.example_values) for fqn, plan in parts.items()),
         original=original,
+        mlps=tuple(mlps),
+        params_goal=first.params_goal if len(plans) == 1 else None,
     )

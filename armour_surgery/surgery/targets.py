@@ -24,6 +24,8 @@ __all__ = [
     "check_names",
     "example_of",
     "leave_words_alone",
+    "left_by_patterns",
+    "patterns",
     "plain_example_of",
     "refuse_converted",
     "refuse_deployed",
@@ -176,7 +178,8 @@ def select_sites(
         PatternError: a pattern matches nothing, or all of them together leave nothing.
     """
     names = [site.fqn for site in sites]
-    for pattern in [*_patterns(include), *_patterns(exclude)]:
+    include, exclude = None if include is None else patterns(include), patterns(exclude)
+    for pattern in [*(include or ()), *exclude]:
         if not any(_matches(name, pattern) for name in [*names, *mlps]):
             raise PatternError(
                 f"pattern {pattern!r} matches none of the {len(names)} attention sites, which are named like "
@@ -184,17 +187,17 @@ def select_sites(
             )
     chosen = [site for site in sites if left_by_patterns(site.fqn, include, exclude)]
     if not chosen and not any(left_by_patterns(name, include, exclude) for name in mlps):
-        wanted = _patterns(include) if include is not None else "everything"
         raise PatternError(
-            f"include {wanted} and exclude {_patterns(exclude)} leave none of the {len(names)} attention sites"
+            f"include {'everything' if include is None else include} and exclude {exclude} leave none of the "
+            f"{len(names)} attention sites"
         )
     return chosen
 
 
 def left_by_patterns(fqn: str, include: str | Iterable[str] | None, exclude: str | Iterable[str] | None) -> bool:
     """Whether a name is asked for and not excluded."""
-    asked_for = include is None or any(_matches(fqn, pattern) for pattern in _patterns(include))
-    return asked_for and not any(_matches(fqn, pattern) for pattern in _patterns(exclude))
+    asked_for = include is None or any(_matches(fqn, pattern) for pattern in patterns(include))
+    return asked_for and not any(_matches(fqn, pattern) for pattern in patterns(exclude))
 
 
 def leave_words_alone(model: nn.Module, sites: list[SeenSite]) -> list[SeenSite]:
@@ -211,7 +214,8 @@ def leave_words_alone(model: nn.Module, sites: list[SeenSite]) -> list[SeenSite]
     return left
 
 
-def _patterns(given: str | Iterable[str] | None) -> list[str]:
+def patterns(given: str | Iterable[str] | None) -> list[str]:
+    """Patterns as a list, however they were given; they may be an iterable that can be read once."""
     if given is None:
         return []
     return [given] if isinstance(given, str) else list(given)

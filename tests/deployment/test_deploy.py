@@ -15,6 +15,7 @@ from torch import nn
 from armour_surgery import convert, deploy, save
 from armour_surgery.copies import full_copy, meta_copy
 from armour_surgery.deployment import PASSES
+from armour_surgery.deployment.records import DeployedPlace
 from armour_surgery.errors import (
     AlreadyDeployedError,
     ArmourError,
@@ -23,7 +24,6 @@ from armour_surgery.errors import (
     PostconditionError,
     UsageError,
 )
-from armour_surgery.deployment.records import DeployedPlace
 from armour_surgery.rewrite import ArmourAttention
 
 PLAIN = ["deit-distilled", "dinov2", "beit", "swin", "levit", "hf-dinov2"]

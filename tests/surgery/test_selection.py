@@ -84,7 +84,7 @@ def test_the_search_corrects_what_the_sum_predicts() -> None:
 
 def test_a_budget_that_leaves_nothing_says_what_the_cheapest_costs() -> None:
     points = frontier([_option("blocks.7.attn", None, 100, 0.01)], PARAMS)
-    with pytest.raises(NothingToConvertError, match=r"max_loss 0.001 leaves no site .* blocks.7.attn .* 0.2000"):
+    with pytest.raises(NothingToConvertError, match=r"max_loss 0.001 leaves nothing .* blocks.7.attn .* 0.2000"):
         search(points, 0.001, lambda sites: (nn.Identity(), 0.2))
 
 
@@ -103,7 +103,8 @@ def test_what_fits_the_budget_is_converted_and_the_rest_left_alone(
     model, images = case("vit").build(), _images(nn.Identity(), "vit")
     example = case("vit").batches()[0]
     alone, whole = alone_and_whole
-    assert [one.fqn for one in alone] == ["blocks.0.attn", "blocks.1.attn"]
+    ways = [(f"blocks.{number}.attn", mode) for mode in ("qv", "kv") for number in (0, 1)]
+    assert [(one.fqn, one.mode) for one in alone] == ways
     assert all(0 < one.residual < 1 and one.loss > 0 and one.params_saved > 0 for one in alone)
     cheap = min(alone, key=lambda one: one.loss)
     everything = 1 - surgery_of(whole).fidelity.cosine
