@@ -25,6 +25,7 @@ __all__ = [
     "Dataflow",
     "FunctionCall",
     "follow_model",
+    "memory_of",
     "numbers_after",
     "repeat_layout",
     "runs_along",
@@ -117,7 +118,7 @@ class Dataflow:
 
     def is_written(self, tensor: Tensor) -> bool:
         """Whether something in the run wrote into its memory."""
-        return _memory(tensor) in self.written
+        return memory_of(tensor) in self.written
 
     def own_name(self, tensor: Any) -> str | None:
         """The one name of a parameter or buffer that is read exactly once in the run; None of any other tensor."""
@@ -188,7 +189,7 @@ class _Notes(TorchFunctionMode):
         written: set[int] = set()
         for tensor, version in zip(inputs, versions, strict=True):
             if _version(tensor) != version:
-                written.add(_memory(tensor))
+                written.add(memory_of(tensor))
         self.flow.written |= written
         unchanged = len(outputs) == 1 and any(outputs[0] is tensor for tensor in inputs)
         if not written and (unchanged or not outputs):
@@ -213,7 +214,8 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def _memory(tensor: Tensor) -> int:
+def memory_of(tensor: Tensor) -> int:
+    """What tensors that share their numbers have in common."""
     # Views share the storage object; meta tensors have no address to go by.
     address: int = tensor.untyped_storage()._cdata
     return address

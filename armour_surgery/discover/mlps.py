@@ -5,13 +5,20 @@ projections to the second shows in which function reads what (`dataflow.py`).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from armour_surgery.altered import is_plain
-from armour_surgery.discover.dataflow import Dataflow, FunctionCall, follow_model, repeat_layout
+from armour_surgery.discover.dataflow import (
+    Dataflow,
+    FunctionCall,
+    follow_model,
+    memory_of,
+    numbers_after,
+    repeat_layout,
+)
 from armour_surgery.traced import FoundMlp, HiddenRows
 
 __all__ = ["find_mlps"]
@@ -128,18 +135,19 @@ def _follow(flow: Dataflow, tensor: Tensor, between: _Hidden) -> bool:
 def _closed(flow: Dataflow, second: FunctionCall, between: _Hidden) -> bool:
     """Whether nothing else reads what lies between, and nothing but functions in place writes into it."""
     own = [*between.calls, second]
+    written: set[int] = set()
     for tensor in between.tensors:
-        if flow.is_result(tensor):
-            return False
-        readers = flow.readers_of(tensor)
-        in_place = any(reader.outputs and reader.outputs[0] is tensor for reader in readers)
-        if flow.is_written(tensor) and not in_place:
-            return False
-        for reader in readers:
-            writes = bool(reader.outputs) and reader.outputs[0] is tensor and reader.name in _POINTWISE
-            if not writes and not any(reader is known for known in own):
+        for reader in flow.readers_of(tensor):
+            in_place = bool(reader.outputs) and reader.outputs[0] is tensor and reader.name in _POINTWISE
+            if in_place:
+                written.add(memory_of(tensor))
+            elif not any(reader is known for known in own):
                 return False
-    return True
+    # An activation in place writes into all views of what it is given.
+    return not any(
+        flow.is_result(tensor) or (flow.is_written(tensor) and memory_of(tensor) not in written)
+        for tensor in between.tensors
+    )
 
 
 def _rows_of(
@@ -152,9 +160,7 @@ def _rows_of(
         if layer is None:
             return None
         own_axis = -1 if first.name == "linear" else 1 - first.argument(1, "weight").ndim
-        shape = [1] * made.ndim
-        shape[own_axis] = made.shape[own_axis]
-        numbers = _numbers(made.shape[own_axis], made, own_axis)
+        numbers = numbers_after(made, own_axis, [])
         places = [_line(arrived, axis) for arrived in _arrivals(flow, made, numbers, hidden, between)]
         if not places or any(place is None for place in places):
             return None
@@ -170,7 +176,8 @@ def _rows_of(
             held = ("weight", "bias", "running_mean", "running_var")
             tensors += [f"{name}.{one}" for one in held if getattr(module, one) is not None]
             sizes.append((name, "num_features"))
-        pieces = tuple(sorted((tuple(place) for place in places if place is not None), key=min))
+        # By several ways it may arrive as the same channels (GELU written out reads its input three times).
+        pieces = tuple(sorted({tuple(place) for place in places if place is not None}, key=min))
         flat = [row for piece in pieces for row in piece]
         if len(set(flat)) != len(flat) or len(flat) != made.shape[own_axis]:
             return None
@@ -185,14 +192,6 @@ def _maker_before(flow: Dataflow, norm: FunctionCall) -> FunctionCall | None:
     while maker is not None and maker.is_layout:
         maker = flow.maker(maker.source)
     return maker
-
-
-def _numbers(channels: int, like: Tensor, axis: int) -> Tensor:
-    import torch
-
-    shape = [1] * like.ndim
-    shape[axis] = channels
-    return torch.arange(channels).reshape(shape).expand(like.shape)
 
 
 def _arrivals(flow: Dataflow, tensor: Tensor, numbers: Tensor, goal: Tensor, between: _Hidden) -> Iterator[Tensor]:
@@ -230,7 +229,5 @@ def _common(names: list[str]) -> str:
 
 def _named_apart(found: list[FoundMlp]) -> list[FoundMlp]:
     """Where a module holds several MLPs, they are called by what ends them."""
-    from dataclasses import replace
-
     names = [mlp.fqn for mlp in found]
     return [replace(mlp, fqn=mlp.second) if names.count(mlp.fqn) > 1 or not mlp.fqn else mlp for mlp in found]

@@ -93,11 +93,20 @@ def _damping(moment: Tensor) -> Tensor:
 def narrow(block: Block, problem: MlpProblem, alone: bool) -> SiteResult:
     """Choose the hidden channels of an MLP in the stream as it now is, and refit its second layer; in place.
 
+    Taken `alone`, one that gets too few tokens stays as it is, and its result has no `ranks`.
+
     Raises:
         CalibrationError: the images have fewer tokens than the MLP has channels, or what it gets is not finite.
     """
     layer = LastLayer(block.after.model.get_submodule(problem.second))
-    sums = _moment(block, problem, layer)
+    sums, count = _moment(block, problem, layer)
+    if alone and count <= problem.hidden:
+        return SiteResult(problem.fqn, 0.0, ())  # nothing can be said of it, and others can still be measured
+    if count <= problem.hidden:
+        raise CalibrationError(
+            f"calibration saw {count:.0f} tokens at {problem.fqn}, too few for its {problem.hidden} hidden channels; "
+            "give more images, or leave it out with exclude"
+        )
     matrix, mean = layer.read(), sums[-1, :-1]
     weight, biased = matrix[: problem.hidden], layer.bias is not None
     moment = sums[:-1, :-1] - mean[:, None] * mean if biased else sums[:-1, :-1]
@@ -127,8 +136,8 @@ def _left(weight: Tensor, new: Tensor, moment: Tensor) -> float:
     return max(float((error * (moment @ error)).sum() / whole), 0.0)
 
 
-def _moment(block: Block, problem: MlpProblem, layer: LastLayer) -> Tensor:
-    """`E [h 1]^T [h 1]` of the hidden channels with a last entry 1, `[n + 1, n + 1]`, on what is fitted to."""
+def _moment(block: Block, problem: MlpProblem, layer: LastLayer) -> tuple[Tensor, float]:
+    """`E [h 1]^T [h 1]` of the hidden channels with a last entry 1, `[n + 1, n + 1]`, and of how many tokens."""
     stride = block.stride(problem.hidden)
     total, count = torch.zeros((), dtype=torch.float64), 0.0
     for index, image, held in block.data:
@@ -147,10 +156,5 @@ def _moment(block: Block, problem: MlpProblem, layer: LastLayer) -> Tensor:
         weighted = inputs if rows is None else inputs * rows.to(inputs)
         total = total + (inputs.mT @ weighted).double().cpu()
         count += float(len(inputs)) if rows is None else float(rows.sum())
-    if count <= problem.hidden:
-        raise CalibrationError(
-            f"calibration saw {count:.0f} tokens at {problem.fqn}, too few for its {problem.hidden} hidden channels; "
-            "give more images, or leave it out with exclude"
-        )
     refuse_not_finite(total, problem.fqn, "gets")
-    return total / count
+    return total / count, count

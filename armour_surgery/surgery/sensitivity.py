@@ -3,6 +3,7 @@
 A model's *loss* is 1 - the mean cosine of its final features' tokens to the original's, on held-out images.
 """
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -11,8 +12,9 @@ from torch import nn
 from armour_surgery.copies import full_copy
 from armour_surgery.initialize import STEP
 from armour_surgery.modes import AUTO, MODES, choose
+from armour_surgery.notes import ArmourWarning
 from armour_surgery.records import Sensitivity
-from armour_surgery.spelled import MLP
+from armour_surgery.spelled import MLP, grouped_names
 from armour_surgery.surgery.mlps import Narrowing
 from armour_surgery.surgery.new_weights import Effect, measure_alone
 from armour_surgery.surgery.operation import Prepared, operate, prepare
@@ -108,11 +110,21 @@ def measure_mlps(model: nn.Module, mlps: Sequence[FoundMlp], units: dict[str, st
         kept = {one.found.fqn: one.kept for one in narrowings}
         for effect in measure_alone(model, full_copy(model), prepared, order, _fewer(order.images)):
             fqn = effect.result.fqn
-            measured.setdefault(fqn, {})[kept[fqn]] = effect
+            if effect.result.ranks:  # none where the images have too few tokens for its channels
+                measured.setdefault(fqn, {})[kept[fqn]] = effect
     options: list[Sensitivity] = []
+    left: list[str] = []
     for mlp in mlps:
         if mlp.fqn in measured:
             options += _widths(mlp, measured[mlp.fqn])
+        else:
+            left.append(mlp.fqn)
+    if left:
+        warnings.warn(
+            f"{grouped_names(left)} keep all hidden channels: the images have fewer tokens than these; give more",
+            ArmourWarning,
+            stacklevel=5,
+        )
     return options
 
 

@@ -1,0 +1,202 @@
+"""MLPs with fewer hidden channels: exact where nothing is lost, within the goal, and carried everywhere."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import outputs, relative_error
+from small_models import refused
+from tiny_hosts import CASES
+from torch import nn
+
+from armour_surgery import convert, deploy, export, load, save
+from armour_surgery.copies import full_copy
+from armour_surgery.discover.mlps import find_mlps
+from armour_surgery.errors import NothingToConvertError, PatternError, SchemaError, UsageError
+from armour_surgery.measure.cost import count_params
+from armour_surgery.notes import ArmourWarning
+from armour_surgery.rewrite.edits import apply_edits, tensor_named
+from armour_surgery.surgery.mlps import edits_of, params_per_channel
+from armour_surgery.surgery.order import params_goal
+from armour_surgery.surgery.perform import surgery_of
+
+HOSTS = ["vit", "swin", "levit", "levit-conv", "hf-vit", "hf-dinov2"]
+
+
+def _images(name: str, count: int = 9) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    shape = next(iter(CASES[name].batches()[0].values())).shape[1:]
+    return [torch.randn(8, *shape) for _ in range(count)]
+
+
+def _narrowed(name: str, goal: str = "-12%", **options: Any) -> tuple[nn.Module, nn.Module]:
+    case = CASES[name]
+    model = case.build()
+    options.setdefault("mlp", True)
+    armour = convert(
+        model, init="calibrated", calibration=_images(name), params=goal, example_input=case.batches()[0], **options
+    )
+    return model, armour
+
+
+@pytest.fixture(scope="module")
+def narrow_vit() -> tuple[nn.Module, nn.Module]:
+    return _narrowed("vit")
+
+
+@pytest.mark.parametrize("name", [*HOSTS, "beit", "deit-distilled"])
+def test_channels_that_are_read_with_zeros_can_go(name: str) -> None:
+    """The oracle: where the second layer reads nothing of a channel, the model without it computes the same."""
+    case = CASES[name]
+    model = case.build(torch.float64)
+    narrow = full_copy(model)
+    example = case.batches(torch.float64)[0]
+    for mlp in find_mlps(model, example):
+        kept = sorted(torch.randperm(mlp.hidden)[: mlp.hidden - 11].tolist())
+        gone = sorted(set(range(mlp.hidden)) - set(kept))
+        for one in (model, narrow):
+            with torch.no_grad():
+                tensor_named(one, f"{mlp.second}.weight")[:, gone] = 0
+        before = count_params(narrow)
+        apply_edits(narrow, edits_of(mlp, kept))
+        assert before - count_params(narrow) == 11 * params_per_channel(model, mlp)
+    assert {mlp.hidden for mlp in find_mlps(narrow, example)}.isdisjoint(
+        mlp.hidden for mlp in find_mlps(model, example)
+    )
+    for batch in case.batches(torch.float64):
+        with torch.no_grad():
+            assert relative_error(outputs(model, batch), outputs(narrow, batch)) < 1e-12
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_the_goal_is_reached_and_everything_carries_it(name: str, tmp_path: Path) -> None:
+    model, armour = _narrowed(name)
+    surgery = surgery_of(armour)
+    assert surgery.mlps
+    assert count_params(armour) == surgery.params_after <= 0.88 * count_params(model)
+    assert surgery.params_goal == round(0.88 * count_params(model))
+    saved = sum(site.params_before - site.params_after for site in (*surgery.sites, *surgery.mlps))
+    assert saved == surgery.params_before - surgery.params_after
+    assert surgery.macs_after < surgery.macs_before
+    assert all(mlp.hidden_after % 8 == 0 and 0 <= mlp.residual < 1 for mlp in surgery.mlps)
+    assert surgery.chosen(surgery.frontier).measured == surgery.loss
+    batch = CASES[name].batches()[1]
+    expected = outputs(armour.eval(), batch)
+    again = armour
+    if not name.startswith("levit"):  # these are made by their class, and nothing could build them again
+        save(armour, tmp_path / "out")
+        again = load(tmp_path / "out")
+        assert again.surgery == surgery
+        assert all(torch.equal(one, other) for one, other in zip(outputs(again, batch), expected, strict=True))
+    assert relative_error(expected, outputs(deploy(again, example_input=CASES[name].example()), batch)) < 1e-4
+
+
+@pytest.mark.parametrize("format", ["compat", "timm", "pt2"])
+def test_it_is_exported(format: str, narrow_vit: tuple[nn.Module, nn.Module], tmp_path: Path) -> None:
+    told = export(
+        narrow_vit[1], tmp_path / ("m.pt2" if format == "pt2" else "m"), format=format, images=_images("vit", 1)
+    )
+    assert told.max_relative_error < 1e-5
+
+
+def test_in_place_is_the_same_and_the_original_stays(narrow_vit: tuple[nn.Module, nn.Module]) -> None:
+    model, armour = narrow_vit
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    own = CASES["vit"].build()
+    _same = convert(
+        own,
+        init="calibrated",
+        calibration=_images("vit"),
+        params="-12%",
+        mlp=True,
+        inplace=True,
+        example_input=CASES["vit"].batches()[0],
+    )
+    assert _same is own
+    assert surgery_of(own).mlps == surgery_of(armour).mlps
+    for name, tensor in armour.state_dict().items():
+        assert torch.equal(own.state_dict()[name], tensor)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_patterns_are_about_mlps_too() -> None:
+    model, armour = _narrowed("vit", "-4%", include="blocks.1.mlp")
+    surgery = surgery_of(armour)
+    assert surgery.sites == ()
+    assert [mlp.fqn for mlp in surgery.mlps] == ["blocks.1.mlp"]
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("blocks.1.mlp"):
+            assert torch.equal(armour.state_dict()[name], tensor)
+    # Without `mlp` there is nothing of that name.
+    message = refused(PatternError, lambda: _narrowed("vit", "-4%", include="blocks.1.mlp", mlp=False))
+    assert "'blocks.1.mlp' matches none of the 2 attention sites" in message
+
+
+def test_a_loss_is_a_goal_too() -> None:
+    case = CASES["vit"]
+    armour = convert(
+        case.build(),
+        init="calibrated",
+        calibration=_images("vit"),
+        max_loss=0.05,
+        mlp=True,
+        example_input=case.batches()[0],
+    )
+    assert surgery_of(armour).mlps
+    assert surgery_of(armour).loss <= 0.05
+
+
+def test_an_mlp_of_which_too_little_is_seen_stays_and_is_told() -> None:
+    case = CASES["levit"]
+    with pytest.warns(ArmourWarning, match=r"downsample.mlp.* keep all hidden channels: .* fewer tokens"):
+        armour = convert(
+            case.build(), init="calibrated", calibration=_images("levit", 2), params="-4%", mlp=True,
+            example_input=case.batches()[0],
+        )  # fmt: skip
+    assert "stages.1.downsample.mlp" not in [mlp.fqn for mlp in surgery_of(armour).mlps]
+
+
+def test_more_than_there_is_to_save_is_refused() -> None:
+    message = refused(NothingToConvertError, lambda: _narrowed("vit", "-90%"))
+    assert "params asks for" in message
+    assert "rank='auto'" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"mlp": True, "init": "calibrated"}, "mlp needs a goal"),
+        ({"params": "-5%", "max_loss": 0.1, "init": "calibrated"}, "are two goals"),
+        ({"params": "-5%"}, "params needs images to measure with"),
+        ({"params": "5%", "init": "calibrated"}, "params '5%' is no size"),
+        ({"params": 0, "init": "calibrated"}, "params 0 is no size"),
+        ({"params": "-100%", "init": "calibrated"}, "'-100%' is no size"),
+    ],
+)
+def test_goals_that_make_no_sense(options: dict[str, Any], told: str) -> None:
+    assert told in refused(UsageError, lambda: convert(CASES["vit"].build(), **options))
+
+
+@pytest.mark.parametrize(
+    ("given", "goal"),
+    [("-15%", 850), ("-2.5 %", 975), ("700", 700), (700, 700), ("0.5k", 500), ("18M", 18_000_000), ("1.2g", 1.2e9)],
+)
+def test_sizes_as_people_write_them(given: object, goal: float) -> None:
+    assert params_goal(given, 1000) == goal
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [("blocks.0.mlp", "blocks.9.mlp", "no such mlp"), ('"hidden_before": 192', '"hidden_before": 184', "it has 192")],
+)
+def test_a_plan_that_does_not_fit_is_refused(
+    old: str, new: str, told: str, narrow_vit: tuple[nn.Module, nn.Module], tmp_path: Path
+) -> None:
+    save(narrow_vit[1], tmp_path / "out")
+    path = tmp_path / "out" / "surgery.json"
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    start, _, end = text.partition('"mlps"')
+    path.write_text(f'{start}"mlps"{end.replace(old, new, 1)}', encoding="utf-8")
+    assert told in refused(SchemaError, lambda: load(tmp_path / "out"))
