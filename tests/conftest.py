@@ -80,6 +80,7 @@ def _what_is_imported_stays() -> None:
     """
     gc.collect()
     gc.freeze()
+    # And the hosts that tests share stay too, so that looking for garbage often is looking through those.
     gc.set_threshold(10_000, 20, 50)
     atexit.register(gc.unfreeze)
 
