@@ -1,6 +1,7 @@
 """Copies of a model that have its structure and none of its numbers, and what numbers a model has."""
 
 import copy
+import enum
 import functools
 import types
 from collections import OrderedDict, deque
@@ -127,6 +128,8 @@ class _Copier:
         if (cls is tuple or cls is set) and all(type(part) in _UNCHANGED for part in item):
             self._memo[id(item)] = item if cls is tuple else set(item)
             return self._memo[id(item)]
+        if isinstance(item, enum.Enum):
+            return item  # as `deepcopy` has it, and nothing to walk through the model for
         if isinstance(item, Tensor):
             self._replace(item)
         elif isinstance(item, nn.Module) and _is_plain(cls):

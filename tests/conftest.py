@@ -80,6 +80,8 @@ def _what_is_imported_stays() -> None:
     """
     gc.collect()
     gc.freeze()
+    # And the hosts that tests share stay too, so that looking for garbage often is looking through those.
+    gc.set_threshold(10_000, 20, 50)
     atexit.register(gc.unfreeze)
 
 
@@ -90,18 +92,17 @@ def _shared_hosts_stay() -> Iterator[None]:
     assert changed() == []
 
 
-@pytest.fixture(scope="session")
-def _hosts_of_before_stay() -> None:
-    """Memory is measured after a collection, which would look through all hosts that tests have shared so far."""
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.fixture
-def short_turns(monkeypatch: pytest.MonkeyPatch, _hosts_of_before_stay: None) -> None:
-    """Turns and profiles of tiny models are as good when they are short."""
+def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that time tiny models: turns and profiles of those are as good when they are short."""
     monkeypatch.setattr("armour_surgery.benchmarking.speed._TURN_S", 0.002)
     monkeypatch.setattr("armour_surgery.benchmarking.operators._SECONDS", 0.02)
+    # It would be for the whole suite.
+    monkeypatch.setattr("armour_surgery.benchmarking.benchmark.keep_memory", lambda: True)
+    # Before each measurement of memory the collector runs, and all hosts that tests have shared so far are not its
+    # concern: looking through them took longer than timing.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from armour_surgery import benchmark, convert, redundancy, sensitivities
 from armour_surgery.errors import UsageError
 from armour_surgery.progress import told
 
+pytestmark = pytest.mark.usefixtures("short_turns")
+
 Work = Callable[..., Any]
 WORK: dict[str, Work] = {
     "convert": lambda **given: convert(vit(depth=1), init="calibrated", calibration_images=8, **given),

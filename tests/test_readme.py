@@ -13,7 +13,6 @@ from timm.models import save_for_hf
 from timm.models._registry import _model_entrypoints
 from torchvision.transforms.functional import to_pil_image
 
-from armour_surgery.benchmarking import benchmark
 from armour_surgery.images.synthetic import synthetic_images
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +30,7 @@ def commands(text: str = README) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def _fresh_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _fresh_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_turns: None) -> None:
     monkeypatch.chdir(tmp_path)
 
 
@@ -54,7 +53,6 @@ def photos(place: Path, classes: int, count: int) -> None:
 
 def test_the_story_of_a_users_own_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command in its order, of a DeiT that is one block deep, on small images."""
-    monkeypatch.setattr(benchmark, "keep_memory", lambda: True)  # it would be for the whole suite
     build = _model_entrypoints["deit_tiny_patch16_224"]
     small = {"depth": 1, "embed_dim": 48, "num_heads": 3, "patch_size": 8}
     monkeypatch.setitem(_model_entrypoints, "deit_tiny_patch16_224", lambda **given: build(**{**given, **small}))

@@ -103,6 +103,7 @@ def test_redundancy() -> None:
     assert repr(found[0]).startswith("SiteRedundancy('blocks.0.attn', alike: qk ")
 
 
+@pytest.mark.usefixtures("short_turns")
 @pytest.mark.parametrize("models", [1, 3])
 def test_benchmark(models: int) -> None:
     measured = quick({f"model {number}": vit(depth=1) for number in range(models)})

@@ -146,11 +146,14 @@ def run_passes(surgery: Surgery, passes: Iterable[Pass]) -> None:
     Raises:
         PostconditionError: a check failed; nothing has happened to any module yet.
     """
+    # Checks change nothing, so what one pass left is what the next one finds.
+    before = str(surgery.graph)
     for graph_pass in passes:
         graph_pass.requires(surgery)
-        before = str(surgery.graph)
         modified = graph_pass(surgery)
+        after = str(surgery.graph)
         # A pass that says nothing happened, and is wrong, has done something that its `ensures` does not know of.
-        if modified != (str(surgery.graph) != before):
+        if modified != (after != before):
             raise PostconditionError(f"{type(graph_pass).__name__} misreported whether it changed the graph")
         graph_pass.ensures(surgery)
+        before = after

@@ -29,7 +29,6 @@ QUICK = ("--rounds", "2", "--budget", "0.1", "--batch-size", "3")
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """`tiny`, and `armour` converted from it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(benchmarking, "keep_memory", lambda: True)  # it would be for the whole suite
     save_for_hf(vit(), "tiny", model_args=ARGUMENTS, safe_serialization=True)
     model, source = load_any("local-dir:tiny")
     save(convert(model, "qv", source=source), "armour")

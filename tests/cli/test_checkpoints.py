@@ -45,6 +45,7 @@ def refused(*arguments: str, code: int = 1) -> str:
     return failed(*arguments, code=code).stderr
 
 
+@pytest.mark.usefixtures("short_turns")
 def test_the_story_of_a_users_own_checkpoint(here: Path) -> None:
     good("convert", "test_vit", *OWN, "--mode", "qv", "--out", "armour")
     source = read_plan("armour").source

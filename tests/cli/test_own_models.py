@@ -88,6 +88,7 @@ def test_a_saved_folder_is_evaluated_beside_its_original(work: Path) -> None:
     )
 
 
+@pytest.mark.usefixtures("short_turns")
 def test_bench_and_redundancy(work: Path) -> None:
     few = ("--budget", "0.1", "--rounds", "2", "--batch-size", "2")
     timed = document("bench", "saved", "--vs", "vit.py:trained", *INTO, *EXAMPLE, *few)

@@ -108,10 +108,11 @@ def test_the_token_is_nowhere(mine: str, hub: Hub, monkeypatch: pytest.MonkeyPat
     assert all(TOKEN.encode() not in content for content in hub.repos["me/tiny"].files().values())
 
 
+@pytest.mark.usefixtures("short_turns")
 def test_model_may_lie_on_the_hub(mine: str, hub: Hub) -> None:
     good("push", mine, "me/tiny", "--license", "mit", "--revision", "v1")
     name = "hf-hub:me/tiny@v1"
-    timed = document("bench", name, "--vs", mine, "--batch-size", "2", "--budget", "1")
+    timed = document("bench", name, "--vs", mine, "--batch-size", "2", "--budget", "0.1", "--rounds", "2")
     assert [model["name"] for model in timed["models"]] == [name, mine]
     assert len({model["params"] for model in timed["models"]}) == 1
     for command in ("inspect", "convert"):

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 from command_line import bad, document, good
 from page_by_hand import Page
 
@@ -25,6 +26,7 @@ def test_the_page_has_the_command_the_date_and_the_versions(tiny: str, here: Pat
     assert "Speed" not in text
 
 
+@pytest.mark.usefixtures("short_turns")
 def test_speed_is_on_the_page_where_it_was_measured(tiny: str, here: Path) -> None:
     found = document("convert", tiny, "--out", "out", "--report", "page.html", "--bench", "1", "--mode", "kv")
     assert found["mode"] == "kv"

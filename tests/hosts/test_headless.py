@@ -91,6 +91,7 @@ def test_who_has_no_such_form_says_so() -> None:
         load_model("hf:siglip", pretrained=False, num_classes=0)
 
 
+@pytest.mark.usefixtures("short_turns")
 def test_every_command_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(timm.create_model("test_vit", num_classes=5, img_size=32).state_dict(), "w.pth")
