@@ -71,7 +71,8 @@ def test_channels_that_are_read_with_zeros_can_go(name: str) -> None:
 
 @pytest.mark.parametrize("name", HOSTS)
 def test_the_goal_is_reached_and_everything_carries_it(name: str, tmp_path: Path) -> None:
-    model, armour = _narrowed(name)
+    # Of what lies after the last pooling, the few images show too little.
+    model, armour = _narrowed(name, exclude="stages.1.downsample*" if name == "levit-conv" else ())
     surgery = surgery_of(armour)
     assert surgery.mlps
     assert count_params(armour) == surgery.params_after <= 0.88 * count_params(model)
@@ -82,14 +83,17 @@ def test_the_goal_is_reached_and_everything_carries_it(name: str, tmp_path: Path
     assert all(mlp.hidden_after % 8 == 0 and 0 <= mlp.residual < 1 for mlp in surgery.mlps)
     assert surgery.chosen(surgery.frontier).measured == surgery.loss
     batch = CASES[name].batches()[1]
-    expected = outputs(armour.eval(), batch)
+    with torch.no_grad():
+        expected = outputs(armour.eval(), batch)
     again = armour
     if not name.startswith("levit"):  # these are made by their class, and nothing could build them again
         save(armour, tmp_path / "out")
         again = load(tmp_path / "out")
         assert again.surgery == surgery
         assert all(torch.equal(one, other) for one, other in zip(outputs(again, batch), expected, strict=True))
-    assert relative_error(expected, outputs(deploy(again, example_input=CASES[name].example()), batch)) < 1e-4
+    with torch.no_grad():
+        deployed = outputs(deploy(again, example_input=CASES[name].example()), batch)
+        assert relative_error(expected, deployed) < 1e-4
 
 
 @pytest.mark.parametrize("format", ["compat", "timm", "pt2"])
