@@ -89,7 +89,8 @@ def test_any_batch_in_every_runtime(split: nn.Module, graphs: dict[str, formats.
     session = onnxruntime.InferenceSession(graphs["onnx"].out, providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {"pixel_values": IMAGES.numpy()})
     assert largest_difference([wanted], [torch.from_numpy(logits)]) < 1e-4
-    compiled = openvino.Core().compile_model(graphs["openvino"].out, "CPU")
+    # Where a CPU has bfloat16, OpenVINO computes in it unless told otherwise.
+    compiled = openvino.Core().compile_model(graphs["openvino"].out, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     (logits,) = compiled({"pixel_values": IMAGES.numpy()}).values()
     assert largest_difference([wanted], [torch.from_numpy(np.array(logits))]) < 1e-4
     found = torch.export.load(graphs["pt2"].out).module()(pixel_values=IMAGES)
@@ -105,17 +106,6 @@ def test_files_say_where_they_come_from(graphs: dict[str, formats.Exported]) -> 
     assert json.loads(extra["armour_surgery.json"])["model"] == "split"
     told = openvino.Core().read_model(graphs["openvino"].out).get_rt_info("armour_surgery").astype(str)
     assert json.loads(told)["class"].endswith("ViTForImageClassification")
-
-
-def test_other_image_sizes_where_the_model_takes_them(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = convert(vit(dynamic_img_size=True, depth=1), "qv")
-    export(model, tmp_path / "any.onnx", format="onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "any.onnx", providers=["CPUExecutionProvider"])
-    for size in ((40, 24), (56, 56)):
-        images = torch.randn(2, 3, *size)
-        (found,) = session.run(None, {"x": images.numpy()})
-        assert largest_difference([answers(model, images)], [torch.from_numpy(found)]) < 1e-4
 
 
 def test_compat_of_timm_loads_as_any_other_folder(tmp_path: Path) -> None:
@@ -204,9 +194,3 @@ def test_a_forward_that_cannot_be_followed_is_told(tmp_path: Path) -> None:
     message = refused(ExportError, lambda: export(model, tmp_path / "m.pt2", format="pt2"))
     assert "torch could not follow Counting into torch.export" in message
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    message = refused(ExportError, lambda: export(vit(depth=1), tmp_path / "m.onnx", format="onnx"))
-    assert "pip install 'armour-surgery[onnx]'" in message
