@@ -11,7 +11,14 @@ STAMP := $(VENV)/.installed
 # uv does not read pip's settings, so the index and the certificates that pip was told to use are handed on.
 pip_setting = $$($(BIN)/python -m pip config list | sed -n "s/^[^=]*\.$(1)='\(.*\)'$$/\1/p" | head -n 1)
 
-.PHONY: help demo test fuzz check bench coverage thirdparty venv clean
+uv_settings = index=$(call pip_setting,index-url) && cert=$(call pip_setting,cert) \
+		&& { [ -z "$$index" ] || export UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$$index}"; } \
+		&& { [ -z "$$cert" ] || export SSL_CERT_FILE="$${SSL_CERT_FILE:-$$cert}"; }
+
+# What must hold with the lowest versions too: all promises, all that is saved, all that is exported.
+LOWEST_TESTS ?= tests/promises tests/saving tests/exporting
+
+.PHONY: help demo test lowest fuzz check bench coverage thirdparty venv clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
@@ -21,6 +28,13 @@ demo: $(STAMP) ## Install into .venv and run the whole story offline
 
 test: $(STAMP) ## Run the tests
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+lowest: $(STAMP) ## Run the promises with the lowest declared versions, in a second environment
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python .venv-lowest
+	$(uv_settings) && $(BIN)/uv pip install --python .venv-lowest/bin/python --resolution lowest-direct \
+		-e ".[demo,openvino]" --group dev
+	.venv-lowest/bin/python -m pytest -n auto --dist worksteal $(LOWEST_TESTS)
 
 fuzz: $(STAMP) ## Damage saved folders, and make up attentions, in many ways, other ones each time
 	ARMOUR_TEST_EXAMPLES=$${ARMOUR_TEST_EXAMPLES:-2000} $(BIN)/python -m pytest -n auto tests/saving/test_fuzz.py
@@ -47,7 +61,7 @@ thirdparty: $(STAMP) ## The same for models of other packages, in a second envir
 venv: $(STAMP) ## Create .venv with everything that development needs
 
 clean: ## Remove .venv, caches and build outputs
-	rm -rf $(VENV) .venv-third-party build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-third-party .venv-lowest build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml
@@ -56,9 +70,7 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -m venv $(VENV)
 	@echo "==> Installing armour-surgery and its development tools (PyTorch is large: minutes on the first run)"
 	@{ $(BIN)/python -m pip install --quiet uv \
-		&& index=$(call pip_setting,index-url) && cert=$(call pip_setting,cert) \
-		&& { [ -z "$$index" ] || export UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$$index}"; } \
-		&& { [ -z "$$cert" ] || export SSL_CERT_FILE="$${SSL_CERT_FILE:-$$cert}"; } \
+		&& $(uv_settings) \
 		&& $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -e ".[demo,openvino]" --group dev; \
 	} || { echo "==> uv could not do it; using pip" \
 		&& $(BIN)/python -m pip install --upgrade "pip>=25.1" \

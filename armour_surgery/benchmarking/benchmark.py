@@ -26,8 +26,9 @@ from armour_surgery.copies import full_copy
 from armour_surgery.deployment.pipeline import RUNTIMES, deploy
 from armour_surgery.errors import BenchmarkError, ExampleInputError, NothingToDeployError, UsageError
 from armour_surgery.examples import on_meta, with_numbers
-from armour_surgery.exporting.onnx import load_onnx, require, write_onnx
+from armour_surgery.exporting.onnx import load_onnx, write_onnx
 from armour_surgery.exporting.openvino import load_openvino
+from armour_surgery.exporting.packages import require
 from armour_surgery.hosts.wrappers import refuse_wrapped
 from armour_surgery.measure.cost import count_macs, count_params
 from armour_surgery.progress import told
@@ -127,6 +128,7 @@ def benchmark(
         UsageError: there is no model, a wrapper is around one, or a number, dtype, device or `progress` is none that
             there is.
         ExampleInputError: nobody knows what to feed the first model.
+        ExportError: a package that the runtime needs is not installed.
         BenchmarkError: a model does not compile or run with this dtype, device and batch size; the message names it.
     """
     place = _check(models, batch_sizes, device, dtype, threads)
@@ -213,9 +215,7 @@ def _check_runtime(runtime: str, device: torch.device, dtype: str, *, compile: b
             raise UsageError(f"{option} is for torch, not for the runtime {runtime}; leave one of them out")
     if device.type != "cpu" or dtype != "fp32":
         raise UsageError(f"the runtime {runtime} is timed on cpu in fp32, not on {device.type} in {dtype}")
-    require("onnx", "onnxscript", "onnxruntime", extra="onnx")
-    if runtime == "openvino":
-        require("openvino", extra="openvino")
+    require(runtime)
 
 
 def _example_of(model: nn.Module, given: Example | None, of_first: dict[str, Tensor] | None) -> dict[str, Tensor]:

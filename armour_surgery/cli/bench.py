@@ -93,9 +93,11 @@ def bench(
     with console.status("loading PyTorch"):
         from armour_surgery.benchmarking.benchmark import benchmark
         from armour_surgery.benchmarking.files import check_speed_file, write_speed_file
+        from armour_surgery.exporting.packages import require
 
+    # Before the work, whose numbers would be lost.
+    require(runtime)
     for path in out or ():
-        # Before the work, whose numbers would be lost.
         check_speed_file(path)
     with console.status("building the models"):
         from armour_surgery.saving.any_model import Asked

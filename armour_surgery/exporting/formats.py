@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,9 +25,11 @@ from armour_surgery.exporting.comparison import Inputs, answers, batches, larges
 from armour_surgery.exporting.compat import ORIGIN, write_compat
 from armour_surgery.exporting.onnx import load_onnx, to_int8, write_onnx
 from armour_surgery.exporting.openvino import load_openvino, write_openvino
+from armour_surgery.exporting.packages import require
 from armour_surgery.exporting.pt2 import load_pt2, write_pt2
 from armour_surgery.hosts.library_folder import read_converted, read_folder
 from armour_surgery.images.for_calibration import SYNTHETIC
+from armour_surgery.notes import ArmourWarning
 from armour_surgery.patching import on_cpu_by_default
 from armour_surgery.records import SurgeryPlan
 from armour_surgery.report.whole_file import check_target
@@ -70,6 +73,7 @@ def check_export(
 
     Raises:
         UsageError: there is no such format, an option is not for it, or the file is named otherwise.
+        ExportError: a package that the format needs is not installed.
         FolderError: nothing can be written there.
     """
     if format not in FORMATS:
@@ -84,6 +88,7 @@ def check_export(
     suffix = FORMATS[format]
     if suffix and Path(path).suffix != suffix:
         raise UsageError(f"--out {str(path)!r}: a file of --format {format} ends in {suffix}; name it so")
+    require(format)
     if suffix:
         check_target(path, f"{format} file")
     else:
@@ -113,7 +118,7 @@ def export(
             `from_pretrained` after `import armour_surgery`; `compat`: weights of the original's own shape, for timm,
             transformers, torchvision or the user's class, with what is shared stored twice; `onnx` (ONNX Runtime),
             `openvino` (IR), `pt2` (torch.export): graphs that take any batch size, and other image sizes where the
-            model does.
+            model does; a warning says where torch can follow it for one size alone.
         deploy: make it ready for inference first, as `armour_surgery.deploy` does.
         remote_code: for `hf`, a modeling file beside it, which loads with `trust_remote_code=True` and without this
             tool. It knows the kinds of calls that were made until now (training or not, these image sizes).
@@ -139,17 +144,52 @@ def export(
         runtime = format if format in RUNTIMES else "torch"
         ready = deployed(model, runtime=runtime) if deploy else full_copy(model).eval()
         ready = ready.cpu()
-        compared, larger = _compared(ready, images)
-        wanted = [answers(ready, inputs) for inputs in compared]
+        own = batches(ready, images)
         # torch takes an axis of size one for fixed.
-        inputs = compared[1]
+        larger = other_size(ready, own[1])
         with _written_aside(target) as place:
-            load = _write(format, ready, inputs, place, origin, any_size=larger is not None, int8=int8)
-            error = largest_error(wanted, compared, load, f"the {format} file")
-            if not int8:
-                _refuse_different(error, format)
+            write = partial(_graph, format, ready, place=place, origin=origin, int8=int8)
+            if larger is None:
+                error = write(own, own[1], any_size=False)
+            else:
+                try:
+                    # Many hosts leave their positions alone where images have the size that they were made for. In a
+                    # graph of that branch they fit no other size; in one of larger images they are resized to any.
+                    error = write([*own, larger], larger, any_size=True)
+                except ExportError as problem:
+                    error = write(own, own[1], any_size=False)
+                    _tell_fixed(format, problem)
             size = _bytes_in(place.parent)
     return Exported(origin["model"], format, str(path), size, error, _checked_with(_CHECKERS[format]))
+
+
+def _graph(
+    format: str,
+    model: nn.Module,
+    compared: list[Inputs],
+    traced_with: Inputs,
+    *,
+    any_size: bool,
+    place: Path,
+    origin: dict[str, Any],
+    int8: bool,
+) -> float:
+    """Write the file, and run it; returns how far its outputs are from the model's."""
+    wanted = [answers(model, inputs) for inputs in compared]
+    load = _write(format, model, traced_with, place, origin, any_size=any_size, int8=int8)
+    error = largest_error(wanted, compared, load, f"the {format} file")
+    if not int8:
+        _refuse_different(error, format)
+    return error
+
+
+def _tell_fixed(format: str, problem: ExportError) -> None:
+    warnings.warn(
+        f"the {format} file takes images of the model's own size alone, and the model takes others too; when it was "
+        f"written for any size, {problem}",
+        ArmourWarning,
+        stacklevel=4,  # past `export` and `on_cpu_by_default`
+    )
 
 
 def _write(
@@ -169,13 +209,6 @@ def _write(
     return load_openvino(place) if format == "openvino" else load_onnx(place)
 
 
-def _compared(model: nn.Module, images: object) -> tuple[list[Inputs], Inputs | None]:
-    """Batches that outputs are compared on, and the one of them with larger images, where the model takes such."""
-    compared = batches(model, images)
-    larger = other_size(model, compared[-1])
-    return compared + ([] if larger is None else [larger]), larger
-
-
 def _folder(
     model: nn.Module,
     format: str,
@@ -188,7 +221,9 @@ def _folder(
 ) -> Exported:
     """A folder of weights, loaded by the library that it is for."""
     ready = full_copy(model).cpu().eval()
-    compared = _compared(ready, images)[0] if format in LIBRARIES else batches(ready, images)
+    compared = batches(ready, images)
+    if format in LIBRARIES and (larger := other_size(ready, compared[-1])) is not None:
+        compared.append(larger)
     wanted = [answers(ready, inputs) for inputs in compared]
     with _written_aside(target) as folder:
         if format in LIBRARIES:

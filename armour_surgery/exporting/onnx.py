@@ -1,6 +1,5 @@
 """ONNX, by torch's own exporter; run by ONNX Runtime."""
 
-import importlib.util
 import json
 import logging
 import warnings
@@ -16,31 +15,19 @@ from armour_surgery.errors import ExportError
 from armour_surgery.exporting.comparison import Inputs
 from armour_surgery.exporting.graphs import BATCH, free_axes, traced
 
-__all__ = ["load_onnx", "require", "to_int8", "write_onnx"]
+__all__ = ["load_onnx", "to_int8", "write_onnx"]
 
 # A protobuf file cannot be larger, and the weights are in it.
 _LARGEST = 2**31
 _KEY = "armour_surgery"
 
 
-def require(*packages: str, extra: str) -> None:
-    """Say which packages are missing, and which extra brings them.
-
-    Raises:
-        ExportError: one of them is not installed.
-    """
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ExportError(f"{', '.join(missing)} is not installed; pip install 'armour-surgery[{extra}]'")
-
-
 def write_onnx(model: nn.Module, inputs: Inputs, path: Path, origin: dict[str, Any], *, any_size: bool) -> None:
     """Write a model as one ONNX file with its weights in it, for any batch size.
 
     Raises:
-        ExportError: torch cannot follow the model, a package is missing, or the weights do not fit one file.
+        ExportError: torch cannot follow the model, or the weights do not fit one file.
     """
-    require("onnx", "onnxscript", "onnxruntime", extra="onnx")
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     if size > _LARGEST:
         raise ExportError(

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from armour_surgery.exporting.comparison import Inputs
-from armour_surgery.exporting.onnx import require
 
 __all__ = ["load_openvino", "write_openvino"]
 
@@ -17,12 +16,7 @@ _KEY = "armour_surgery"
 
 
 def write_openvino(source: Path, path: Path, origin: dict[str, Any]) -> None:
-    """Write an ONNX file as IR, in the same precision.
-
-    Raises:
-        ExportError: OpenVINO is not installed.
-    """
-    require("openvino", extra="openvino")
+    """Write an ONNX file as IR, in the same precision."""
     import openvino
 
     model = openvino.convert_model(source)

@@ -109,8 +109,10 @@ class _ForwardTracker(ModuleTracker):
 def _run(model: nn.Module, example: Mapping[str, Any]) -> dict[str, int]:
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = _ForwardTracker()
-    # The fused CPU kernel has no FLOP formula before torch 2.15; the plain products always have one.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), without_fast_paths(), RememberedShapes(), counter:
+    # The fused CPU kernel has no FLOP formula before torch 2.15; the plain products always have one. Which kernels may
+    # run is set for all threads: inside `without_fast_paths`, which lets in one thread at a time, or of two that
+    # overlap the second would put back what the first had set, and the process would be left without fused attention.
+    with torch.no_grad(), without_fast_paths(), sdpa_kernel(SDPBackend.MATH), RememberedShapes(), counter:
         run(model, example)
     return {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
 

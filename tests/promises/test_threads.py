@@ -20,13 +20,18 @@ from armour_surgery.copies import full_copy
 
 THREADS = 3
 Result = TypeVar("Result")
-# Everything that is patched while a module is traced or a host is built.
+# Everything that is patched, or set for all threads, while a module is traced, run or counted, or a host is built.
 PATCHED: list[Callable[[], object]] = [
     lambda: nn.Module.__call__,
     lambda: nn.Module.__getattr__,
     lambda: nn.Module.register_parameter,
     lambda: F.has_torch_function,
     lambda: torch.fx._symbolic_trace._wrapped_fns_to_patch,
+    torch.backends.mha.get_fastpath_enabled,
+    torch.backends.cuda.flash_sdp_enabled,
+    torch.backends.cuda.mem_efficient_sdp_enabled,
+    torch.backends.cuda.cudnn_sdp_enabled,
+    torch.backends.cuda.math_sdp_enabled,
 ]
 
 
