@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from armour_surgery.copies import full_copy
 from armour_surgery.initialize.site import SiteResult
 from armour_surgery.surgery.new_weights import choose_weights
-from armour_surgery.surgery.operation import Operation, operate
+from armour_surgery.surgery.operation import Operation, Prepared, operate
 from armour_surgery.surgery.order import CALIBRATION_IMAGES, Images, Order
 
 __all__ = ["initialized"]
@@ -22,5 +22,5 @@ def initialized(
         return armour, []
     shapes = {name: value.to("meta") for name, value in example.items()}
     order = Order("auto", init=init, images=Images(seen, CALIBRATION_IMAGES), example=shapes)
-    results, _ = choose_weights(model, armour, operations, order)
+    results, _ = choose_weights(model, armour, Prepared(operations, []), order)
     return armour, results
