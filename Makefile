@@ -16,6 +16,7 @@ uv_settings = index=$(call pip_setting,index-url) && cert=$(call pip_setting,cer
 		&& { [ -z "$$cert" ] || export SSL_CERT_FILE="$${SSL_CERT_FILE:-$$cert}"; }
 
 # What must hold with the lowest versions too: all promises, all that is saved, all that is exported.
+# (setuptools: torch.compile of the oldest torch imports it, and uv puts none into an environment.)
 LOWEST_TESTS ?= tests/promises tests/saving tests/exporting
 
 .PHONY: help demo test lowest fuzz check bench coverage thirdparty venv clean
@@ -33,7 +34,7 @@ lowest: $(STAMP) ## Run the promises with the lowest declared versions, in a sec
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python .venv-lowest
 	$(uv_settings) && $(BIN)/uv pip install --python .venv-lowest/bin/python --resolution lowest-direct \
-		-e ".[demo,openvino]" --group dev
+		-e ".[demo,openvino]" --group dev setuptools
 	.venv-lowest/bin/python -m pytest -n auto --dist worksteal $(LOWEST_TESTS)
 
 fuzz: $(STAMP) ## Damage saved folders, and make up attentions, in many ways, other ones each time

@@ -127,6 +127,7 @@ def feature_pca(
     chosen: Callable[[str], bool],
     *,
     by_variance: bool,
+    pivoted: bool = False,
 ) -> tuple[nn.Module, int]:
     """Low rank in the manner of AAFM: `y = Wx + b` becomes `mean + U U^T (y - mean)`, stored as two thin Linears.
 
@@ -134,6 +135,10 @@ def feature_pca(
     part. With `by_variance` each keeps the same share of its outputs' variance, and stays whole where two factors would
     be no smaller; without, each keeps the same share of its parameters. The share is the largest for which the model
     has at most `parameters` parameters.
+
+    With `pivoted` the size is that of PIFA (arXiv 2501.19090), which keeps r rows of the product and says the others by
+    them: r (m + n - r) numbers instead of r (m + n), and the same outputs. The model that is returned is stored as
+    factors, and one as small as it counts only if it were stored so.
 
     Returns the model and how many of its layers were factored.
     """
@@ -147,7 +152,8 @@ def feature_pca(
         found = {}
         for name, (energy, _, _) in components.items():
             outputs, inputs = layers[name].weight.shape
-            even = outputs * inputs / (outputs + inputs)
+            # Where as many numbers are needed as for the layer itself.
+            even = min(outputs, inputs) if pivoted else outputs * inputs / (outputs + inputs)
             kept = energy.cumsum(0) / energy.sum()
             rank = int((kept < 1 - lost).sum()) + 1 if by_variance else max(1, int((1 - lost) * even))
             if rank < even:
@@ -156,7 +162,11 @@ def feature_pca(
 
     def size(found: dict[str, int]) -> int:
         shapes = {name: layers[name].weight.shape for name in found}
-        return total - sum(o * i - found[name] * (o + i) for name, (o, i) in shapes.items())
+        saved = 0
+        for name, (outputs, inputs) in shapes.items():
+            rank = found[name]
+            saved += outputs * inputs - rank * (outputs + inputs - (rank if pivoted else 0))
+        return total - saved
 
     low, high = -14.0, 0.0  # log10 of the share that is lost
     for _ in range(40):

@@ -105,6 +105,7 @@ def test_the_signature_of_convert() -> None:
         "calibration",
         "calibration_images",
         "max_loss",
+        "measured",
         "mlp",
         "params",
         "progress",

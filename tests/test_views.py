@@ -92,7 +92,7 @@ def test_sensitivities_and_the_frontier() -> None:
     assert repr(frontier()[0]) == "FrontierPoint(1.235 M, 0 converted, predicted 0.00000, measured 0.00000)"
     assert "not measured" in repr(frontier()[1])
     found = measure(vit(depth=1), calibration_images=8)
-    assert shown(found).splitlines()[-1].split()[:2] == ["blocks.0.attn", "qv"]
+    assert shown(found).splitlines()[-2].split()[:2] == ["blocks.0.attn", "qv"]
 
 
 def test_redundancy() -> None:

@@ -31,7 +31,9 @@ def add_models(stock: type, converted: type) -> None:
     """Add to transformers' tables what belongs to a converted model's config, as they have it for the stock one."""
     for table in _tables():
         if stock in table:
-            table.register(converted, _entry(table[stock], converted), exist_ok=True)
+            # `register` of transformers 5.18 leaves out classes whose module is in transformers, as these say of
+            # themselves.
+            table._extra_content[converted] = _entry(table[stock], converted)
 
 
 def _tables() -> Iterator[Any]:

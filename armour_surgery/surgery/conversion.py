@@ -26,13 +26,14 @@ from armour_surgery.progress import told
 from armour_surgery.records import AttentionSite, Progress, Sensitivity, Source, SurgeryPlan
 from armour_surgery.surgery.finite import refuse_not_finite
 from armour_surgery.surgery.mlps import Narrowing, units_in_order
+from armour_surgery.surgery.new_weights import to_read_again
 from armour_surgery.surgery.operation import Prepared, prepare
 from armour_surgery.surgery.order import CALIBRATION_IMAGES, SYNTHETIC, Images, Order, Rank, check_options, params_goal
 from armour_surgery.surgery.original import tensor_digests
 from armour_surgery.surgery.perform import perform, surgery_of
 from armour_surgery.surgery.refusals import nothing_fits
 from armour_surgery.surgery.selection import convert_within
-from armour_surgery.surgery.sensitivity import measure_sites
+from armour_surgery.surgery.sensitivity import measure_mlps, measure_sites
 from armour_surgery.surgery.targets import (
     Example,
     check_names,
@@ -43,7 +44,7 @@ from armour_surgery.surgery.targets import (
     refuse_converted,
     select_sites,
 )
-from armour_surgery.traced import FoundSite, SeenSite
+from armour_surgery.traced import FoundMlp, FoundSite, SeenSite
 from armour_surgery.views import Sensitivities, Sites
 
 __all__ = ["convert", "inspect", "plan", "sensitivities"]
@@ -138,6 +139,7 @@ def convert(
     max_loss: float | None = None,
     params: int | str | None = None,
     mlp: bool = False,
+    measured: Iterable[Sensitivity] | None = None,
     rank: Rank | Literal["auto"] | None = None,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
@@ -172,6 +174,8 @@ def convert(
         mlp: with one of these, also let MLPs have fewer hidden channels (multiples of 8), where that costs least. Those
             that the others replace worst stay, and the second layer is fitted anew. An MLP is two projections, and
             between them nothing but functions of single channels (an activation, a gate, a BatchNorm).
+        measured: for one of these goals, what `sensitivities` with the same arguments returned, or another model's
+            `.surgery.sensitivities`: it is not measured again, so that several sizes cost one measurement.
         rank: with modes `qv` and `kv`, how many channels Q, K and V of every head get, in place of key_dim; the output
             projection reads as many. One number for all sites, or one by site name (others keep what they have), or
             "auto" (with `calibrated`): multiples of 8, as few as `max_loss` allows, or without it, as cost a tenth
@@ -212,6 +216,7 @@ def convert(
             max_loss=max_loss,
             params_goal=None if params is None else params_goal(params, count_params(model)),
             mlp=mlp,
+            measured=None if measured is None else tuple(measured),
             images=Images(SYNTHETIC if calibration is None else calibration, calibration_images),
             steps=reconstruct,
             example=example_of(model, example_input),
@@ -231,12 +236,7 @@ def _prepare(
     model: nn.Module, order: Order, include: str | Iterable[str] | None, exclude: str | Iterable[str] | None
 ) -> Prepared:
     """What can be done to a model; its weights are looked at, and nothing is changed."""
-    include = None if include is None else patterns(include)
-    exclude = patterns(exclude)
-    found_sites = find_sites(model, order.example)
-    all_mlps = find_mlps(model, order.example) if order.mlp else []
-    sites = select_sites(found_sites, include, exclude, [mlp.fqn for mlp in all_mlps])
-    mlps = [mlp for mlp in all_mlps if left_by_patterns(mlp.fqn, include, exclude)]
+    sites, mlps, units = _selected(model, order, include, exclude)
     check_names(order.fixed_rank, sites)
     if order.mode == AUTO and include is None:
         sites = leave_words_alone(model, sites)
@@ -244,14 +244,26 @@ def _prepare(
     prepared = prepare(model, sites, order.mode, order.fixed_rank, refit=refit)
     if not prepared.operations and not mlps:
         raise nothing_fits(model, order.mode, prepared.refused)
-    if mlps:
-        followed = [site for site in found_sites if isinstance(site, FoundSite)]
-        units = units_in_order(model, order.example, followed, all_mlps)
-        narrowings = [Narrowing(mlp, mlp.hidden) for mlp in mlps]
-        prepared = replace(prepared, mlps=narrowings, units=units)
+    prepared = replace(prepared, mlps=[Narrowing(mlp, mlp.hidden) for mlp in mlps], units=units)
     found = [operation.found for operation in prepared.operations]
     refuse_not_finite(model, found, computing=refit or order.rank is not None)
     return prepared
+
+
+def _selected(
+    model: nn.Module, order: Order, include: str | Iterable[str] | None, exclude: str | Iterable[str] | None
+) -> tuple[list[SeenSite], list[FoundMlp], dict[str, str]]:
+    """The sites that the patterns leave; where they are asked for, MLPs too, and the block that each of these is in."""
+    # They may be iterables that can be read once.
+    include, exclude = None if include is None else patterns(include), patterns(exclude)
+    found = find_sites(model, order.example)
+    every = find_mlps(model, order.example) if order.mlp else []
+    sites = select_sites(found, include, exclude, [mlp.fqn for mlp in every])
+    mlps = [mlp for mlp in every if left_by_patterns(mlp.fqn, include, exclude)]
+    if not mlps:
+        return sites, [], {}
+    followed = [site for site in found if isinstance(site, FoundSite)]
+    return sites, mlps, units_in_order(model, order.example, followed, every)
 
 
 @on_cpu_by_default
@@ -262,6 +274,7 @@ def sensitivities(
     calibration: Calibration = SYNTHETIC,
     calibration_images: int = CALIBRATION_IMAGES,
     rank: Literal["auto"] | None = None,
+    mlp: bool = False,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     example_input: Example | None = None,
@@ -269,8 +282,9 @@ def sensitivities(
 ) -> list[Sensitivity]:
     """What converting each site alone wins and costs, measured on images; arguments and errors as of `convert`.
 
-    Under `auto`, wide V is tried in `concat-half` and in `concat-full`. With rank "auto", every rank that is a multiple
-    of 8 is predicted too. The model is not changed.
+    Under `auto`, `qv` and `kv` are tried where both fit, and for wide V `concat-half` and `concat-full`. With rank
+    "auto", every rank that is a multiple of 8 is predicted too, and with `mlp` what MLPs with fewer hidden channels
+    cost. The model is not changed.
     """
     check_options(mode, "calibrated", calibration, rank)
     refuse_converted(model)
@@ -279,12 +293,15 @@ def sensitivities(
             mode=mode,
             init="calibrated",
             images=Images(calibration, calibration_images),
+            mlp=mlp,
             example=example_of(model, example_input),
             progress=tell,
         )
-        sites = select_sites(find_sites(model, order.example), include, exclude)
+        order = replace(order, images=to_read_again(model, order.example, order.images))
+        sites, mlps, units = _selected(model, order, include, exclude)
         refuse_not_finite(model, [site for site in sites if isinstance(site, FoundSite)], computing=True)
         options = measure_sites(model, sites, order, ranks=rank == "auto")
+        options += measure_mlps(model, mlps, units, order)
     if not options:
         raise NothingToConvertError(
             f"mode {mode!r} fits none of the {len(sites)} attention sites of {type(model).__name__}; `armour-surgery "

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from armour_surgery.errors import UsageError
 from armour_surgery.modes import AUTO, get_mode
-from armour_surgery.records import Progress, Source
+from armour_surgery.records import Progress, Sensitivity, Source
 
 __all__ = ["CALIBRATION_IMAGES", "INITS", "SYNTHETIC", "Images", "Order", "Rank", "check_options", "params_goal"]
 
@@ -44,6 +44,7 @@ class Order:
     max_loss: float | None = None
     params_goal: int | None = None
     mlp: bool = False
+    measured: tuple[Sensitivity, ...] | None = None
     images: Images = Images(SYNTHETIC, CALIBRATION_IMAGES)
     steps: int = 0
     example: dict[str, Any] = field(default_factory=dict)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from armour_surgery.copies import copy_weights
-from armour_surgery.errors import NothingToConvertError
+from armour_surgery.errors import NothingToConvertError, UsageError
 from armour_surgery.measure.cost import count_params
 from armour_surgery.records import FrontierPoint, Progress, RefusedSite, Sensitivity
 from armour_surgery.spelled import MLP
@@ -97,13 +97,7 @@ def convert_within(model: nn.Module, prepared: Prepared, order: Order, *, inplac
         NothingToConvertError: the budget leaves nothing, or there is not so much to save.
     """
     order = replace(order, images=to_read_again(model, order.example, order.images))
-    sites = [operation.found for operation in prepared.operations]
-    with torch.inference_mode(False):
-        options = measure_sites(model, sites, order, ranks=order.rank == "auto")
-        if order.fixed_rank is not None:
-            given = {operation.fqn: operation.rank for operation in prepared.operations}
-            options = [replace(option, rank=given[option.fqn]) for option in options]
-        options += measure_mlps(model, [one.found for one in prepared.mlps], prepared.units, order)
+    options = _measured(prepared, order) if order.measured is not None else _measure(model, prepared, order)
     params = count_params(model)
     attempts = _Attempts(model, prepared, order)
     if order.params_goal is not None:
@@ -126,6 +120,37 @@ def convert_within(model: nn.Module, prepared: Prepared, order: Order, *, inplac
     narrow_without_images(model, chosen.mlps)
     copy_weights(best, model)
     return keep_plan(model, plan)
+
+
+def _measure(model: nn.Module, prepared: Prepared, order: Order) -> list[Sensitivity]:
+    """What every site and MLP costs alone, on images."""
+    sites = [operation.found for operation in prepared.operations]
+    with torch.inference_mode(False):
+        options = measure_sites(model, sites, order, ranks=order.rank == "auto")
+        if order.fixed_rank is not None:
+            given = {operation.fqn: operation.rank for operation in prepared.operations}
+            options = [replace(option, rank=given[option.fqn]) for option in options]
+        return options + measure_mlps(model, [one.found for one in prepared.mlps], prepared.units, order)
+
+
+def _measured(prepared: Prepared, order: Order) -> list[Sensitivity]:
+    """What was measured before, of what is to be converted now.
+
+    Raises:
+        UsageError: something was not measured.
+    """
+    ranks = order.rank == "auto"
+    wanted = [operation.fqn for operation in prepared.operations] + [one.found.fqn for one in prepared.mlps]
+    given = [
+        one for one in order.measured or () if one.fqn in wanted and (ranks or one.rank is None or one.mode == MLP)
+    ]
+    missing = [fqn for fqn in wanted if fqn not in {one.fqn for one in given}]
+    if missing:
+        raise UsageError(
+            f"measured has nothing of {missing[0]} and {len(missing) - 1} others; measure with the same mode, rank and "
+            "mlp, or leave it out"
+        )
+    return given
 
 
 def _within_loss(

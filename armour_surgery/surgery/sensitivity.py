@@ -54,7 +54,9 @@ def measure_sites(model: nn.Module, sites: Sequence[SeenSite], order: Order, *, 
             options.append(full)
             if ranks:
                 options += _with_ranks(full, effect, operation.found.site.key_dim)
-    return options
+    # Site by site, as they are shown.
+    order_of = {site.fqn: place for place, site in enumerate(followed)}
+    return sorted(options, key=lambda option: order_of[option.fqn])
 
 
 def _fewer(images: Images) -> Images:

@@ -10,7 +10,7 @@ from small_models import refused
 from tiny_hosts import CASES
 from torch import nn
 
-from armour_surgery import convert, deploy, export, load, save
+from armour_surgery import convert, deploy, export, load, save, sensitivities
 from armour_surgery.copies import full_copy
 from armour_surgery.discover.mlps import find_mlps
 from armour_surgery.errors import NothingToConvertError, PatternError, SchemaError, UsageError
@@ -135,6 +135,29 @@ def test_patterns_are_about_mlps_too() -> None:
     # Without `mlp` there is nothing of that name.
     message = refused(PatternError, lambda: _narrowed("vit", "-4%", include="blocks.1.mlp", mlp=False))
     assert "'blocks.1.mlp' matches none of the 2 attention sites" in message
+
+
+def test_several_sizes_cost_one_measurement(narrow_vit: tuple[nn.Module, nn.Module]) -> None:
+    model, armour = narrow_vit
+    example = CASES["vit"].batches()[0]
+    found = sensitivities(model, calibration=_images("vit"), mlp=True, example_input=example)
+    assert tuple(found) == surgery_of(armour).sensitivities
+    told: list[str] = []
+    again = convert(
+        model,
+        init="calibrated",
+        calibration=_images("vit"),
+        params="-12%",
+        mlp=True,
+        measured=found,
+        example_input=example,
+        progress=lambda what, done, count: told.append(what),
+    )
+    assert surgery_of(again) == surgery_of(armour)
+    assert not any("measuring" in what for what in told)
+    some = [one for one in found if one.fqn != "blocks.1.mlp"]
+    message = refused(UsageError, lambda: _narrowed("vit", measured=some))
+    assert "measured has nothing of blocks.1.mlp" in message
 
 
 def test_a_loss_is_a_goal_too() -> None:

@@ -103,7 +103,7 @@ def test_what_fits_the_budget_is_converted_and_the_rest_left_alone(
     model, images = case("vit").build(), _images(nn.Identity(), "vit")
     example = case("vit").batches()[0]
     alone, whole = alone_and_whole
-    ways = [(f"blocks.{number}.attn", mode) for mode in ("qv", "kv") for number in (0, 1)]
+    ways = [(f"blocks.{number}.attn", mode) for number in (0, 1) for mode in ("qv", "kv")]
     assert [(one.fqn, one.mode) for one in alone] == ways
     assert all(0 < one.residual < 1 and one.loss > 0 and one.params_saved > 0 for one in alone)
     cheap = min(alone, key=lambda one: one.loss)
