@@ -34,7 +34,7 @@ lowest: $(STAMP) ## Run the promises with the lowest declared versions, in a sec
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python .venv-lowest
 	$(uv_settings) && $(BIN)/uv pip install --python .venv-lowest/bin/python --resolution lowest-direct \
-		-e ".[demo,openvino]" --group dev setuptools
+		-e ".[demo,openvino]" --group dev "setuptools>=70"
 	.venv-lowest/bin/python -m pytest -n auto --dist worksteal $(LOWEST_TESTS)
 
 fuzz: $(STAMP) ## Damage saved folders, and make up attentions, in many ways, other ones each time
