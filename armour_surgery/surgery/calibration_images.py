@@ -83,10 +83,14 @@ class CalibrationData:
             yield batch.to(self._like)
 
     def once(self) -> Images:
-        """The images, read once and kept, so that they may be asked for again."""
+        """The images, read once and kept, so that they may be asked for again; in batches of which some can judge."""
         count = self._images.count
         read = calibration_batches(self._images.source, self._prep, images=count, batch_size=self._size)
-        return Images(list(read), count)
+        pieces: list[Tensor] = []
+        for batch in read:
+            # Sites are measured on the first few images, which must not be one large batch of a caller's.
+            pieces += batch.split(self._size)
+        return Images(pieces, count)
 
     def fresh(self, count: int) -> Iterator[Tensor]:
         """Batches without end, none of pictures that judge: other crops and drawings, or what a caller gave once more.

@@ -88,6 +88,14 @@ def test_a_budget_that_leaves_nothing_says_what_the_cheapest_costs() -> None:
         search(points, 0.001, lambda sites: (nn.Identity(), 0.2))
 
 
+def test_large_batches_are_measured_on_too() -> None:
+    """Sites are measured on the first 64 images, and these may be one batch."""
+    example = case("vit").batches()[0]
+    images = torch.randn(192, *next(iter(example.values())).shape[1:]).split(64)
+    found = sensitivities(case("vit").build(), "qv", calibration=images, example_input=example)
+    assert len(found) == 2
+
+
 @pytest.fixture(scope="module")
 def alone_and_whole() -> tuple[list[Sensitivity], nn.Module]:
     """What each site of a ViT costs alone, and all of it converted."""
