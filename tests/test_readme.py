@@ -82,8 +82,8 @@ def test_the_options_of_convert(tmp_path: Path) -> None:
     told = commands(OPTIONS)
     for command in told:
         words = command.replace("MODEL", "local-dir:mine").replace("0.02", "1.0")
-        run(f"{words} --calib-images 64" if "convert" in words else words)
-    assert len(told) == 3
+        run(f"{words} --calib-images 64 --force" if "convert" in words else words)
+    assert len(told) == 4
     assert (tmp_path / "sites.png").is_file()
     assert (tmp_path / "report.html").is_file()
 
