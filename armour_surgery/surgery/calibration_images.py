@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from armour_surgery import hosts
@@ -89,7 +90,7 @@ class CalibrationData:
         pieces: list[Tensor] = []
         for batch in read:
             # Sites are measured on the first few images, which must not be one large batch of a caller's.
-            pieces += batch.split(self._size)
+            pieces += torch.split(batch, self._size)
         return Images(pieces, count)
 
     def fresh(self, count: int) -> Iterator[Tensor]:
