@@ -179,7 +179,8 @@ class Handler(BaseHTTPRequestHandler):
     def validate(self) -> None:
         content: str = json.loads(self.body)["content"]
         metadata = yaml.safe_load(content.split("---\n")[1]) if content.startswith("---") else {}
-        if metadata.get("license") not in LICENSES:
+        # A card may name none, and none that there is not.
+        if metadata.get("license", LICENSES[0]) not in LICENSES:
             said = f'"license" must be one of [{", ".join(LICENSES)}]'
             self.answer(400, {"errors": [{"message": said}], "warnings": []})
         else:
