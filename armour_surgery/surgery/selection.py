@@ -144,7 +144,11 @@ def _measured(prepared: Prepared, order: Order) -> list[Sensitivity]:
     given = [
         one for one in order.measured or () if one.fqn in wanted and (ranks or one.rank is None or one.mode == MLP)
     ]
-    missing = [fqn for fqn in wanted if fqn not in {one.fqn for one in given}]
+    known = {one.fqn for one in given}
+    missing = [operation.fqn for operation in prepared.operations if operation.fqn not in known]
+    # Of single MLPs there may be nothing: the images had too few tokens for them.
+    mlps = [one.found.fqn for one in prepared.mlps]
+    missing += mlps if known.isdisjoint(mlps) else []
     if missing:
         raise UsageError(
             f"measured has nothing of {missing[0]} and {len(missing) - 1} others; measure with the same mode, rank and "
