@@ -4,6 +4,7 @@ Every kind is one small check. Ask them of the model itself: a copy without weig
 """
 
 import functools
+import os.path
 import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 __all__ = [
     "has_hooks",
+    "innermost",
     "is_plain",
     "names_below",
     "run_weightless",
@@ -86,6 +88,11 @@ def why_hooked(model: nn.Module, names: Iterable[str], *, inputs: bool) -> str |
                 "handle's remove()), convert, and register it on the converted model again"
             )
     return None
+
+
+def innermost(names: Iterable[str]) -> str:
+    """The innermost module that holds all of these modules and tensors, by name; empty for the model itself."""
+    return ".".join(os.path.commonprefix([name.split(".") for name in names]))
 
 
 def names_below(model: nn.Module, name: str) -> list[str]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from armour_surgery.altered import innermost
 from armour_surgery.deployment.findings import Findings
 from armour_surgery.deployment.folding import Readers, fold_into_readers, readers_of
 from armour_surgery.deployment.removals import Removal, do_removals, survivors
@@ -73,16 +74,6 @@ def _readers(flow: Dataflow, call: FunctionCall) -> Readers | str:
         return readers
     for weights in readers:
         # A norm inside a block shares at least that block's name with what reads it; the last norm and the head do not.
-        if "." not in weights.weight or not _common(call.module, weights.weight):
+        if "." not in weights.weight or not innermost([call.module, weights.weight]):
             return f"its result is the model's features, which {weights.weight} reads as its head"
     return readers
-
-
-def _common(first: str, second: str) -> str:
-    """The innermost module that holds both names."""
-    shared: list[str] = []
-    for a, b in zip(first.split("."), second.split("."), strict=False):
-        if a != b:
-            break
-        shared.append(a)
-    return ".".join(shared)

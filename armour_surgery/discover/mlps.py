@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from armour_surgery.altered import is_plain
+from armour_surgery.altered import innermost, is_plain
 from armour_surgery.discover.dataflow import (
     Dataflow,
     FunctionCall,
@@ -81,7 +81,7 @@ def _mlp_at(model: nn.Module, flow: Dataflow, second: FunctionCall) -> FoundMlp 
     if rows is None:
         return None
     return FoundMlp(
-        fqn=_common([row.weight for row in rows] + [f"{layer}.weight"]),
+        fqn=innermost([*(row.weight for row in rows), f"{layer}.weight"]),
         hidden=channels,
         firsts=rows,
         second=layer,
@@ -216,15 +216,6 @@ def _line(numbers: Tensor, axis: int) -> list[int] | None:
     """The channels along an axis, if they are the same wherever one looks."""
     moved = numbers.movedim(axis, -1).reshape(-1, numbers.shape[axis])
     return moved[0].tolist() if bool((moved == moved[0]).all()) else None
-
-
-def _common(names: list[str]) -> str:
-    """The innermost module that holds all of these tensors."""
-    paths = [name.split(".")[:-1] for name in names]
-    depth = 0
-    while all(len(path) > depth and path[depth] == paths[0][depth] for path in paths):
-        depth += 1
-    return ".".join(paths[0][:depth])
 
 
 def _named_apart(found: list[FoundMlp]) -> list[FoundMlp]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from armour_surgery.altered import innermost
 from armour_surgery.discover.match import all_above
 from armour_surgery.modes import get_mode
 from armour_surgery.rewrite.contract import Part, parts_of
@@ -134,11 +135,8 @@ def _copy_rows(
 
 def _names_inside(producer: Producer) -> dict[str, str]:
     """The tensors of a projection by their names inside it, which may be a convolution and a norm in one container."""
-    owners = [name.split(".")[:-1] for name in producer.rows]
-    depth = 0
-    while all(len(owner) > depth and owner[depth] == owners[0][depth] for owner in owners):
-        depth += 1
-    inside = {".".join(name.split(".")[depth:]): name for name in producer.rows if name != producer.weight}
+    around = innermost(name.rpartition(".")[0] for name in producer.rows)
+    inside = {name.removeprefix(f"{around}."): name for name in producer.rows if name != producer.weight}
     # The weight may be a parameter of the attention itself, with whatever name.
     return {"weight": producer.weight, **inside}
 
