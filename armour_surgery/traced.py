@@ -342,14 +342,13 @@ class HiddenRows:
 class FoundMlp:
     """Projections `firsts`, something that acts on each of `hidden` channels alone, and the projection `second`.
 
-    Names are those in the model; `fqn` is the innermost module that holds all of it. `order` says which runs first.
+    Names are those in the model; `fqn` is the innermost module that holds all of it.
     """
 
     fqn: str
     hidden: int
     firsts: tuple[HiddenRows, ...]
     second: str
-    order: int
 
     @property
     def weights(self) -> tuple[str, ...]:

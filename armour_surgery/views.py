@@ -99,9 +99,9 @@ def plan_table(surgery: "SurgeryPlan") -> Table:
         numbers = (millions(before), millions(after), change(before, after), _residuals(alike))
         rows.append((grouped_names([site.fqn for site in alike]), label, *numbers))
     if surgery.mlps:
-        before, after, _ = mlp_row(surgery)
+        before, after, label = mlp_row(surgery)
         numbers = (millions(before), millions(after), change(before, after), _residuals(surgery.mlps))
-        rows.append((grouped_names([mlp.fqn for mlp in surgery.mlps]), mlp_row(surgery)[2], *numbers))
+        rows.append((grouped_names([mlp.fqn for mlp in surgery.mlps]), label, *numbers))
     notes = [
         _cost("model: parameters", surgery.params_before, surgery.params_after),
         _cost("model: MACs per image", surgery.macs_before, surgery.macs_after),

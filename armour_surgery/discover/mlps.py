@@ -21,7 +21,7 @@ from armour_surgery.discover.dataflow import (
 )
 from armour_surgery.traced import FoundMlp, HiddenRows
 
-__all__ = ["find_mlps"]
+__all__ = ["find_mlps", "mlps_in"]
 
 # Functions of one number, or of two in the same place: a hidden channel stays what it is, and meets no other.
 _POINTWISE = {
@@ -42,7 +42,11 @@ def find_mlps(model: nn.Module, example: dict[str, Tensor]) -> list[FoundMlp]:
     Raises:
         ExampleInputError: the model did not accept the example.
     """
-    flow = follow_model(model, example)
+    return mlps_in(model, follow_model(model, example))
+
+
+def mlps_in(model: nn.Module, flow: Dataflow) -> list[FoundMlp]:
+    """The same, of a model that was followed already."""
     found: list[FoundMlp] = []
     taken: set[str] = set()
     for call in flow.calls:
@@ -85,7 +89,6 @@ def _mlp_at(model: nn.Module, flow: Dataflow, second: FunctionCall) -> FoundMlp 
         hidden=channels,
         firsts=rows,
         second=layer,
-        order=flow.calls.index(second),
     )
 
 

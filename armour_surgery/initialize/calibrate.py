@@ -13,7 +13,7 @@ from armour_surgery.initialize.hidden import MlpProblem, narrow
 from armour_surgery.initialize.problem import Problem
 from armour_surgery.initialize.site import Site, SiteResult
 from armour_surgery.initialize.stream import learned_tokens
-from armour_surgery.initialize.walk import Store, Walk, units_of
+from armour_surgery.initialize.walk import Store, Walk
 
 __all__ = ["calibrate"]
 
@@ -24,21 +24,21 @@ _REPORTED = 64
 def calibrate(
     original: nn.Module,
     converted: nn.Module,
-    problems: list[Problem],
+    problems: Sequence[Problem],
+    mlps: Sequence[MlpProblem],
+    units: Mapping[str, str],
     batches: Iterable[Tensor],
     call: Callable[[nn.Module, Tensor], Any],
-    done: Callable[[str], None] = lambda fqn: None,
-    alone: bool = False,
-    mlps: Sequence[MlpProblem] = (),
-    units: Mapping[str, str] | None = None,
+    done: Callable[[str], None],
+    *,
+    alone: bool,
 ) -> tuple[list[SiteResult], Batches]:
     """Give every site of `converted` the weights that do best on the images of `batches`; in place.
 
-    Both models must be in eval mode and in float32 or float64. `problems` are the sites in the order they run,
-    `call(model, batch)` runs a model, `done(fqn)` is told of every finished site. Labels play no part. With
-    `alone` every site gets what it gets in the original, as if no other were converted. `mlps` get fewer hidden
-    channels, chosen in the stream as it then is; `units` then names the part of the model that each of all these is
-    in, in the order in which they run.
+    Both models must be in eval mode and in float32 or float64. `problems` are the sites; `mlps` get fewer hidden
+    channels, chosen in the stream as it then is; `units` names the part of the model that each of all these is in, in
+    the order in which they run. `call(model, batch)` runs a model, `done(fqn)` is told of every finished site. Labels
+    play no part. With `alone` every site gets what it gets in the original, as if no other were converted.
 
     Returns the sites' results, those of MLPs among them, and the batches; these have kept some of the held-out images,
     at most 64, for a report.
@@ -46,9 +46,6 @@ def calibrate(
     Raises:
         CalibrationError: fewer than two batches, or fewer tokens than channels.
     """
-    if units is None:
-        fqns = [problem.fqn for problem in problems]
-        units = dict(zip(fqns, units_of(original, fqns), strict=True))
     parts: dict[str, tuple[list[Problem], list[MlpProblem]]] = {}
     for fqn, unit in units.items():
         here = parts.setdefault(unit, ([], []))

@@ -51,8 +51,8 @@ class Elimination:
         return tuple(sorted(self.order[len(self.order) - count :]))
 
 
-def eliminate(moment: Tensor, weight: Tensor) -> Elimination:
-    """Let hidden channels go, the cheapest first, eight at a time.
+def eliminate(moment: Tensor, weight: Tensor, least: int = 0) -> Elimination:
+    """Let hidden channels go, the cheapest first, eight at a time, until no more than `least` are left.
 
     Args:
         moment: `[n, n]`, second moment of the hidden channels (covariance, where a bias makes up for constants).
@@ -67,7 +67,7 @@ def eliminate(moment: Tensor, weight: Tensor) -> Elimination:
     lost, spent, order = {count: 0.0}, 0.0, []
     # The first step leaves a multiple; where the number is none, it takes fewer.
     size = count % STEP or STEP
-    while len(alive) > size:
+    while len(alive) > max(size, least):
         price = present.square().sum(1) / inverse.diagonal()
         going = torch.topk(price, size, largest=False).indices
         rest = torch.ones(len(alive), dtype=torch.bool)
@@ -113,7 +113,8 @@ def narrow(block: Block, problem: MlpProblem, alone: bool) -> SiteResult:
     # What an output channel's error comes to in the stream.
     adds = block.last is not None and block.last.fqn == problem.second
     gain = block.last.gain.to(weight) if block.last is not None and adds else torch.ones_like(weight[0])
-    found = eliminate(moment, weight * gain)
+    # Taken alone it shows what any number of channels would lose.
+    found = eliminate(moment, weight * gain, least=0 if alone else problem.kept)
     kept = found.kept(problem.kept)
     places = torch.tensor(kept)
     damped = moment + _damping(moment)

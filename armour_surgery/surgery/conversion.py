@@ -16,7 +16,8 @@ from armour_surgery import hosts
 from armour_surgery.altered import has_hooks, names_below
 from armour_surgery.copies import has_weights, meta_copy
 from armour_surgery.discover import find_sites
-from armour_surgery.discover.mlps import find_mlps
+from armour_surgery.discover.dataflow import follow_model
+from armour_surgery.discover.mlps import mlps_in
 from armour_surgery.errors import ArmourError, NothingToConvertError
 from armour_surgery.measure.cost import count_params
 from armour_surgery.modes import AUTO, MODES, choose
@@ -203,7 +204,7 @@ def convert(
         ExampleInputError: the model's input is not known, or it did not run on it.
         DiscoveryError: it cannot run without its weights, because something was done to its modules.
     """
-    check_options(mode, init, calibration, rank, reconstruct, max_loss, params, mlp)
+    check_options(mode, init, calibration, rank, reconstruct, max_loss, params, mlp, measured)
     refuse_converted(model)
     problem: str | None = None
     if source is None:
@@ -228,8 +229,10 @@ def convert(
         if problem is not None:
             # Now, and not by `save`, after days of training.
             warnings.warn(problem, ArmourWarning, stacklevel=3)  # past `on_cpu_by_default`
-        do = convert_within if order.weighs_sites and has_weights(model) else perform
-        return do(model, prepared, order, inplace=inplace)
+        if order.weighs_sites and has_weights(model):
+            return convert_within(model, prepared, order, inplace=inplace)
+        # Without weights there is nothing to weigh by: MLPs keep what they have.
+        return perform(model, replace(prepared, mlps=[]), order, inplace=inplace)
 
 
 def _prepare(
@@ -257,13 +260,14 @@ def _selected(
     # They may be iterables that can be read once.
     include, exclude = None if include is None else patterns(include), patterns(exclude)
     found = find_sites(model, order.example)
-    every = find_mlps(model, order.example) if order.mlp else []
+    if not order.mlp:
+        return select_sites(found, include, exclude), [], {}
+    flow = follow_model(model, order.example)
+    every = mlps_in(model, flow)
     sites = select_sites(found, include, exclude, [mlp.fqn for mlp in every])
     mlps = [mlp for mlp in every if left_by_patterns(mlp.fqn, include, exclude)]
-    if not mlps:
-        return sites, [], {}
     followed = [site for site in found if isinstance(site, FoundSite)]
-    return sites, mlps, units_in_order(model, order.example, followed, every)
+    return sites, mlps, units_in_order(model, flow, followed, every)
 
 
 @on_cpu_by_default

@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from armour_surgery.discover.dataflow import follow_model
+from armour_surgery.discover.dataflow import Dataflow
 from armour_surgery.discover.mlps import find_mlps
 from armour_surgery.errors import SchemaError
 from armour_surgery.initialize import MlpProblem, SiteResult
@@ -69,11 +69,12 @@ def problems_of_mlps(narrowings: Iterable[Narrowing]) -> list[MlpProblem]:
 
 
 def units_in_order(
-    model: nn.Module, example: dict[str, Tensor], sites: Iterable[FoundSite], mlps: Iterable[FoundMlp]
+    model: nn.Module, flow: Dataflow, sites: Iterable[FoundSite], mlps: Iterable[FoundMlp]
 ) -> dict[str, str]:
     """For every attention and MLP of a model the block that it is in, in the order in which blocks run.
 
-    A block is the largest module that holds no other attention, or no other MLP, whichever is larger.
+    A block is the largest module that holds no other attention, or no other MLP, whichever is larger. `flow` says what
+    ran when.
     """
     attentions, hidden = [site.fqn for site in sites], [mlp.fqn for mlp in mlps]
     units = dict(zip(attentions, units_of(model, attentions), strict=True))
@@ -82,7 +83,7 @@ def units_in_order(
     for fqn, unit in units.items():
         larger = [other for other in around if f"{unit}.".startswith(f"{other}.")]
         units[fqn] = min(larger, key=len)
-    run = list(follow_model(model, example).inputs)
+    run = list(flow.inputs)
     return dict(sorted(units.items(), key=lambda item: run.index(item[1])))
 
 

@@ -1,7 +1,7 @@
 """Between the spine and the initializers: which images, in which precision, and what came of it."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -65,16 +65,7 @@ def choose_weights(
             return from_weights(before, after, problems, order.init, call), None
         data = CalibrationData(before, order.example, order.images, order.progress)
         done = data.counter("calibrating", len(problems) + len(prepared.mlps))
-        results, batches = calibrate(
-            before,
-            after,
-            problems,
-            data.batches(),
-            data.call,
-            done,
-            mlps=problems_of_mlps(prepared.mlps),
-            units=prepared.units or None,
-        )
+        results, batches = _calibrated(before, after, problems, prepared, data, done, alone=False)
         reported = batches.kept
         if order.steps:
             judged, reported = _halves(batches.kept)
@@ -140,21 +131,10 @@ def measure_alone(
         # Every site counts twice: it is calibrated, and then measured.
         what = "measuring MLPs" if prepared.mlps else "measuring sites"
         done = data.counter(what, 2 * (len(problems) + len(prepared.mlps)))
-        fqns = [problem.fqn for problem in problems]
-        units = prepared.units or dict(zip(fqns, units_of(before, fqns), strict=True))
         per_channel = {problem.fqn: _per_channel(before, problem) for problem in problems}
         per_channel |= {mlp.found.fqn: params_per_channel(before, mlp.found) for mlp in prepared.mlps}
-        results, batches = calibrate(
-            before,
-            after,
-            problems,
-            data.batches(),
-            data.call,
-            done,
-            alone=True,
-            mlps=problems_of_mlps(prepared.mlps),
-            units=units,
-        )
+        results, batches = _calibrated(before, after, problems, prepared, data, done, alone=True)
+        units = _units(before, problems, prepared)
         effects = []
         for result in results:
             unit = units[result.fqn]
@@ -165,6 +145,29 @@ def measure_alone(
             effects.append(Effect(result, 1 - fidelity.cosine, each))
             done(result.fqn)
         return effects
+
+
+def _calibrated(
+    before: nn.Module,
+    after: nn.Module,
+    problems: list[Problem],
+    prepared: Prepared,
+    data: CalibrationData,
+    done: Callable[[str], None],
+    *,
+    alone: bool,
+) -> tuple[list[SiteResult], Batches]:
+    """Calibrate what was prepared, on the images once."""
+    units, mlps = _units(before, problems, prepared), problems_of_mlps(prepared.mlps)
+    return calibrate(before, after, problems, mlps, units, data.batches(), data.call, done, alone=alone)
+
+
+def _units(model: nn.Module, problems: list[Problem], prepared: Prepared) -> dict[str, str]:
+    """The part of the model that each site, and each MLP, is in."""
+    if prepared.units:
+        return prepared.units
+    fqns = [problem.fqn for problem in problems]
+    return dict(zip(fqns, units_of(model, fqns), strict=True))
 
 
 def to_read_again(model: nn.Module, example: dict[str, Tensor], images: Images) -> Images:

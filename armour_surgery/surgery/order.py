@@ -72,6 +72,7 @@ def check_options(
     max_loss: object = None,
     params: object = None,
     mlp: bool = False,
+    measured: object = None,
 ) -> None:
     """Check what can be checked without a model.
 
@@ -90,6 +91,8 @@ def check_options(
         )
     if mlp and max_loss is None and params is None:
         raise UsageError("mlp needs a goal: max_loss (a loss, such as 0.01) or params (a size, such as -15%)")
+    if measured is not None and max_loss is None and params is None and rank != "auto":
+        raise UsageError("measured is for a goal: max_loss, params or rank 'auto'; give one, or leave it out")
     if params is not None:
         params_goal(params, 1)
     _check_reconstruct(reconstruct)

@@ -98,6 +98,9 @@ def convert_within(model: nn.Module, prepared: Prepared, order: Order, *, inplac
     """
     order = replace(order, images=to_read_again(model, order.example, order.images))
     options = _measured(prepared, order) if order.measured is not None else _measure(model, prepared, order)
+    if order.fixed_rank is not None:
+        given = {operation.fqn: operation.rank for operation in prepared.operations}
+        options = [option if option.mode == MLP else replace(option, rank=given[option.fqn]) for option in options]
     params = count_params(model)
     attempts = _Attempts(model, prepared, order)
     if order.params_goal is not None:
@@ -127,9 +130,6 @@ def _measure(model: nn.Module, prepared: Prepared, order: Order) -> list[Sensiti
     sites = [operation.found for operation in prepared.operations]
     with torch.inference_mode(False):
         options = measure_sites(model, sites, order, ranks=order.rank == "auto")
-        if order.fixed_rank is not None:
-            given = {operation.fqn: operation.rank for operation in prepared.operations}
-            options = [replace(option, rank=given[option.fqn]) for option in options]
         return options + measure_mlps(model, [one.found for one in prepared.mlps], prepared.units, order)
 
 
@@ -139,15 +139,16 @@ def _measured(prepared: Prepared, order: Order) -> list[Sensitivity]:
     Raises:
         UsageError: something was not measured.
     """
-    ranks = order.rank == "auto"
-    wanted = [operation.fqn for operation in prepared.operations] + [one.found.fqn for one in prepared.mlps]
-    given = [
-        one for one in order.measured or () if one.fqn in wanted and (ranks or one.rank is None or one.mode == MLP)
-    ]
-    known = {one.fqn for one in given}
-    missing = [operation.fqn for operation in prepared.operations if operation.fqn not in known]
-    # Of single MLPs there may be nothing: the images had too few tokens for them.
     mlps = [one.found.fqn for one in prepared.mlps]
+    ranks = {operation.fqn: operation.rank for operation in prepared.operations}
+    given: list[Sensitivity] = []
+    for one in order.measured or ():
+        is_rank = order.rank == "auto" or one.rank in (None, ranks.get(one.fqn))
+        if one.fqn in mlps or (one.fqn in ranks and is_rank):
+            given.append(one)
+    known = {one.fqn for one in given}
+    missing = [fqn for fqn in ranks if fqn not in known]
+    # Of single MLPs there may be nothing: the images had too few tokens for them.
     missing += mlps if known.isdisjoint(mlps) else []
     if missing:
         raise UsageError(

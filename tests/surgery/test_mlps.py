@@ -30,7 +30,7 @@ def _images(name: str, count: int = 9) -> list[torch.Tensor]:
     return [torch.randn(8, *shape) for _ in range(count)]
 
 
-def _narrowed(name: str, goal: str = "-12%", **options: Any) -> tuple[nn.Module, nn.Module]:
+def _narrowed(name: str, goal: str | None = "-12%", **options: Any) -> tuple[nn.Module, nn.Module]:
     case = CASES[name]
     model = case.build()
     options.setdefault("mlp", True)
@@ -107,17 +107,8 @@ def test_it_is_exported(format: str, narrow_vit: tuple[nn.Module, nn.Module], tm
 def test_in_place_is_the_same_and_the_original_stays(narrow_vit: tuple[nn.Module, nn.Module]) -> None:
     model, armour = narrow_vit
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    own = CASES["vit"].build()
-    _same = convert(
-        own,
-        init="calibrated",
-        calibration=_images("vit"),
-        params="-12%",
-        mlp=True,
-        inplace=True,
-        example_input=CASES["vit"].batches()[0],
-    )
-    assert _same is own
+    own, converted = _narrowed("vit", inplace=True)
+    assert converted is own
     assert surgery_of(own).mlps == surgery_of(armour).mlps
     for name, tensor in armour.state_dict().items():
         assert torch.equal(own.state_dict()[name], tensor)
@@ -143,16 +134,7 @@ def test_several_sizes_cost_one_measurement(narrow_vit: tuple[nn.Module, nn.Modu
     found = sensitivities(model, calibration=_images("vit"), mlp=True, example_input=example)
     assert tuple(found) == surgery_of(armour).sensitivities
     told: list[str] = []
-    again = convert(
-        model,
-        init="calibrated",
-        calibration=_images("vit"),
-        params="-12%",
-        mlp=True,
-        measured=found,
-        example_input=example,
-        progress=lambda what, done, count: told.append(what),
-    )
+    _, again = _narrowed("vit", measured=found, progress=lambda what, done, count: told.append(what))
     assert surgery_of(again) == surgery_of(armour)
     assert not any("measuring" in what for what in told)
     for lacking in ("mlp", "attn"):
@@ -162,16 +144,24 @@ def test_several_sizes_cost_one_measurement(narrow_vit: tuple[nn.Module, nn.Modu
     _narrowed("vit", "-8%", measured=[one for one in found if one.fqn != "blocks.1.mlp"])
 
 
+def test_what_was_measured_serves_a_given_rank() -> None:
+    found = sensitivities(CASES["vit"].build(), calibration=_images("vit"), example_input=CASES["vit"].batches()[0])
+    for measured in (None, found):
+        _, armour = _narrowed("vit", "-3%", mlp=False, rank=8, measured=measured)
+        assert {site.rank for site in surgery_of(armour).sites} == {8}
+    _, again = _narrowed("vit", "-3%", mlp=False, rank=8, measured=surgery_of(armour).sensitivities)
+    assert surgery_of(again) == surgery_of(armour)
+
+
+def test_without_weights_mlps_keep_what_they_have() -> None:
+    model = CASES["vit"].build().to("meta")
+    armour = convert(model, init="calibrated", params="-12%", mlp=True, example_input=CASES["vit"].example())
+    assert surgery_of(armour).sites
+    assert surgery_of(armour).mlps == ()
+
+
 def test_a_loss_is_a_goal_too() -> None:
-    case = CASES["vit"]
-    armour = convert(
-        case.build(),
-        init="calibrated",
-        calibration=_images("vit"),
-        max_loss=0.05,
-        mlp=True,
-        example_input=case.batches()[0],
-    )
+    _, armour = _narrowed("vit", None, max_loss=0.05)
     assert surgery_of(armour).mlps
     assert surgery_of(armour).loss <= 0.05
 
@@ -197,6 +187,7 @@ def test_more_than_there_is_to_save_is_refused() -> None:
     [
         ({"mlp": True, "init": "calibrated"}, "mlp needs a goal"),
         ({"params": "-5%", "max_loss": 0.1, "init": "calibrated"}, "are two goals"),
+        ({"measured": [], "init": "calibrated"}, "measured is for a goal"),
         ({"params": "-5%"}, "params needs images to measure with"),
         ({"params": "5%", "init": "calibrated"}, "params '5%' is no size"),
         ({"params": 0, "init": "calibrated"}, "params 0 is no size"),
