@@ -44,6 +44,15 @@ def mlps_of(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def keep_channels(mlp: Any, kept: Tensor) -> None:
+    """Leave an MLP those hidden channels, with the weights that they have."""
+    mlp.fc1.weight = nn.Parameter(mlp.fc1.weight.detach()[kept])
+    if mlp.fc1.bias is not None:
+        mlp.fc1.bias = nn.Parameter(mlp.fc1.bias.detach()[kept])
+    mlp.fc2.weight = nn.Parameter(mlp.fc2.weight.detach()[:, kept])
+    mlp.fc1.out_features = mlp.fc2.in_features = len(kept)
+
+
 def activity(mlp: Any, moment: Tensor) -> Tensor:
     """How much each channel gives to the output on images: its root mean square, times the norm of its column."""
     return moment.diagonal()[:-1].sqrt() * mlp.fc2.weight.detach().double().norm(dim=0)
@@ -74,12 +83,28 @@ def prune_by_activity(
     return model.eval()
 
 
+def taylor_step(model: nn.Module, image: Tensor, share: float) -> None:
+    """Torch-Pruning: that share of all MLPs' hidden channels goes, by their gradients' Taylor scores; in place."""
+    import torch_pruning as pruning
+
+    hidden = tuple(mlp.fc1 for mlp in mlps_of(model).values())
+    pruner = pruning.pruner.BasePruner(
+        model,
+        image,
+        importance=pruning.importance.GroupTaylorImportance(),
+        global_pruning=True,
+        pruning_ratio=0.0,
+        pruning_ratio_dict={hidden: share},
+        max_pruning_ratio=0.95,
+        root_module_types=[nn.Linear],
+    )
+    pruner.step()
+
+
 def prune_by_taylor(
     original: nn.Module, parameters: int, batches: list[Tensor], moments: dict[str, Tensor]
 ) -> nn.Module:
     """Torch-Pruning over all MLPs together, by Taylor scores of the features (no labels), and `fc2` refit by ridge."""
-    import torch_pruning as pruning
-
     low, high = 0.0, 0.95
     found: Any = None
     while high - low > 0.002:
@@ -88,21 +113,8 @@ def prune_by_taylor(
         features = model.forward_features(batches[0])
         # What the features would lose if a channel went: their own direction says where they are large.
         features.square().mean().backward()
-        hidden = [mlp.fc1 for mlp in mlps_of(model).values()]
-        for mlp in mlps_of(model).values():
-            mlp.fc1.register_buffer("numbers", torch.arange(mlp.fc1.out_features), persistent=False)
         before = {name: mlp.fc1.weight.detach().clone() for name, mlp in mlps_of(model).items()}
-        pruner = pruning.pruner.BasePruner(
-            model,
-            batches[0][:1],
-            importance=pruning.importance.GroupTaylorImportance(),
-            global_pruning=True,
-            pruning_ratio=0.0,
-            pruning_ratio_dict={tuple(hidden): share},
-            max_pruning_ratio=0.95,
-            root_module_types=[nn.Linear],
-        )
-        pruner.step()
+        taylor_step(model, batches[0][:1], share)
         if count_params(model) <= parameters:
             found, high = (model, before), share
         else:
@@ -125,8 +137,6 @@ def _keep(mlp: Any, kept: Tensor, moment: Tensor) -> None:
     weight = mlp.fc2.weight.detach().double().T
     new = torch.linalg.solve(covariance[kept][:, kept], covariance[kept] @ weight)
     offset = mlp.fc2.bias.detach().double() + mean @ weight - mean[kept] @ new
-    mlp.fc1.weight = nn.Parameter(mlp.fc1.weight.detach()[kept])
-    mlp.fc1.bias = nn.Parameter(mlp.fc1.bias.detach()[kept])
+    keep_channels(mlp, kept)
     mlp.fc2.weight = nn.Parameter(new.T.float().contiguous())
     mlp.fc2.bias = nn.Parameter(offset.float())
-    mlp.fc1.out_features = mlp.fc2.in_features = len(kept)

@@ -32,6 +32,7 @@ from typing import Any
 import fashion_mnist
 import torch
 import torch.nn.functional as F
+from mlp_rivals import taylor_step
 from torch import Tensor, nn
 
 from armour_surgery import convert, deploy
@@ -168,22 +169,9 @@ def merge_tokens(stock: nn.Module, number: int) -> Any:
 
 def prune(stock: nn.Module, share: float, images: Tensor, labels: Tensor) -> nn.Module:
     """Without that share of the hidden channels of all MLPs, chosen over all blocks together by Taylor scores."""
-    import torch_pruning as pruning
-
     model: Any = copy.deepcopy(stock)
     F.cross_entropy(model(images), labels).backward()
-    hidden = [module for name, module in model.named_modules() if name.endswith("mlp.fc1")]
-    pruner = pruning.pruner.BasePruner(
-        model,
-        images[:1],
-        importance=pruning.importance.GroupTaylorImportance(),
-        global_pruning=True,
-        pruning_ratio=0.0,
-        pruning_ratio_dict={tuple(hidden): share},
-        max_pruning_ratio=0.95,
-        root_module_types=[nn.Linear],
-    )
-    pruner.step()
+    taylor_step(model, images[:1], share)
     model.zero_grad(set_to_none=True)
     assert count_params(model) < count_params(stock)
     return model.eval()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from mlp_rivals import keep_channels, mlps_of
 from torch import Tensor, nn
 
 from armour_surgery import convert
@@ -249,19 +250,11 @@ def prune_mlp_channels(original: nn.Module, parameters: int) -> nn.Module:
     A channel's strength is the norm of its row in fc1 times that of its column in fc2. This does get faster.
     """
     model = copy.deepcopy(original)
-    blocks: list[Any] = [
-        module
-        for module in model.modules()
-        if isinstance(getattr(module, "fc1", None), nn.Linear) and isinstance(getattr(module, "fc2", None), nn.Linear)
-    ]
+    blocks = list(mlps_of(model).values())
     channel = sum(block.fc1.in_features + block.fc2.out_features + (block.fc1.bias is not None) for block in blocks)
     count = math.ceil((count_params(original) - parameters) / channel)
     for block in blocks:
         strength = block.fc1.weight.detach().norm(dim=1) * block.fc2.weight.detach().norm(dim=0)
         kept = strength.topk(len(strength) - count).indices.sort().values
-        block.fc1.weight = nn.Parameter(block.fc1.weight.detach()[kept])
-        if block.fc1.bias is not None:
-            block.fc1.bias = nn.Parameter(block.fc1.bias.detach()[kept])
-        block.fc2.weight = nn.Parameter(block.fc2.weight.detach()[:, kept])
-        block.fc1.out_features = block.fc2.in_features = len(kept)
+        keep_channels(block, kept)
     return model.eval()

@@ -181,9 +181,10 @@ def select_sites(
     include, exclude = None if include is None else patterns(include), patterns(exclude)
     for pattern in [*(include or ()), *exclude]:
         if not any(_matches(name, pattern) for name in [*names, *mlps]):
+            others = f", nor any of the {len(mlps)} MLPs, such as {mlps[0]!r}" if mlps else ""
             raise PatternError(
                 f"pattern {pattern!r} matches none of the {len(names)} attention sites, which are named like "
-                f"{names[0]!r} and {names[-1]!r}"
+                f"{names[0]!r} and {names[-1]!r}{others}"
             )
     chosen = [site for site in sites if left_by_patterns(site.fqn, include, exclude)]
     if not chosen and not any(left_by_patterns(name, include, exclude) for name in mlps):
