@@ -3,14 +3,13 @@
 import pytest
 import torch
 import transformers
-from hub_stand_in import TOKEN, Hub
+from hub_stand_in import Hub
 from saved_models import armour
 
 
 # What huggingface_hub says of the client below it, where it sends raw bytes.
 @pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")
-def test_transformers_pushes_a_converted_model_and_loads_it(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
+def test_transformers_pushes_a_converted_model_and_loads_it(hub: Hub) -> None:
     model = armour("hf-vit")
     with pytest.warns(UserWarning, match="there could be more"):  # the hub's word on a card without a license
         model.push_to_hub("someone/small")  # type: ignore[operator]
