@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
-from huggingface_hub import constants, file_download, hf_api
+from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http
 
 from armour_surgery.hosts import hub_upload
@@ -290,8 +290,6 @@ def running() -> Iterator[Hub]:
 def point_at(url: str, home: Path, patch: pytest.MonkeyPatch) -> None:
     """Have huggingface_hub in this process talk to a hub, with a token, a cache of its own, and no time to wait."""
     patch.setattr(constants, "ENDPOINT", url)
-    # Functions without an HfApi of their own (transformers' push_to_hub) share one, made when the module was imported.
-    patch.setattr(hf_api.api, "endpoint", url)
     patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     patch.setattr(constants, "HF_HUB_CACHE", str(home / "cache"))
     patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
