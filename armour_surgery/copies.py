@@ -25,9 +25,11 @@ __all__ = [
     "floating_type",
     "floating_weight",
     "full_copy",
+    "hand_over",
     "has_weights",
     "meta_copy",
     "plain_size",
+    "sharing_copy",
 ]
 
 _CALL_HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name and "state_dict" not in name)
@@ -64,6 +66,19 @@ def full_copy(module: nn.Module) -> nn.Module:
     here they become leaves with the same values.
     """
     return _copy(module, lambda tensor: None if tensor.is_leaf else tensor.detach().clone(), hooks=True)
+
+
+def sharing_copy(module: nn.Module) -> nn.Module:
+    """A deep copy with tensors of its own that hold the module's numbers where the module does; without hooks.
+
+    It costs no memory. To give one of them other numbers, replace what it holds (`tensor.data = ...`).
+    """
+
+    def sharing(tensor: Tensor) -> Tensor:
+        shared = tensor.detach()
+        return nn.Parameter(shared, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shared
+
+    return _copy(module, sharing, hooks=False)
 
 
 def alias(module: nn.Module) -> nn.Module:
@@ -298,6 +313,13 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
         tensors = {**dict(source.named_parameters()), **dict(source.named_buffers())}
         for name, tensor in [*target.named_parameters(), *target.named_buffers()]:
             tensor.copy_(tensors[name])
+
+
+def hand_over(source: nn.Module, target: nn.Module) -> None:
+    """Let a model of equal structure hold what the source holds: the same memory, and no copies."""
+    tensors = {**dict(source.named_parameters()), **dict(source.named_buffers())}
+    for name, tensor in [*target.named_parameters(), *target.named_buffers()]:
+        tensor.data = tensors[name].data
 
 
 def has_weights(module: nn.Module) -> bool:

@@ -34,11 +34,13 @@ def main() -> None:
     train_images, _, images, labels = digits_split()
     fitted, held_out = train_images[:512].split(64), train_images[-256:].split(64)
     before = accuracy(original, images, labels)
+    with torch.no_grad():
+        answers = [_features(original, batch) for batch in held_out]
     rows = []
     for mode, init, rank in WAYS:
         model = partial(convert, original, mode, init=init, rank=rank, source=digits_source())
         converted = model(calibration=fitted) if init == "calibrated" else model()
-        near = compare_outputs(original, converted, held_out, _features, "digits")
+        near = compare_outputs(answers, converted, held_out, _features, "digits")
         lost = before - accuracy(converted, images, labels)
         grade = GRADES.index(grade_of(near)) + 1
         rows.append((near.cosine, f"{near.agreement:.1f} %", f"{lost:.1f}", grade, mode, init, rank or "all"))

@@ -24,7 +24,7 @@ FLOORS = (
     ("saving", "likeness", "deployment", "coverage"),
     ("surgery", "demo"),
     ("images", "initialize", "rewrite", "discover"),
-    ("hosts", "measure", "report", "modes", "traced", "progress"),
+    ("hosts", "measure", "report", "modes", "traced", "progress", "devices"),
     ("errors", "notes", "records", "calls", "copies", "shapes", "altered"),
     ("patching", "examples", "views"),
     ("tabular",),

@@ -24,6 +24,7 @@ from armour_surgery.benchmarking.speed import compare, keep_memory, many_compile
 from armour_surgery.calls import given_in_order
 from armour_surgery.copies import full_copy
 from armour_surgery.deployment.pipeline import RUNTIMES, deploy
+from armour_surgery.devices import usable_device
 from armour_surgery.errors import BenchmarkError, ExampleInputError, NothingToDeployError, UsageError
 from armour_surgery.examples import on_meta, with_numbers
 from armour_surgery.exporting.onnx import load_onnx, write_onnx
@@ -192,16 +193,7 @@ def _check(
         raise UsageError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be 1 or more, not {threads}")
-    try:
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        place = torch.device(device)
-        # That torch knows a device's name does not mean that this machine, or this build of torch, has one.
-        torch.empty(1, device=place)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        message = str(error).strip().splitlines()[0]
-        raise UsageError(f"device {str(device)!r} cannot be used here: {message}; cpu always can") from error
-    return place
+    return usable_device(device, f"device {str(device)!r}")
 
 
 def _check_runtime(runtime: str, device: torch.device, dtype: str, *, compile: bool, profile: bool) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from armour_surgery.initialize.processes import Processes
+from armour_surgery.measure.fidelity import Answer
 from armour_surgery.measure.token_error import token_weights
 
 __all__ = ["HELD_OUT", "Batches"]
@@ -16,11 +18,17 @@ _TRIAL = 4
 
 
 class Batches:
-    """Stored batches of both models, and which of them are held out."""
+    """Stored batches of both models, and which of them are held out.
 
-    def __init__(self, sizes: list[int], images: dict[int, Tensor]) -> None:
+    Sizes are those of all batches; where several processes calibrate together, each goes through its own.
+    """
+
+    def __init__(self, sizes: list[int], images: dict[int, Tensor], processes: Processes) -> None:
         self.sizes = sizes
+        self.processes = processes
+        self.first = processes.rank  # the first batch that is here
         self.kept: list[Tensor] = []
+        self.wanted: list[Answer] = []  # what the original makes of these
         self.images = images  # one batch of each size: only its shape matters from the second unit on
         # With fewer batches than that, the last one is held out all the same.
         every = min(HELD_OUT, len(sizes))
@@ -48,12 +56,14 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, bool]]:
         for index, size in enumerate(self.sizes):
-            yield index, self.images[size], self.held_out[index]
+            if self.processes.has(index):
+                yield index, self.images[size], self.held_out[index]
 
     def trial(self) -> Iterator[tuple[int, Tensor, bool]]:
         """A few batches of each kind."""
-        counts = {True: 0, False: 0}
+        fitted = [place for place, held in enumerate(self.held_out) if not held]
+        judging = [place for place, held in enumerate(self.held_out) if held]
+        few = {*fitted[:_TRIAL], *judging[: _TRIAL // 2]}
         for index, image, held in self:
-            counts[held] += 1
-            if counts[held] <= (_TRIAL // 2 if held else _TRIAL):
+            if index in few:
                 yield index, image, held

@@ -13,6 +13,7 @@ from armour_surgery.errors import CalibrationError
 from armour_surgery.initialize.batches import Batches
 from armour_surgery.initialize.last_layer import LastLayer
 from armour_surgery.initialize.moments import Regression
+from armour_surgery.initialize.placement import Placement
 from armour_surgery.initialize.problem import Problem
 from armour_surgery.initialize.stream import Branch, as_stream, find_branch, inverse_gain, look, match_width
 from armour_surgery.initialize.taps import Stop, Tap, Taps, tokens
@@ -28,10 +29,18 @@ class Block:
     """One unit of the walk; `problem` is the attention in it that was converted, if one was."""
 
     def __init__(
-        self, before: Walk, after: Walk, number: int, problem: Problem | None, data: Batches, store: Store
+        self,
+        before: Walk,
+        after: Walk,
+        number: int,
+        problem: Problem | None,
+        data: Batches,
+        store: Store,
+        placement: Placement,
     ) -> None:
         self.before, self.after, self.number = before, after, number
         self.problem, self.data, self.store = problem, data, store
+        self.placement = placement
         self.gain: Tensor | None = None  # of the attention's output into the stream, where it has one
         self.last: Branch | None = None  # the layer that ends the block, where it adds to the stream
 
@@ -40,8 +49,8 @@ class Block:
 
         Both stay None where the stream is not a sum that they are part of.
         """
-        _, image, _ = next(iter(self.data))
-        arguments = self.store["original", 0]
+        index, image, _ = next(iter(self.data))
+        arguments = self.store["original", index]
         seen, following = look(self.before, self.number, image, arguments)
         start = first_tensor(arguments)
         inputs = [tensor for _, tensor in seen.inputs]
@@ -62,7 +71,8 @@ class Block:
             # A site's own projections are fitted otherwise, so they end no block.
             later = [(name, tensor) for name, tensor in later if not name.startswith(f"{self.problem.fqn}.")]
         last = find_branch(first_tensor(following), [*bases, *inputs], later)
-        self.gain, self.last = gain, last[0] if last is not None else None
+        # Every process looks at another batch, and sees the same but for rounding.
+        self.gain, self.last = self.data.processes.first((gain, last[0] if last is not None else None))
 
     def _place_of_output(self, names: list[str]) -> int | None:
         """Which of those layers is the output projection."""
@@ -109,7 +119,7 @@ class Block:
 
     def tokens_in_all(self) -> int:
         """How many tokens of its stream all images have together."""
-        return sum(self.data.sizes) * _token_count(first_tensor(self.store["converted", 0]))
+        return sum(self.data.sizes) * _token_count(first_tensor(self.store["converted", self.data.first]))
 
     def stride(self, unknowns: int) -> int:
         """Every how-many-th token is enough for a fit of so many unknowns."""
@@ -123,7 +133,11 @@ class Block:
         for index, _, _ in self.data:
             self.store.drop(("result", index))
             self.store.drop(("start", index))
-        fitted, followed = (False, False) if self.last is None else self._fit_last(self.last, keep=not alone)
+        fitted, followed = False, False
+        if self.last is not None:
+            # It may lie beside the unit.
+            with self.placement.held(self.after.model.get_submodule(self.last.fqn), written=True):
+                fitted, followed = self._fit_last(self.last, keep=not alone)
         if not followed:
             self._advance(alone)
         return fitted
@@ -175,6 +189,7 @@ class Block:
             regression.add(inputs.flatten(0, 1)[chosen], output.flatten(0, 1)[chosen] + lacking, held, lacking, rows)
             if keep:
                 self.store["hidden", index], self.store["following", index] = inputs, following
+        regression.gather(self.data.processes)
         return True
 
     def _follow(self, change: Tensor, biases: bool) -> None:

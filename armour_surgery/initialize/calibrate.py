@@ -4,16 +4,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from armour_surgery.errors import CalibrationError
 from armour_surgery.initialize.batches import HELD_OUT, Batches
 from armour_surgery.initialize.block import Block
 from armour_surgery.initialize.hidden import MlpProblem, narrow
+from armour_surgery.initialize.placement import Placement
 from armour_surgery.initialize.problem import Problem
+from armour_surgery.initialize.processes import Processes
 from armour_surgery.initialize.site import Site, SiteResult
 from armour_surgery.initialize.stream import learned_tokens
 from armour_surgery.initialize.walk import Store, Walk
+from armour_surgery.measure.fidelity import Features
 
 __all__ = ["calibrate"]
 
@@ -29,19 +33,26 @@ def calibrate(
     units: Mapping[str, str],
     batches: Iterable[Tensor],
     call: Callable[[nn.Module, Tensor], Any],
+    features: Features,
     done: Callable[[str], None],
+    placement: Placement,
+    processes: Processes,
     *,
     alone: bool,
+    forgets: bool = False,
 ) -> tuple[list[SiteResult], Batches]:
     """Give every site of `converted` the weights that do best on the images of `batches`; in place.
 
-    Both models must be in eval mode and in float32 or float64. `problems` are the sites; `mlps` get fewer hidden
-    channels, chosen in the stream as it then is; `units` names the part of the model that each of all these is in, in
-    the order in which they run. `call(model, batch)` runs a model, `done(fqn)` is told of every finished site. Labels
-    play no part. With `alone` every site gets what it gets in the original, as if no other were converted.
+    Both models must be in eval mode, and in float32 or float64 where `placement` has them run. `problems` are the
+    sites; `mlps` get fewer hidden channels, chosen in the stream as it then is; `units` names the part of the model
+    that each of all these is in, in the order in which they run. `call(model, batch)` runs a model, `features` does so
+    to its end, `done(fqn)` is told of every finished site. Labels play no part. With `alone` every site gets what it
+    gets in the original, as if no other were converted. With `forgets` the original's blocks are let go one by one:
+    afterwards it has no weights there. Of `processes` every one calls this, with the same arguments; then each keeps
+    and runs its share of the batches, and all end with the same weights.
 
     Returns the sites' results, those of MLPs among them, and the batches; these have kept some of the held-out images,
-    at most 64, for a report.
+    at most 64, and what the original makes of them, for a report.
 
     Raises:
         CalibrationError: fewer than two batches, or fewer tokens than channels.
@@ -55,25 +66,37 @@ def calibrate(
     before, after = Walk(original, list(parts), call), Walk(converted, list(parts), call)
     store = Store()
     try:
-        data = _first_pass(before, after, batches, store)
+        data = _first_pass(before, after, batches, store, processes)
+        with torch.no_grad():
+            data.wanted = [features(original, batch) for batch in data.kept]
         results: list[SiteResult] = []
         for number, (attention, hidden) in enumerate(parts.values()):
-            block = Block(before, after, number, attention[0] if attention else None, data, store)
-            block.find_branches()
-            block.run_original()
-            solved = [Site(block, problem).solve(alone) for problem in attention]
-            solved += [narrow(block, mlp, alone) for mlp in hidden]
-            if block.finish(alone):
-                solved = [replace(result, steps=(*result.steps, "last layer")) for result in solved]
+            with placement.held(before.unit(number), written=False), placement.held(after.unit(number), written=True):
+                block = Block(before, after, number, attention[0] if attention else None, data, store, placement)
+                solved = _solved(block, attention, hidden, alone)
+                processes.share(after.unit(number))
             results += solved
             for result in solved:
                 done(result.fqn)
+            if forgets and before.is_past(number):
+                placement.forget(before.unit(number), map(before.unit, range(number + 1, len(parts))))
         return results, data
     finally:
         store.close()
 
 
-def _first_pass(before: Walk, after: Walk, batches: Iterable[Tensor], store: Store) -> Batches:
+def _solved(block: Block, attention: list[Problem], hidden: list[MlpProblem], alone: bool) -> list[SiteResult]:
+    """What became of all that is in a block, which has its weights then."""
+    block.find_branches()
+    block.run_original()
+    solved = [Site(block, problem).solve(alone) for problem in attention]
+    solved += [narrow(block, mlp, alone) for mlp in hidden]
+    if block.finish(alone):
+        solved = [replace(result, steps=(*result.steps, "last layer")) for result in solved]
+    return solved
+
+
+def _first_pass(before: Walk, after: Walk, batches: Iterable[Tensor], store: Store, processes: Processes) -> Batches:
     sizes: list[int] = []
     images: dict[int, Tensor] = {}
     kept: list[Tensor] = []
@@ -84,15 +107,22 @@ def _first_pass(before: Walk, after: Walk, batches: Iterable[Tensor], store: Sto
         if len(batch) not in images:
             images[len(batch)] = batch
             after.start(batch)
-        # Up to the first site both models are one.
-        store["original", index] = store["converted", index] = before.begin(batch)
+        if processes.has(index):
+            # Up to the first site both models are one.
+            store["original", index] = store["converted", index] = before.begin(batch)
         sizes.append(len(batch))
+    if len(sizes) < processes.world:
+        raise CalibrationError(
+            f"calibration got {len(sizes)} batches for {processes.world} processes, and each needs one; give more "
+            "images, smaller batches, or start fewer processes"
+        )
     if len(sizes) < 2:
         raise CalibrationError(
             f"calibration got {sum(sizes)} images in {len(sizes)} batch, and needs two batches at least: one to fit "
             "and one to check on; give more images, or smaller batches"
         )
-    data = Batches(sizes, images)
+    data = Batches(sizes, images, processes)
     data.kept = kept or [last]
-    data.learned = learned_tokens(before, images[sizes[0]], store["original", 0])
+    own = images[sizes[data.first]]
+    data.learned = processes.first(learned_tokens(before, own, store["original", data.first]))
     return data

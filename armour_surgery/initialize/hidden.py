@@ -157,5 +157,6 @@ def _moment(block: Block, problem: MlpProblem, layer: LastLayer) -> tuple[Tensor
         weighted = inputs if rows is None else inputs * rows.to(inputs)
         total = total + (inputs.mT @ weighted).double().cpu()
         count += float(len(inputs)) if rows is None else float(rows.sum())
+    total, count = block.data.processes.sum(total), block.data.processes.sum_number(count)
     refuse_not_finite(total, problem.fqn, "gets")
     return total / count, count

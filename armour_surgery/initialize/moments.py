@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from armour_surgery.initialize.closed_form import Metric, make_metric
+from armour_surgery.initialize.processes import Processes
 
 __all__ = ["Moments", "Regression", "with_one"]
 
@@ -47,6 +48,11 @@ class Moments:
         self._sum_of_means = self._sum_of_means + (inputs.shape[1] * means.mT @ means).cpu()
         self.count += len(flat)
 
+    def gather(self, processes: Processes) -> None:
+        """Take in what the other processes have seen."""
+        self._sum, self._sum_of_means = processes.sum(self._sum), processes.sum(self._sum_of_means)
+        self.count = round(processes.sum_number(self.count))
+
     @property
     def moment(self) -> Tensor:
         """`E [x 1]^T [x 1]`, `[D + 1, D + 1]`."""
@@ -70,6 +76,17 @@ class _Sums:
     targets: Tensor = field(default_factory=_nothing)  # T, summed over rows
     missing: float = 0.0  # |M|^2
     energy: float = 0.0  # |T|^2
+
+    def gathered(self, processes: Processes) -> "_Sums":
+        """Those of all processes."""
+        return _Sums(
+            processes.sum_number(self.count),
+            processes.sum(self.moment),
+            processes.sum(self.cross),
+            processes.sum(self.targets),
+            processes.sum_number(self.missing),
+            processes.sum_number(self.energy),
+        )
 
 
 class Regression:
@@ -122,6 +139,10 @@ class Regression:
         sums.targets = sums.targets + weighted.sum(0, dtype=torch.float64).cpu()
         sums.missing += _energy(missing)
         sums.energy += _energy(targets)
+
+    def gather(self, processes: Processes) -> None:
+        """Take in what the other processes have seen."""
+        self._fitted, self._held_out = self._fitted.gathered(processes), self._held_out.gathered(processes)
 
     def _error(self, change: Tensor) -> float:
         """`|X W - T|^2 / |T - m|^2` on held-out data, for `W = W_present + change`; m is the mean of what is fitted to.

@@ -96,6 +96,8 @@ class Site:
         for index, image, held in self.data:
             if not held:
                 self.block.until_stop(_moment_taps(watched, len(image)), index, image, problem.fqn)
+        for moments in watched.values():
+            moments.gather(self.data.processes)
         # What V is made of too has to be known in every direction. Where that is K, Q follows from K, however few ask.
         shared = keys if apart and not self.problem.share("q") else queries
         width = shared.moment.shape[0] if shared.count else 0
@@ -142,6 +144,7 @@ class Site:
                 raise Stop
 
             self.block.until_stop({weight: tap}, index, image, self.problem.fqn)
+        regression.gather(self.data.processes)
         return regression
 
     def _correction(self, index: int, shape: torch.Size, scale: Tensor) -> Tensor | None:

@@ -8,7 +8,7 @@ that of the part, in whatever library, and what has to be kept is one unit's arg
 
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,20 @@ from torch import Tensor, nn
 
 from armour_surgery.errors import CalibrationError
 
-__all__ = ["Arguments", "Store", "Walk", "first_tensor", "units_of", "with_first_tensor"]
+__all__ = [
+    "STANDS_IN",
+    "Arguments",
+    "Store",
+    "Walk",
+    "first_tensor",
+    "outermost_parts",
+    "units_of",
+    "with_first_tensor",
+]
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)
+# Marks a forward that only stands for a module's own.
+STANDS_IN = "stands_in_for_a_module"
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -38,9 +49,10 @@ class _Arrived(Exception):
 
 @dataclass(frozen=True)
 class _InFile:
-    """A tensor that was written to a file, under this name."""
+    """A tensor that was written to a file, under this name, and where it is to be when it is read."""
 
     name: str
+    device: torch.device
 
 
 class Store:
@@ -62,7 +74,7 @@ class Store:
         if self.has_room(size):
             self._memory[key], self._sizes[key] = value, size
             return
-        rest = [_InFile(str(id(leaf))) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        rest = [_InFile(str(id(leaf)), leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._files[key] = (self._write(tensors), rest, form)
 
     def _write(self, tensors: dict[str, Tensor]) -> Path:
@@ -85,6 +97,9 @@ class Store:
             return self._memory[key]
         path, leaves, form = self._files[key]
         tensors = load_file(path)
+        for leaf in leaves:
+            if isinstance(leaf, _InFile):
+                tensors[leaf.name] = tensors[leaf.name].to(leaf.device)
         # What was one tensor, given twice, is one again.
         whole = [tensors[leaf.name] if isinstance(leaf, _InFile) else leaf for leaf in leaves]
         return pytree.tree_unflatten(whole, form)
@@ -130,6 +145,20 @@ def _paths_to(fqn: str) -> list[str]:
     return [".".join(parts[:size]) for size in range(1, len(parts) + 1)]
 
 
+def outermost_parts(model: nn.Module, units: Sequence[str]) -> tuple[set[str], list[str]]:
+    """Names of the modules around units, the model's own "" among them, and of the outermost that are none of these.
+
+    The former run as they are, and call the latter, which are units and whatever lies beside them.
+    """
+    around = {""}
+    for unit in units:
+        around.update(_paths_to(unit)[:-1])
+    around -= set(units)
+    names = [name for name, _ in model.named_modules()]
+    # What lies deeper runs, or not, with the module around it.
+    return around, [name for name in names if name not in around and name.rpartition(".")[0] in around]
+
+
 class Walk:
     """One model, its units, and how to call it. The model must be in eval mode; it is left as it was.
 
@@ -141,11 +170,7 @@ class Walk:
         self.units = units
         self.call = call
         self._modules = dict(model.named_modules())
-        # Modules that hold units: they run as they are, and call what is in them.
-        self._around = {""}
-        for unit in units:
-            self._around.update(_paths_to(unit)[:-1])
-        self._around -= set(units)
+        self._parts = outermost_parts(model, units)[1]
         # Modules that answer instead of running, per unit to start at: those called before it, outermost.
         self._before: list[set[str]] = []
         self._answers: dict[int, dict[str, Any]] = {}  # by batch size
@@ -160,10 +185,8 @@ class Walk:
         order: list[str] = []
         answers = self._answers.setdefault(len(batch), {})
         handles = []
-        for name, module in self._modules.items():
-            # What lies deeper runs, or not, with the module around it.
-            if name in self._around or name.rpartition(".")[0] not in self._around:
-                continue
+        for name in self._parts:
+            module = self._modules[name]
 
             def before(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
                 order.append(name)
@@ -201,6 +224,15 @@ class Walk:
         except _Arrived as arrived:
             return arrived.arguments
         raise CalibrationError(f"{self.units[0]} was not reached a second time; its model depends on its input")
+
+    def unit(self, number: int) -> nn.Module:
+        """The module that unit `number` is."""
+        module: nn.Module = self._modules[self.units[number]]
+        return module
+
+    def is_past(self, number: int) -> bool:
+        """Whether unit `number` does not run when any later one is."""
+        return all(self.units[number] in before for before in self._before[number + 1 :])
 
     def skipped(self, number: int) -> set[str]:
         """Modules that answer instead of running when unit `number` is run."""
@@ -271,7 +303,7 @@ class Walk:
         answers = self._answers[size]
 
         def answer(name: str) -> Callable[..., Any]:
-            return lambda *_, **__: pytree.tree_map(_no_answer, answers[name])
+            return _standing_in(lambda *_, **__: pytree.tree_map(_no_answer, answers[name]))
 
         with ExitStack() as stack:
             for name in self._before[number]:
@@ -279,6 +311,12 @@ class Walk:
             yield
 
 
+def _standing_in(forward: Callable[..., Any]) -> Callable[..., Any]:
+    setattr(forward, STANDS_IN, True)
+    return forward
+
+
+@_standing_in
 def _arrive(*args: Any, **kwargs: Any) -> Any:
     raise _Arrived((args, kwargs))
 

@@ -9,16 +9,17 @@ from torch import Tensor, nn
 from armour_surgery.errors import CalibrationError
 from armour_surgery.records import Fidelity
 
-__all__ = ["compare_outputs"]
+__all__ = ["Answer", "Features", "compare_outputs"]
 
-# Runs a model on a batch: its final features, channels last, and its logits if it has a head.
-Features = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor | None]]
+# What a model makes of a batch: its final features, channels last, and its logits if it has a head.
+Answer = tuple[Tensor, Tensor | None]
+Features = Callable[[nn.Module, Tensor], Answer]
 
 
 def compare_outputs(
-    original: nn.Module, converted: nn.Module, batches: Iterable[Tensor], features: Features, source: str
+    answers: Iterable[Answer], converted: nn.Module, batches: Iterable[Tensor], features: Features, source: str
 ) -> Fidelity:
-    """Run both models, which must be in eval mode, on the same images and compare; see `Fidelity`.
+    """Run a model, which must be in eval mode, on images of which the original gave `answers`; see `Fidelity`.
 
     Raises:
         CalibrationError: one of them gives features that are not finite.
@@ -27,13 +28,13 @@ def compare_outputs(
     cosine = signal = noise = 0.0
     heads = False
     with torch.no_grad():
-        for batch in batches:
-            (wanted, first), (got, second) = features(original, batch), features(converted, batch)
+        for (wanted, first), batch in zip(answers, batches, strict=True):
+            got, second = features(converted, batch)
             wanted, got = wanted.double(), got.double()
             for tokens_of, name in ((wanted, "original"), (got, "converted")):
                 if not bool(tokens_of.isfinite().all()):
                     raise CalibrationError(
-                        f"the {name} {type(original).__name__} gives NaN or infinite features on held-out images, so "
+                        f"the {name} {type(converted).__name__} gives NaN or infinite features on held-out images, so "
                         "nothing can be said of it; look at the images and at its weights, or use init 'joint-svd'"
                     )
             cosine += float(torch.cosine_similarity(wanted, got, dim=-1).sum())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from armour_surgery.errors import UsageError
+from armour_surgery.devices import usable_device
 from armour_surgery.recover.student import Runner, block_of
 
 __all__ = ["Process", "distributed", "full", "like", "no_sync", "shard", "wrapped"]
@@ -69,21 +69,19 @@ class Process:
 
 
 @contextmanager
-def distributed(device: str = "auto") -> Iterator[Process]:
+def distributed(device: str = "auto", *, option: str = "run.device") -> Iterator[Process]:
     """The process that torchrun made this, or the only one; the process group ends with the block.
+
+    `option` is how the user gives a device.
 
     Raises:
         UsageError: torch does not know the device, or it is not here.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    try:
-        own = torch.device(chosen, local) if chosen == "cuda" and world > 1 else torch.device(chosen)
-        # A name that torch knows may be of hardware that is not here, which shows when memory is asked for.
-        torch.empty(1, device=own)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"run.device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    own = usable_device(device, f"{option}={device!r}")
+    if own == torch.device("cuda") and world > 1:
+        own = usable_device(torch.device("cuda", local), f"{option}={device!r} of process {rank}")
     if world == 1:
         yield Process(0, 1, own)
         return

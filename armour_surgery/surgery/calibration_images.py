@@ -14,6 +14,8 @@ from armour_surgery.examples import images_in
 from armour_surgery.hosts.preprocessing import preprocessing
 from armour_surgery.images.for_calibration import calibration_batches
 from armour_surgery.initialize import HELD_OUT
+from armour_surgery.initialize.placement import EXACT, Placement
+from armour_surgery.measure.fidelity import Answer
 from armour_surgery.records import Progress
 from armour_surgery.spelled import names_only
 from armour_surgery.surgery.order import SYNTHETIC, Images
@@ -39,13 +41,22 @@ def _images_argument(model: nn.Module, example: dict[str, Tensor]) -> str:
 class CalibrationData:
     """The images of one calibration, and how a model is run on them."""
 
-    def __init__(self, model: nn.Module, example: dict[str, Tensor], images: Images, progress: Progress | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        example: dict[str, Tensor],
+        images: Images,
+        progress: Progress | None,
+        placement: Placement | None = None,
+    ) -> None:
         self.name = _images_argument(model, example)
         # Names alone, since it is kept with the model, which travels.
         self.source = names_only(images.source) if isinstance(images.source, str) else "images given in Python"
         self._images = images
         self._progress = progress
-        self._like = next(p for p in model.parameters() if p.is_floating_point())
+        weight = next(p for p in model.parameters() if p.is_floating_point())
+        self._device = weight.device if placement is None else placement.device
+        self._dtype = weight.dtype if weight.dtype in EXACT else torch.float32
         self._prep = preprocessing(model, example)
         # Few images are cut into smaller batches: some of them must be left to judge by.
         self._size = max(1, min(_BATCH, images.count // 4))
@@ -54,9 +65,14 @@ class CalibrationData:
         """Run a model."""
         return run(model, {self.name: batch})
 
-    def features(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor | None]:
+    def features(self, model: nn.Module, batch: Tensor) -> Answer:
         """A model's final features and its logits."""
         return hosts.features(model, {self.name: batch})
+
+    def answer(self, model: nn.Module, batch: Tensor) -> Answer:
+        """The same without gradients, to compare with."""
+        with torch.no_grad():
+            return self.features(model, batch)
 
     def counter(self, what: str, total: int) -> Callable[..., None]:
         """Something to call whenever one more of `total` is done."""
@@ -81,7 +97,7 @@ class CalibrationData:
         for number, batch in enumerate(drawn, start=1):
             if self._progress is not None:
                 self._progress("reading images", min(number * self._size, count), count)
-            yield batch.to(self._like)
+            yield batch.to(self._device, self._dtype)
 
     def once(self) -> Images:
         """The images, read once and kept, so that they may be asked for again; in batches of which some can judge."""
@@ -115,7 +131,7 @@ class CalibrationData:
         every = min(HELD_OUT, count)
         for number, batch in enumerate(again):
             if number % count % every != every - 1:
-                yield batch.to(self._like)
+                yield batch.to(self._device, self._dtype)
 
     def _pass_after_pass(self, source: Iterable[Any], count: int) -> Iterator[Tensor]:
         """The first `count` batches of a source that can be read again, over and over."""

@@ -15,10 +15,12 @@ from torch import nn
 from armour_surgery import hosts
 from armour_surgery.altered import has_hooks, names_below
 from armour_surgery.copies import has_weights, meta_copy
+from armour_surgery.devices import usable_device
 from armour_surgery.discover import find_sites
 from armour_surgery.discover.dataflow import follow_model
 from armour_surgery.discover.mlps import mlps_in
 from armour_surgery.errors import ArmourError, NothingToConvertError
+from armour_surgery.initialize.processes import Processes
 from armour_surgery.measure.cost import count_params
 from armour_surgery.modes import AUTO, MODES, choose
 from armour_surgery.notes import ArmourWarning
@@ -145,6 +147,8 @@ def convert(
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     inplace: bool = False,
+    device: str | torch.device | None = None,
+    distributed: bool = False,
     example_input: Example | None = None,
     source: Source | None = None,
     progress: Progress | bool | None = None,
@@ -184,6 +188,11 @@ def convert(
             Logits keep their scale. The channels that stay are those best for the logits (`wq`, `wq-refit`), or for
             logits and values. Sites whose channels are not free (a norm of queries and keys, rotary positions, an
             activation before the output projection) are left alone and listed in `.surgery.refused`.
+        device: with `calibrated`, where to compute (`cuda`, or `auto`: a GPU if there is one); None is where the model
+            is. The model stays where it is, and its blocks come to the device one by one, so it may be larger than
+            that. With `inplace`, a model needs no memory for a second one.
+        distributed: with `calibrated`, split the images over the processes of torch's process group. All of them call
+            this with the same arguments, and all get the same model, that of one process but for rounding.
         include: patterns of site names (`blocks.0*`, `*.attn`); None takes all. `exclude` wins over it.
         example_input: what to run the (weightless) model on, if it is of no known library: a tensor, a shape
             with the batch first, or keyword arguments for its forward, nested or not (what a processor gives). Numbers
@@ -196,7 +205,8 @@ def convert(
 
     Raises:
         UsageError: a wrapper is around the model, unknown mode or init, `calibration`, `reconstruct`, `max_loss` or
-            rank "auto" for an init that uses no images, or a rank that a site does not have.
+            rank "auto" for an init that uses no images, a rank that a site does not have, a device that is not here, or
+            `distributed` without a process group.
         CalibrationError: the images are missing, of another kind than the model takes, or too few.
         AlreadyConvertedError: the model went through surgery before.
         NoAttentionError, NothingToConvertError, PatternError: nothing to do; the message says why.
@@ -204,12 +214,12 @@ def convert(
         ExampleInputError: the model's input is not known, or it did not run on it.
         DiscoveryError: it cannot run without its weights, because something was done to its modules.
     """
-    check_options(mode, init, calibration, rank, reconstruct, max_loss, params, mlp, measured)
+    check_options(mode, init, calibration, rank, reconstruct, max_loss, params, mlp, measured, device, distributed)
     refuse_converted(model)
     problem: str | None = None
     if source is None:
         source, problem = _describe(model)
-    with told(progress) as tell:
+    with told(progress) as tell, Processes.together(distributed) as processes:
         order = Order(
             mode=mode,
             init=init,
@@ -224,6 +234,8 @@ def convert(
             source=source,
             original=tensor_digests(model),
             progress=tell,
+            device=_place(device),
+            processes=processes,
         )
         prepared = _prepare(model, order, include, exclude)
         if problem is not None:
@@ -281,6 +293,8 @@ def sensitivities(
     mlp: bool = False,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    device: str | torch.device | None = None,
+    distributed: bool = False,
     example_input: Example | None = None,
     progress: Progress | bool | None = None,
 ) -> list[Sensitivity]:
@@ -292,7 +306,7 @@ def sensitivities(
     """
     check_options(mode, "calibrated", calibration, rank)
     refuse_converted(model)
-    with told(progress) as tell, torch.inference_mode(False):
+    with told(progress) as tell, torch.inference_mode(False), Processes.together(distributed) as processes:
         order = Order(
             mode=mode,
             init="calibrated",
@@ -300,6 +314,8 @@ def sensitivities(
             mlp=mlp,
             example=example_of(model, example_input),
             progress=tell,
+            device=_place(device),
+            processes=processes,
         )
         order = replace(order, images=to_read_again(model, order.example, order.images))
         sites, mlps, units = _selected(model, order, include, exclude)
@@ -312,6 +328,10 @@ def sensitivities(
             "inspect` lists the modes that fit"
         )
     return Sensitivities(options)
+
+
+def _place(device: str | torch.device | None) -> torch.device | None:
+    return None if device is None else usable_device(device, f"device {str(device)!r}")
 
 
 def _describe(model: nn.Module) -> tuple[Source | None, str | None]:

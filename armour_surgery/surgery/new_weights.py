@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,23 +11,22 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from armour_surgery.calls import run
-from armour_surgery.copies import alias, copy_weights, full_copy, has_weights
+from armour_surgery.copies import alias, copy_weights, full_copy, hand_over, has_weights
 from armour_surgery.examples import Example, on_meta, with_numbers
 from armour_surgery.initialize import Problem, SiteResult, calibrate, from_weights, reconstruct
 from armour_surgery.initialize.batches import Batches
+from armour_surgery.initialize.placement import EXACT, Placement
+from armour_surgery.initialize.processes import Processes
 from armour_surgery.initialize.walk import units_of
 from armour_surgery.measure.fidelity import compare_outputs
 from armour_surgery.records import Fidelity
 from armour_surgery.surgery.calibration_images import CalibrationData
-from armour_surgery.surgery.mlps import params_per_channel, problems_of_mlps
+from armour_surgery.surgery.mlps import narrow_without_images, params_per_channel, problems_of_mlps
 from armour_surgery.surgery.operation import Prepared
 from armour_surgery.surgery.order import Images, Order
 from armour_surgery.surgery.problems import problems_of
 
 __all__ = ["Effect", "choose_weights", "measure_alone", "to_read_again"]
-
-# Types in which the closed forms' moments can be gathered without loss that matters.
-_EXACT = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -43,18 +42,18 @@ class Effect:
 
 
 def choose_weights(
-    original: nn.Module, converted: nn.Module, prepared: Prepared, order: Order
+    original: nn.Module, converted: nn.Module, prepared: Prepared, order: Order, *, shared: bool = False
 ) -> tuple[list[SiteResult], Fidelity | None]:
     """Give a converted model its weights, in place; with images, also say how near it is to the original then.
 
     Its MLPs, which have all their hidden channels until now, get fewer.
 
     Both models keep their types, modes and devices. What they compute with meanwhile is at least float32. With
-    `order.steps` every site goes on by gradient for so many.
+    `order.steps` every site goes on by gradient for so many. With `shared` the models' tensors hold the same memory,
+    and the original's blocks have no numbers afterwards where a calibration needs them no more.
     """
-    with _precise(original, converted) as (before, after):
-        problems = problems_of(before, prepared.operations)
-        if order.init != "calibrated":
+    if order.init != "calibrated":
+        with _precise(original, converted) as (before, after):
             inputs = _as_precise(order.example, before)
 
             def call(model: nn.Module) -> Any:
@@ -62,16 +61,24 @@ def choose_weights(
                 moved = with_numbers(inputs, _device(model)) if has_weights(model) else on_meta(inputs)
                 return run(model, moved)
 
+            problems = problems_of(before, prepared.operations)
             return from_weights(before, after, problems, order.init, call), None
-        data = CalibrationData(before, order.example, order.images, order.progress)
-        done = data.counter("calibrating", len(problems) + len(prepared.mlps))
-        results, batches = _calibrated(before, after, problems, prepared, data, done, alone=False)
-        reported = batches.kept
+    with _calibration(original, converted, prepared, order, order.images, shared=shared) as work:
+        done = work.data.counter("calibrating", work.count)
+        results, batches = work.calibrate(done, alone=False, forgets=shared and not order.steps)
+        reported, wanted = batches.kept, batches.wanted
         if order.steps:
             judged, reported = _halves(batches.kept)
-            if _reconstruct(before, after, problems, data, batches, judged, order.steps):
+            wanted = [work.data.answer(work.before, batch) for batch in reported]
+            if _reconstruct(work, batches, judged, order.steps):
                 results = [replace(result, steps=(*result.steps, "reconstruction")) for result in results]
-        return results, compare_outputs(before, after, reported, data.features, data.source)
+        fidelity = compare_outputs(wanted, work.after, reported, work.data.features, work.data.source)
+        # What is chosen by it has to be the same in all processes.
+        fidelity = work.processes.first(fidelity)
+    if work.after is not converted:
+        narrow_without_images(converted, prepared.mlps)
+        hand_over(work.after, converted)
+    return results, fidelity
 
 
 def _as_precise(example: Example, model: nn.Module) -> Example:
@@ -89,32 +96,112 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _reconstruct(
-    before: nn.Module,
-    after: nn.Module,
-    problems: list[Problem],
-    data: CalibrationData,
-    batches: Batches,
-    judged: list[Tensor],
-    steps: int,
-) -> bool:
-    """Go on by gradient from the closed forms, with the weights of the sites alone; whether it helped."""
+@dataclass(frozen=True)
+class _Calibration:
+    """Both models as they are run, what is to be found for them, and the images that it is found with.
+
+    `units` names the part of the model that each site, and each MLP, is in.
+    """
+
+    before: nn.Module
+    after: nn.Module
+    problems: list[Problem]
+    prepared: Prepared
+    units: dict[str, str]
+    data: CalibrationData
+    placement: Placement
+    processes: Processes
+
+    @property
+    def count(self) -> int:
+        """How many sites and MLPs there are."""
+        return len(self.problems) + len(self.prepared.mlps)
+
+    def calibrate(
+        self, done: Callable[[str], None], *, alone: bool, forgets: bool = False
+    ) -> tuple[list[SiteResult], Batches]:
+        """Calibrate what was prepared, on the images once."""
+        return calibrate(
+            self.before,
+            self.after,
+            self.problems,
+            problems_of_mlps(self.prepared.mlps),
+            self.units,
+            self.data.batches(),
+            self.data.call,
+            self.data.features,
+            done,
+            self.placement,
+            self.processes,
+            alone=alone,
+            forgets=forgets,
+        )
+
+
+@contextmanager
+def _calibration(
+    original: nn.Module, converted: nn.Module, prepared: Prepared, order: Order, images: Images, *, shared: bool
+) -> Iterator[_Calibration]:
+    """Everything for a calibration. Both models are in eval mode.
+
+    Where they have to compute somewhere else than they are, or in another type, or hold the same memory, their parts
+    come and go one by one, and `after` is an alias of the converted model.
+    """
+    at_home = _device(original)
+    # "cuda" is the present one of several.
+    device = at_home if order.device is None else torch.empty(0, device=order.device).device
+    inexact = any(p.dtype not in EXACT for p in original.parameters() if p.is_floating_point())
+    placement = Placement(device, moves=shared or inexact or device != at_home)
+    before = alias(original)
+    # Caches that a host keeps in its modules are of where and in which type it ran: another's, if it moves.
+    after = alias(converted) if placement.moves else converted
+    modes = [(module, module.training) for module in converted.modules()]
+    before.eval()
+    after.eval()
+    problems = problems_of(before, prepared.operations)
+    units = prepared.units or _units(before, problems)
+    blocks = list(dict.fromkeys(units.values()))
+    data = CalibrationData(before, order.example, images, order.progress, placement)
+    try:
+        with placement.attached(before, blocks), placement.attached(after, blocks):
+            yield _Calibration(before, after, problems, prepared, units, data, placement, order.processes)
+    finally:
+        # Module by module: `train()` would set all of them alike, and some hosts override it.
+        for module, training in modes:
+            module.training = training
+
+
+def _units(model: nn.Module, problems: list[Problem]) -> dict[str, str]:
+    """The part of the model that each site is in."""
     fqns = [problem.fqn for problem in problems]
-    weights = []
-    for fqn in fqns:
-        weights += [weight for weight in after.get_submodule(fqn).parameters() if weight.is_floating_point()]
-    first, least = reconstruct(
-        before,
-        after,
-        units_of(before, fqns),
-        weights,
-        data.fresh(len(batches.sizes)),
-        judged,
-        lambda model, batch: data.features(model, batch)[0],
-        steps,
-        data.counter("reconstructing", steps),
-        batches.weights,
-    )
+    return dict(zip(fqns, units_of(model, fqns), strict=True))
+
+
+def _reconstruct(work: _Calibration, batches: Batches, judged: list[Tensor], steps: int) -> bool:
+    """Go on by gradient from the closed forms, with the weights of the sites alone; whether it helped."""
+    before, after, data = work.before, work.after, work.data
+    fqns = [problem.fqn for problem in work.problems]
+    blocks = units_of(before, fqns)
+    with ExitStack() as stack:
+        # All blocks learn at once.
+        for block in dict.fromkeys(work.units.values()):
+            stack.enter_context(work.placement.held(before.get_submodule(block), written=False))
+            stack.enter_context(work.placement.held(after.get_submodule(block), written=True))
+        weights = []
+        for fqn in fqns:
+            weights += [weight for weight in after.get_submodule(fqn).parameters() if weight.is_floating_point()]
+        first, least = reconstruct(
+            before,
+            after,
+            blocks,
+            weights,
+            data.fresh(len(batches.sizes)),
+            judged,
+            lambda model, batch: data.features(model, batch)[0],
+            steps,
+            data.counter("reconstructing", steps),
+            batches.weights,
+        )
     return least < first
 
 
@@ -123,51 +210,35 @@ def measure_alone(
 ) -> list[Effect]:
     """Calibrate every site as if no other were converted, and measure what the model loses by it alone.
 
-    The same for MLPs; of a block that holds both, one of them.
+    The same for MLPs; of a block that holds both, one of them. The converted model's tensors may hold the original's
+    memory (`copies.sharing_copy`).
     """
-    with _precise(original, converted) as (before, after):
-        problems = problems_of(before, prepared.operations)
-        data = CalibrationData(before, order.example, images, order.progress)
+    with _calibration(original, converted, prepared, order, images, shared=True) as work:
+        data, before = work.data, work.before
         # Every site counts twice: it is calibrated, and then measured.
-        what = "measuring MLPs" if prepared.mlps else "measuring sites"
-        done = data.counter(what, 2 * (len(problems) + len(prepared.mlps)))
-        per_channel = {problem.fqn: _per_channel(before, problem) for problem in problems}
+        done = data.counter("measuring MLPs" if prepared.mlps else "measuring sites", 2 * work.count)
+        per_channel = {problem.fqn: _per_channel(before, problem) for problem in work.problems}
         per_channel |= {mlp.found.fqn: params_per_channel(before, mlp.found) for mlp in prepared.mlps}
-        results, batches = _calibrated(before, after, problems, prepared, data, done, alone=True)
-        units = _units(before, problems, prepared)
+        results, batches = work.calibrate(done, alone=True)
+        losses: dict[str, float] = {}
+        for number, result in enumerate(results):
+            if work.processes.has(number):
+                losses[result.fqn] = _loss_alone(work, work.units[result.fqn], batches)
+            done(result.fqn)
+        losses = work.processes.union(losses)
         effects = []
         for result in results:
-            unit = units[result.fqn]
-            hybrid = alias(before)
-            hybrid.set_submodule(unit, after.get_submodule(unit))
-            fidelity = compare_outputs(before, hybrid, batches.kept, data.features, data.source)
             each = per_channel[result.fqn] if result.ranks else 0
-            effects.append(Effect(result, 1 - fidelity.cosine, each))
-            done(result.fqn)
+            effects.append(Effect(result, losses[result.fqn], each))
         return effects
 
 
-def _calibrated(
-    before: nn.Module,
-    after: nn.Module,
-    problems: list[Problem],
-    prepared: Prepared,
-    data: CalibrationData,
-    done: Callable[[str], None],
-    *,
-    alone: bool,
-) -> tuple[list[SiteResult], Batches]:
-    """Calibrate what was prepared, on the images once."""
-    units, mlps = _units(before, problems, prepared), problems_of_mlps(prepared.mlps)
-    return calibrate(before, after, problems, mlps, units, data.batches(), data.call, done, alone=alone)
-
-
-def _units(model: nn.Module, problems: list[Problem], prepared: Prepared) -> dict[str, str]:
-    """The part of the model that each site, and each MLP, is in."""
-    if prepared.units:
-        return prepared.units
-    fqns = [problem.fqn for problem in problems]
-    return dict(zip(fqns, units_of(model, fqns), strict=True))
+def _loss_alone(work: _Calibration, unit: str, batches: Batches) -> float:
+    """What the original loses with that part of it converted."""
+    hybrid = alias(work.before)
+    hybrid.set_submodule(unit, work.after.get_submodule(unit))
+    with work.placement.attached(hybrid, set(work.units.values())):
+        return 1 - compare_outputs(batches.wanted, hybrid, batches.kept, work.data.features, work.data.source).cosine
 
 
 def to_read_again(model: nn.Module, example: dict[str, Tensor], images: Images) -> Images:
@@ -209,7 +280,7 @@ def _halves(batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 def _precise(original: nn.Module, converted: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Both models in eval mode and in float32 at least; what the second one learns goes back into it."""
     modes = [(module, module.training) for module in converted.modules()]
-    low = any(p.dtype not in _EXACT for p in original.parameters() if p.is_floating_point())
+    low = any(p.dtype not in EXACT for p in original.parameters() if p.is_floating_point())
     before = full_copy(original).float() if low else alias(original)
     after = full_copy(converted).float() if low else converted
     before.eval()
@@ -219,6 +290,5 @@ def _precise(original: nn.Module, converted: nn.Module) -> Iterator[tuple[nn.Mod
     finally:
         if low:
             copy_weights(after, converted)
-        # Module by module: `train()` would set all of them alike, and some hosts override it.
         for module, training in modes:
             module.training = training

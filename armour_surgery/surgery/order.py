@@ -5,7 +5,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+
 from armour_surgery.errors import UsageError
+from armour_surgery.initialize.processes import Processes
 from armour_surgery.modes import AUTO, get_mode
 from armour_surgery.records import Progress, Sensitivity, Source
 
@@ -33,7 +36,8 @@ class Images:
 
 @dataclass(frozen=True)
 class Order:
-    """The arguments of `convert`, checked. `images` are for init `calibrated`, and so are `steps`, by gradient.
+    """The arguments of `convert`, checked. `images` are for init `calibrated`, and so are `steps`, by gradient, and
+    `device`, where it is computed (None: where the model is). `processes` calibrate together.
 
     `original` says which weights the model has before (`original.py`).
     """
@@ -51,6 +55,8 @@ class Order:
     source: Source | None = None
     original: dict[str, str] = field(default_factory=dict)
     progress: Progress | None = None
+    device: torch.device | None = None
+    processes: Processes = Processes()
 
     @property
     def fixed_rank(self) -> Rank | None:
@@ -73,17 +79,25 @@ def check_options(
     params: object = None,
     mlp: bool = False,
     measured: object = None,
+    device: object = None,
+    distributed: bool = False,
 ) -> None:
     """Check what can be checked without a model.
 
     Raises:
-        UsageError: there is no such mode or init, the init uses no images and is given some or what needs them, the
-            mode has no rank and is given one, MLPs are to be narrowed and nothing says how far, or a number is none
-            that makes sense.
+        UsageError: there is no such mode or init, the init uses no images and is given some, or what needs them or
+            says where to run them, the mode has no rank and is given one, MLPs are to be narrowed and nothing says how
+            far, or a number is none that makes sense.
     """
     _check_init(init)
     if init != "calibrated":
         _check_without_images(init, calibration, rank, reconstruct, max_loss, params)
+        for option, given in {"device": device is not None, "distributed": distributed}.items():
+            if given:
+                raise UsageError(
+                    f"{option} says where images are run, and init {init!r} runs none; add init 'calibrated', or leave "
+                    "it out"
+                )
     if max_loss is not None and params is not None:
         raise UsageError(
             f"max_loss {max_loss!r} and params {params!r} are two goals: the smallest model within a loss, or the best "

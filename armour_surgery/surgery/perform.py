@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from armour_surgery import hosts
-from armour_surgery.copies import full_copy, has_weights
+from armour_surgery.copies import full_copy, has_weights, sharing_copy
 from armour_surgery.errors import UsageError
 from armour_surgery.examples import recorded
 from armour_surgery.initialize import SiteResult
@@ -30,11 +30,16 @@ def perform(model: nn.Module, prepared: Prepared, order: Order, *, inplace: bool
         # `wq` takes rows as they are, unless fewer than a head has are to stay.
         solved = [step for step in prepared.operations if order.init != "wq" or step.rank is not None]
         chosen = bool(solved or prepared.mlps) and has_weights(model)
-        original = full_copy(model) if inplace and chosen else model
+        # A calibration goes block by block, and needs of the original one at a time.
+        shared = inplace and chosen and order.init == "calibrated"
+        original = model
+        if inplace and chosen:
+            original = sharing_copy(model) if shared else full_copy(model)
         converted = model if inplace else full_copy(model)
         changes = [operate(converted, operation) for operation in prepared.operations]
         if chosen:
-            results, fidelity = choose_weights(original, converted, replace(prepared, operations=solved), order)
+            asked = replace(prepared, operations=solved)
+            results, fidelity = choose_weights(original, converted, asked, order, shared=shared)
         mlps = mlp_plans(original, prepared.mlps, results)
     after = count_macs(converted, order.example)
     by_name = {result.fqn: result for result in results}

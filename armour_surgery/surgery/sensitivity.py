@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from armour_surgery.copies import full_copy
+from armour_surgery.copies import sharing_copy
 from armour_surgery.initialize import STEP
 from armour_surgery.modes import AUTO, MODES, choose
 from armour_surgery.notes import ArmourWarning
@@ -45,7 +45,7 @@ def measure_sites(model: nn.Module, sites: Sequence[SeenSite], order: Order, *, 
     for mode in _modes(followed, order.mode):
         fitting = [site for site in followed if mode in _modes_of(site, order.mode)]
         operations = prepare(model, fitting, mode, refit=True).operations
-        converted = full_copy(model)
+        converted = sharing_copy(model)
         changes = [operate(converted, operation) for operation in operations]
         effects = measure_alone(model, converted, Prepared(operations, []), order, _fewer(order.images))
         for operation, change, effect in zip(operations, changes, effects, strict=True):
@@ -110,7 +110,7 @@ def measure_mlps(model: nn.Module, mlps: Sequence[FoundMlp], units: dict[str, st
             continue
         prepared = Prepared([], [], narrowings, units)
         kept = {one.found.fqn: one.kept for one in narrowings}
-        for effect in measure_alone(model, full_copy(model), prepared, order, _fewer(order.images)):
+        for effect in measure_alone(model, sharing_copy(model), prepared, order, _fewer(order.images)):
             fqn = effect.result.fqn
             if effect.result.ranks:  # none where the images have too few tokens for its channels
                 measured.setdefault(fqn, {})[kept[fqn]] = effect

@@ -1,19 +1,13 @@
-"""Two processes do what one does, with DDP and FSDP2 (gloo, CPU), and judge every image once.
-
-The processes are forked from this one, which is quick; `cli/test_finetune.py` goes through torchrun.
-"""
+"""Two processes do what one does, with DDP and FSDP2 (gloo, CPU), and judge every image once."""
 
 import json
-import multiprocessing
-import os
-import socket
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from processes import WORLD, in_processes
 from tiny_hosts import case
 from torch import nn
 from training import ALONE, CLASSES, armour, losses, pictures, task
@@ -22,49 +16,13 @@ from armour_surgery.hosts.preprocessing import Preprocessing
 from armour_surgery.images.sources import subset
 from armour_surgery.measure.held_out import held_out_scores
 from armour_surgery.recover import checkpoint
-from armour_surgery.recover.distributed import Process, distributed
+from armour_surgery.recover.distributed import Process
 from armour_surgery.recover.loading import evaluation_batches
 from armour_surgery.recover.student import evaluating
 from armour_surgery.recover.teacher import Teacher
 from armour_surgery.recover.trainer import Task, train
 
-WORLD = 2
 PREP = Preprocessing((3, 32, 32), (0.5,) * 3, (0.5,) * 3, crop_pct=1.0)
-
-
-def in_processes(work: Callable[[Process], None], world: int = WORLD) -> None:
-    """Run `work` in so many processes of one gloo group; what one of them raises fails the test."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    reports = context.SimpleQueue()
-
-    def child(rank: int) -> None:
-        os.environ.update(
-            {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            }
-        )
-        try:
-            with distributed("cpu") as process:
-                work(process)
-            reports.put("")
-        except BaseException:
-            reports.put(traceback.format_exc())
-        os._exit(0)
-
-    children = [context.Process(target=child, args=(rank,)) for rank in range(world)]
-    for one in children:
-        one.start()
-    told = [reports.get() for _ in children]
-    for one in children:
-        one.join()
-    assert not any(told), "\n".join(told)
 
 
 def judge(
