@@ -104,6 +104,8 @@ def test_the_signature_of_convert() -> None:
     assert set(parameters) - set(CONTRACT) <= {
         "calibration",
         "calibration_images",
+        "device",
+        "distributed",
         "max_loss",
         "measured",
         "mlp",

@@ -2,15 +2,17 @@
 
 import glob
 import time
-from dataclasses import asdict
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from armour_surgery.cli.converted import document_of, tell
 from armour_surgery.cli.options import (
     AsJson,
     Checkpoint,
+    Device,
     Example,
     ImgSize,
     InChans,
@@ -24,7 +26,7 @@ from armour_surgery.cli.options import (
     read_part,
 )
 from armour_surgery.cli.progress import progress_bar
-from armour_surgery.cli.run import command, command_line, console_for, print_json
+from armour_surgery.cli.run import command, command_line, console_of_first_rank, print_json
 from armour_surgery.errors import UsageError
 
 if TYPE_CHECKING:
@@ -100,6 +102,7 @@ def convert(
             show_default="all",
         ),
     ] = None,
+    device: Device = "auto",
     include: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Convert only sites that match, such as 'blocks.0*'."),
@@ -142,11 +145,15 @@ def convert(
 ) -> None:
     """Rewrite MODEL's attention and save the result to a folder that `armour_surgery.load` reads."""
     started = time.perf_counter()
-    console = console_for(as_json)
+    console = console_of_first_rank(as_json)
+    calibrated = init == "calibrated"
+    if console.quiet and (dry_run or not calibrated):
+        return  # torchrun's first process does it
     with console.status("loading the model"):
         from armour_surgery import convert as convert_model
         from armour_surgery import plan as plan_conversion
         from armour_surgery.copies import full_copy
+        from armour_surgery.recover.distributed import distributed, share_weights
         from armour_surgery.saving.folder import save_conversion
         from armour_surgery.saving.occupied import check_replaceable
         from armour_surgery.surgery.order import check_options
@@ -156,7 +163,8 @@ def convert(
         if bench is not None and (report is None or dry_run):
             raise UsageError("--bench is for the page that --report writes, of a model that is converted; add --report")
         channels = _rank(rank)
-        check_options(mode, init, calib, channels, reconstruct, max_loss, params, mlp)
+        place = None if device == "auto" else device
+        check_options(mode, init, calib, channels, reconstruct, max_loss, params, mlp, device=place)
         if out is not None and not dry_run:
             check_replaceable(out, force=force)
         if report is not None:
@@ -196,7 +204,11 @@ def convert(
             check_replaceable(_default_name(model, planned()), source, force=force)
         # The host itself is converted, and nothing would be left to time it against.
         original = full_copy(host) if bench is not None else None
-        with progress_bar(console, "rewriting attention") as tell:
+        # What uses no images is done by one process.
+        together = distributed(device, option="--device") if calibrated else nullcontext()
+        with together as process, progress_bar(console, "rewriting attention") as progress:
+            if process is not None:
+                share_weights(host)
             converted = convert_model(
                 host,
                 mode,
@@ -208,9 +220,13 @@ def convert(
                 params=params,
                 mlp=mlp,
                 rank=channels,
-                progress=tell,
+                device=None if process is None else process.device,
+                distributed=process is not None and process.world > 1,
+                progress=progress,
                 **options,
             )
+        if console.quiet:
+            return
         surgery = surgery_of(converted)
         if submodule is not None:
             surgery = plan_of_whole(whole, {submodule: surgery}, source)
@@ -226,9 +242,9 @@ def convert(
         folder = str(target) if target is not None else None
         write_html(report, html_report(surgery, model, surgery.sensitivities, surgery.frontier, folder, made, speed))
     if as_json:
-        print_json(_document(model, surgery, target, time.perf_counter() - started))
+        print_json(document_of(model, surgery, target, time.perf_counter() - started))
         return
-    _tell(console, model, kind, surgery, target)
+    tell(console, model, kind, surgery, target)
     if report is not None:
         console.print(f"What was done and measured: {report}", markup=False, soft_wrap=True)
 
@@ -280,79 +296,3 @@ def _default_name(model: str, surgery: "SurgeryPlan") -> str:
     modes = {site.mode for site in surgery.sites}
     mode = modes.pop() if len(modes) == 1 else surgery.mode
     return f"{name_for_folder(model)}-armour-{mode}"
-
-
-def _document(model: str, surgery: "SurgeryPlan", target: Path | None, seconds: float) -> dict[str, Any]:
-    sites = []
-    for site in surgery.sites:
-        sites.append({"fqn": site.fqn, "mode": site.mode, "rank": site.rank, "residual": site.residual})
-    frontier = []
-    for point in surgery.frontier:
-        choice = {"params": point.params, "predicted": point.predicted, "measured": point.measured}
-        frontier.append({**choice, "sites": len(point.sites)})
-    return {
-        "model": model,
-        "mode": surgery.mode,
-        "init": surgery.init,
-        "out": str(target) if target is not None else None,
-        "params_before": surgery.params_before,
-        "params_after": surgery.params_after,
-        "macs_before": surgery.macs_before,
-        "macs_after": surgery.macs_after,
-        "sites": sites,
-        "mlps": [asdict(mlp) for mlp in surgery.mlps],
-        "refused": [asdict(refused) for refused in surgery.refused],
-        "fidelity": asdict(surgery.fidelity) if surgery.fidelity is not None else None,
-        "max_loss": surgery.max_loss,
-        "params_goal": surgery.params_goal,
-        "frontier": frontier,
-        "seconds": round(seconds, 3),
-    }
-
-
-def _tell(console: "Console", model: str, kind: str, surgery: "SurgeryPlan", target: Path | None) -> None:
-    from rich.markup import escape
-
-    from armour_surgery.cli.tables import cost_table, fidelity_lines, frontier_table
-    from armour_surgery.saving.model_card import how_to_load
-    from armour_surgery.views import refused_lines
-
-    verb = "converted" if target is not None else "would be converted"
-    total = len(surgery.sites) + len(surgery.refused)
-    narrower = f", {len(surgery.mlps)} MLPs narrowed" if surgery.mlps else ""
-    console.print(
-        f"[bold]{escape(model)}[/bold] ({kind}): {len(surgery.sites)} of {total} attention sites {verb}{narrower}"
-    )
-    console.print(cost_table(surgery))
-    for line in refused_lines(surgery.refused):
-        console.print(f"  left alone: {line}", style="dim", markup=False)
-    if surgery.frontier:
-        console.print(frontier_table(surgery.frontier, surgery.params_before, surgery.chosen(surgery.frontier)))
-    if target is None:
-        console.print("Nothing was written (--dry-run).")
-        return
-    console.print(f"Saved to [bold]{escape(str(target))}[/bold]", soft_wrap=True)
-    for line in fidelity_lines(surgery):
-        console.print(line, markup=False)
-    console.print(_advice(surgery), markup=False)
-    for line in ("", *how_to_load(surgery.source, str(target)), ""):
-        console.print(f"    {line}".rstrip(), markup=False, soft_wrap=True)
-
-
-def _advice(surgery: "SurgeryPlan") -> str:
-    """What the model is good for now, in a sentence or two."""
-    from armour_surgery.report.wording import needs_training, verdict
-
-    if surgery.fidelity is not None:
-        return f"\n{verdict(surgery.fidelity)} No labels were used."
-    if needs_training(surgery):
-        return (
-            "\nThis model needs training. Its projections now serve a purpose that they were not trained for (init "
-            "wq), so its accuracy is near chance until it is fine-tuned: load it where your recipe creates the model, "
-            "and train as you would the original (the paper: from scratch, same recipe, learning rate 1e-3). "
-            "--init calibrated gives one that works without training."
-        )
-    return (
-        f"\nIts weights were chosen without images (init {surgery.init}): better than wq, and still in need of "
-        "training. --init calibrated gives a model that works without training."
-    )

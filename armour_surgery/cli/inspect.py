@@ -10,6 +10,7 @@ import typer
 from armour_surgery.cli.options import (
     AsJson,
     Checkpoint,
+    Device,
     Example,
     ImgSize,
     InChans,
@@ -21,7 +22,7 @@ from armour_surgery.cli.options import (
     read_part,
 )
 from armour_surgery.cli.progress import progress_bar
-from armour_surgery.cli.run import command, console_for, print_json
+from armour_surgery.cli.run import command, console_of_first_rank, print_json
 from armour_surgery.errors import UsageError
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def inspect(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="With --calib: draw it.", show_default=False)
     ] = None,
+    device: Device = "auto",
     checkpoint: Checkpoint = None,
     pretrained: Annotated[
         bool | None,
@@ -69,7 +71,11 @@ def inspect(
     Structure is all it looks at, so it needs no weights and no network. With --calib it converts every site alone and
     measures what the model loses.
     """
-    console = console_for(as_json)
+    console = console_of_first_rank(as_json)
+    if console.quiet and calib is None:
+        return  # torchrun's first process does it
+    if device != "auto" and calib is None:
+        raise UsageError(f"--device {device} is where --calib runs images; add --calib IMAGES, synthetic say")
     if plot is not None and calib is None:
         raise UsageError("--plot draws what --calib measures; add --calib IMAGES, synthetic say")
     if plot is not None:
@@ -87,7 +93,9 @@ def inspect(
             host = read_part(host, submodule, example)
     with console.status("following q, k and v"):
         sites = inspect_model(host)
-    measured = _measure(console, host, calib) if calib is not None else []
+    measured = _measure(console, host, calib, device) if calib is not None else []
+    if console.quiet:
+        return
     if submodule is not None:
         from armour_surgery.surgery.parts import name_in_whole
 
@@ -133,8 +141,11 @@ def inspect(
         console.print(f"\nNext: armour-surgery convert {shlex.join(given)}", markup=False, soft_wrap=True)
 
 
-def _measure(console: "Console", model: "nn.Module", calib: str) -> "list[Sensitivity]":
+def _measure(console: "Console", model: "nn.Module", calib: str, device: str) -> "list[Sensitivity]":
+    from armour_surgery.recover.distributed import distributed, share_weights
     from armour_surgery.surgery.conversion import sensitivities
 
-    with progress_bar(console, "measuring sites") as tell:
-        return sensitivities(model, calibration=calib, progress=tell)
+    with distributed(device, option="--device") as process, progress_bar(console, "measuring sites") as tell:
+        share_weights(model)
+        several = process.world > 1
+        return sensitivities(model, calibration=calib, device=process.device, distributed=several, progress=tell)

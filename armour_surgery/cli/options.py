@@ -19,6 +19,7 @@ __all__ = [
     "AsJson",
     "Checkpoint",
     "ClassMap",
+    "Device",
     "Example",
     "ImgSize",
     "InChans",
@@ -100,6 +101,9 @@ ClassMap = Annotated[
         "a list of them or {name: index}. Default: the names that the model has, else the order of the folders.",
         show_default=False,
     ),
+]
+Device = Annotated[
+    str, typer.Option("--device", metavar="D", help="Where to run images, with calibration: cpu, cuda, or auto.")
 ]
 Example = Annotated[
     str | None,

@@ -17,6 +17,7 @@ from armour_surgery.initialize.block import Block, refuse_not_finite
 from armour_surgery.initialize.last_layer import LastLayer
 from armour_surgery.initialize.moments import with_one
 from armour_surgery.initialize.site import SiteResult
+from armour_surgery.initialize.solving import solves_on
 from armour_surgery.initialize.taps import Stop, Tap, tokens
 
 __all__ = ["STEP", "Elimination", "MlpProblem", "eliminate", "narrow"]
@@ -59,7 +60,7 @@ def eliminate(moment: Tensor, weight: Tensor, least: int = 0) -> Elimination:
         weight: `[n, E]`, the second layer, each output channel scaled by how much it counts.
     """
     count = len(moment)
-    alive = torch.arange(count)
+    alive = torch.arange(count, device=moment.device)
     damped = moment + _damping(moment)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     present = weight.clone()
@@ -70,7 +71,7 @@ def eliminate(moment: Tensor, weight: Tensor, least: int = 0) -> Elimination:
     while len(alive) > max(size, least):
         price = present.square().sum(1) / inverse.diagonal()
         going = torch.topk(price, size, largest=False).indices
-        rest = torch.ones(len(alive), dtype=torch.bool)
+        rest = torch.ones_like(alive, dtype=torch.bool)
         rest[going] = False
         block = inverse[going][:, going]
         solved = torch.linalg.solve(block, present[going])
@@ -87,7 +88,7 @@ def eliminate(moment: Tensor, weight: Tensor, least: int = 0) -> Elimination:
 
 def _damping(moment: Tensor) -> Tensor:
     size = moment.diagonal().mean().clamp(min=1e-30)
-    return torch.eye(len(moment), dtype=moment.dtype) * (_RIDGE * size)
+    return torch.eye(len(moment), dtype=moment.dtype, device=moment.device) * (_RIDGE * size)
 
 
 def narrow(block: Block, problem: MlpProblem, alone: bool) -> SiteResult:
@@ -114,7 +115,8 @@ def narrow(block: Block, problem: MlpProblem, alone: bool) -> SiteResult:
     adds = block.last is not None and block.last.fqn == problem.second
     gain = block.last.gain.to(weight) if block.last is not None and adds else torch.ones_like(weight[0])
     # Taken alone it shows what any number of channels would lose.
-    found = eliminate(moment, weight * gain, least=0 if alone else problem.kept)
+    place = solves_on(layer.weight.device)
+    found = eliminate(moment.to(place), (weight * gain).to(place), least=0 if alone else problem.kept)
     kept = found.kept(problem.kept)
     places = torch.tensor(kept)
     damped = moment + _damping(moment)

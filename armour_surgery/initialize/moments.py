@@ -7,6 +7,7 @@ from torch import Tensor
 
 from armour_surgery.initialize.closed_form import Metric, make_metric
 from armour_surgery.initialize.processes import Processes
+from armour_surgery.initialize.solving import solves_on
 
 __all__ = ["Moments", "Regression", "with_one"]
 
@@ -102,6 +103,7 @@ class Regression:
         self.biases = biases
         self._fitted = _Sums()
         self._held_out = _Sums()
+        self._place = torch.device("cpu")
 
     @property
     def moment(self) -> Tensor:
@@ -120,6 +122,7 @@ class Regression:
 
         `weights [T, 1]` say how much each row counts.
         """
+        self._place = solves_on(inputs.device)
         inputs = with_one(inputs) if self.biases else inputs
         if missing is None:
             missing = targets - inputs @ self.present.to(inputs)
@@ -164,8 +167,8 @@ class Regression:
         damping = torch.full((len(moment),), float(strength * size), dtype=torch.float64)
         if self.biases:
             damping[-1] *= 1e-6
-        lower, failed = torch.linalg.cholesky_ex(moment + torch.diag(damping))
-        change = torch.cholesky_solve(self._fitted.cross, lower)
+        lower, failed = torch.linalg.cholesky_ex((moment + torch.diag(damping)).to(self._place))
+        change = torch.cholesky_solve(self._fitted.cross.to(self._place), lower).cpu()
         return (float("inf") if int(failed) else self._error(change)), change
 
     def solve(self) -> tuple[Tensor, float]:

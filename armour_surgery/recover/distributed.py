@@ -13,9 +13,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from armour_surgery.devices import usable_device
+from armour_surgery.initialize.processes import Processes
 from armour_surgery.recover.student import Runner, block_of
 
-__all__ = ["Process", "distributed", "full", "like", "no_sync", "shard", "wrapped"]
+__all__ = ["Process", "distributed", "full", "like", "no_sync", "shard", "share_weights", "wrapped"]
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,12 @@ def distributed(device: str = "auto", *, option: str = "run.device") -> Iterator
     finally:
         if owner:
             dist.destroy_process_group()
+
+
+def share_weights(model: nn.Module) -> None:
+    """Give every process the first one's weights: some may be random (`--no-pretrained`, a new head)."""
+    with Processes.together(dist.is_available() and dist.is_initialized()) as processes:
+        processes.share(model)
 
 
 def shard(runner: Runner, sites: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from armour_surgery.devices import usable_device
 from armour_surgery.discover import find_sites
 from armour_surgery.discover.dataflow import follow_model
 from armour_surgery.discover.mlps import mlps_in
-from armour_surgery.errors import ArmourError, NothingToConvertError
+from armour_surgery.errors import ArmourError, NothingToConvertError, UsageError
 from armour_surgery.initialize.processes import Processes
 from armour_surgery.measure.cost import count_params
 from armour_surgery.modes import AUTO, MODES, choose
@@ -206,7 +206,7 @@ def convert(
     Raises:
         UsageError: a wrapper is around the model, unknown mode or init, `calibration`, `reconstruct`, `max_loss` or
             rank "auto" for an init that uses no images, a rank that a site does not have, a device that is not here, or
-            `distributed` without a process group.
+            `distributed` without a process group or with other weights in one of them.
         CalibrationError: the images are missing, of another kind than the model takes, or too few.
         AlreadyConvertedError: the model went through surgery before.
         NoAttentionError, NothingToConvertError, PatternError: nothing to do; the message says why.
@@ -237,6 +237,11 @@ def convert(
             device=_place(device),
             processes=processes,
         )
+        if order.original != processes.first(order.original):
+            raise UsageError(
+                f"process {processes.rank} of {processes.world} has a {type(model).__name__} with other weights than "
+                "the first; give all of them the same, or set the same seed where some are random"
+            )
         prepared = _prepare(model, order, include, exclude)
         if problem is not None:
             # Now, and not by `save`, after days of training.
