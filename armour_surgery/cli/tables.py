@@ -113,10 +113,12 @@ def frontier_table(points: Sequence[FrontierPoint], params_before: int, chosen: 
             f"{point.predicted:.5f}",
             f"{point.measured:.5f}" if point.measured is not None else "-",
             _converted(point),
+            _bar(point.predicted, ordered[-1].predicted),
         )
         rows.append(row)
-    headers = ("", "parameters", "change", "predicted loss", "measured loss", "converted")
-    return Shown(Table("Parameters against loss", headers, rows, frozenset((1, 2, 3, 4))), bold)
+    headers = ("", "parameters", "change", "predicted loss", "measured loss", "converted", "")
+    view = Table("Parameters against loss", headers, rows, frozenset((1, 2, 3, 4)), whole=frozenset((6,)), spare=1)
+    return Shown(view, bold)
 
 
 def _converted(point: FrontierPoint) -> str:

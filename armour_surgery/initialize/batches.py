@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from armour_surgery.initialize.processes import Processes
+from armour_surgery.initialize.processes import ALONE, Processes
 from armour_surgery.measure.fidelity import Answer
 from armour_surgery.measure.token_error import token_weights
 
@@ -23,7 +23,7 @@ class Batches:
     Sizes are those of all batches; where several processes calibrate together, each goes through its own.
     """
 
-    def __init__(self, sizes: list[int], images: dict[int, Tensor], processes: Processes) -> None:
+    def __init__(self, sizes: list[int], images: dict[int, Tensor], processes: Processes = ALONE) -> None:
         self.sizes = sizes
         self.processes = processes
         self.first = processes.rank  # the first batch that is here

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from armour_surgery.errors import CalibrationError
 from armour_surgery.initialize.block import Block, refuse_not_finite
 from armour_surgery.initialize.last_layer import LastLayer
-from armour_surgery.initialize.moments import with_one
+from armour_surgery.initialize.moments import added, with_one
 from armour_surgery.initialize.site import SiteResult
 from armour_surgery.initialize.solving import solves_on
 from armour_surgery.initialize.taps import Stop, Tap, tokens
@@ -157,7 +157,7 @@ def _moment(block: Block, problem: MlpProblem, layer: LastLayer) -> tuple[Tensor
         chosen, rows = block.data.thinned(seen[0].shape[:2], index % stride, stride)
         inputs = with_one(seen[0].flatten(0, 1)[chosen])
         weighted = inputs if rows is None else inputs * rows.to(inputs)
-        total = total + (inputs.mT @ weighted).double().cpu()
+        total = added(total, inputs.mT @ weighted)
         count += float(len(inputs)) if rows is None else float(rows.sum())
     total, count = block.data.processes.sum(total), block.data.processes.sum_number(count)
     refuse_not_finite(total, problem.fqn, "gets")

@@ -9,7 +9,7 @@ from armour_surgery.initialize.closed_form import Metric, make_metric
 from armour_surgery.initialize.processes import Processes
 from armour_surgery.initialize.solving import solves_on
 
-__all__ = ["Moments", "Regression", "with_one"]
+__all__ = ["Moments", "Regression", "added", "with_one"]
 
 # Ridge strengths that are tried, in units of the inputs' mean energy.
 _RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -25,6 +25,11 @@ def with_one(inputs: Tensor) -> Tensor:
 def _nothing() -> Tensor:
     """What a sum in float64 starts from; it takes the shape of what is added first."""
     return torch.zeros((), dtype=torch.float64)
+
+
+def added(total: Tensor, more: Tensor) -> Tensor:
+    """A sum in float64 on the CPU with one more term, in the sum's own memory once it has some."""
+    return total.add_(more.cpu()) if total.ndim else more.to("cpu", torch.float64, copy=True)
 
 
 def _energy(values: Tensor) -> float:
@@ -44,7 +49,7 @@ class Moments:
         """Take in `inputs [B, N, D]`. Products are made in the inputs' own precision and summed in float64."""
         inputs = with_one(inputs)
         flat = inputs.flatten(0, 1)
-        self._sum = self._sum + (flat.mT @ flat).double().cpu()
+        self._sum = added(self._sum, flat.mT @ flat)
         means = inputs.mean(dim=1, dtype=torch.float64)
         self._sum_of_means = self._sum_of_means + (inputs.shape[1] * means.mT @ means).cpu()
         self.count += len(flat)
@@ -137,8 +142,8 @@ class Regression:
             inputs, missing, targets = inputs * root, missing * root, targets * root
         sums = self._held_out if held_out else self._fitted
         sums.count += count
-        sums.moment = sums.moment + (inputs.mT @ inputs).double().cpu()
-        sums.cross = sums.cross + (inputs.mT @ missing).double().cpu()
+        sums.moment = added(sums.moment, inputs.mT @ inputs)
+        sums.cross = added(sums.cross, inputs.mT @ missing)
         sums.targets = sums.targets + weighted.sum(0, dtype=torch.float64).cpu()
         sums.missing += _energy(missing)
         sums.energy += _energy(targets)
@@ -167,7 +172,11 @@ class Regression:
         damping = torch.full((len(moment),), float(strength * size), dtype=torch.float64)
         if self.biases:
             damping[-1] *= 1e-6
-        lower, failed = torch.linalg.cholesky_ex((moment + torch.diag(damping)).to(self._place))
+        damped = moment.to(self._place, copy=True)
+        damped.diagonal().add_(damping.to(self._place))
+        # Into the same memory, since for wide layers these matrices are what takes most of it.
+        info = torch.empty(0, dtype=torch.int32, device=self._place)
+        lower, failed = torch.linalg.cholesky_ex(damped, out=(damped, info))
         change = torch.cholesky_solve(self._fitted.cross.to(self._place), lower).cpu()
         return (float("inf") if int(failed) else self._error(change)), change
 

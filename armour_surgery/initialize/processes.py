@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from armour_surgery.errors import UsageError
 
-__all__ = ["Processes"]
+__all__ = ["ALONE", "Processes"]
 
 _Value = TypeVar("_Value")
 
@@ -39,7 +39,7 @@ class Processes:
             UsageError: there is no such group.
         """
         if not wanted:
-            yield Processes()
+            yield ALONE
             return
         if not (dist.is_available() and dist.is_initialized()):
             raise UsageError(
@@ -101,3 +101,7 @@ class Processes:
         gathered: list[Any] = [None] * self.world
         dist.all_gather_object(gathered, value, group=self.group)
         return gathered
+
+
+# The only process there is.
+ALONE = Processes()

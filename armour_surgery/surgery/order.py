@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from armour_surgery.errors import UsageError
-from armour_surgery.initialize.processes import Processes
+from armour_surgery.initialize.processes import ALONE, Processes
 from armour_surgery.modes import AUTO, get_mode
 from armour_surgery.records import Progress, Sensitivity, Source
 
@@ -56,7 +56,7 @@ class Order:
     original: dict[str, str] = field(default_factory=dict)
     progress: Progress | None = None
     device: torch.device | None = None
-    processes: Processes = Processes()
+    processes: Processes = ALONE
 
     @property
     def fixed_rank(self) -> Rank | None:

@@ -1,0 +1,132 @@
+"""What calibrating a large model takes in memory beyond its weights: `convert(..., inplace=True)` block by block.
+
+    python benchmarks/calibration_memory.py                                   # ViT-g, float32
+    python benchmarks/calibration_memory.py --dtype bfloat16
+    python benchmarks/calibration_memory.py --model vit_7b_patch16_dinov3 --dtype bfloat16 --blocks 2
+
+Weights are random, since only sizes matter here; images are drawn. With `--blocks` only the first so many blocks are
+converted: every block takes what the first one takes. The peak is that of the process's resident memory on Linux,
+counted from when the model is there. Appends a row to the JSON file, and writes Markdown beside it.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from calibrated_conversion import command, say
+from torch import nn
+
+from armour_surgery import convert
+from armour_surgery.benchmarking.environment import environment
+from armour_surgery.benchmarking.memory import held_bytes, peak_growth
+from armour_surgery.measure.cost import count_params
+
+ROOT = Path(__file__).parents[1]
+MIB = 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vit_giant_patch14_dinov2", help="a ViT of timm (%(default)s)")
+    parser.add_argument("--pixels", type=int, default=112)
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--blocks", type=int, help="convert only so many blocks (all)")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "calibration_memory.json")
+    options = parser.parse_args()
+    rows = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else []
+    rows.append({"command": command(None), "environment": environment().to_dict(), **measured(options)})
+    options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    options.out.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
+
+
+def measured(options: argparse.Namespace) -> dict[str, Any]:
+    # What is loaded once and kept (libraries, their tables) is not what a calibration takes.
+    convert(timm.create_model("vit_tiny_patch16_224", depth=1, img_size=64), "qv", init="calibrated", inplace=True)
+    dtype = getattr(torch, options.dtype)
+    model = random_model(options.model, options.pixels, dtype)
+    largest = max(sum(tensor.numel() for tensor in block.parameters()) for block in model.blocks)
+    weights, parameters, depth = held_bytes(model), count_params(model), len(model.blocks)
+    widest = max(layer.in_features for layer in model.blocks[0].modules() if isinstance(layer, nn.Linear))
+    include = None if options.blocks is None else [f"blocks.{number}.*" for number in range(options.blocks)]
+    say(f"{options.model}: {parameters / 1e6:.0f} M parameters, {weights / MIB:.0f} MiB")
+    found: dict[str, Any] = {}
+
+    def calibrate() -> None:
+        started = time.perf_counter()
+        converted = convert(
+            model, "qv", init="calibrated", calibration_images=options.images, include=include, inplace=True
+        )
+        found.update(seconds=time.perf_counter() - started, after=count_params(converted))
+
+    grown = peak_growth(calibrate, torch.device("cpu"))
+    if grown is None:
+        raise SystemExit("this system does not tell the peak of a process's memory; it needs Linux")
+    row = {
+        "model": options.model,
+        "pixels": options.pixels,
+        "images": options.images,
+        "dtype": options.dtype,
+        "blocks": depth if options.blocks is None else options.blocks,
+        "parameters": parameters,
+        "weights": weights,
+        # A block is calibrated in float32.
+        "block": 4 * largest,
+        # One matrix of second moments of the widest layer's inputs, in float64.
+        "moments": 8 * (widest + 1) ** 2,
+        "beyond": grown,
+        **found,
+    }
+    say(f"beyond the weights {grown / MIB:.0f} MiB, {row['seconds']:.0f} s")
+    return row
+
+
+def random_model(name: str, pixels: int, dtype: torch.dtype) -> nn.Module:
+    """A model with random weights, of which there is one copy from the start."""
+    with torch.device("meta"):
+        model = timm.create_model(name, img_size=pixels)
+    model = model.to(dtype).to_empty(device="cpu").eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            size = math.prod(parameter.shape[1:]) if parameter.ndim > 1 else 1
+            parameter.normal_(generator=generator).mul_(size**-0.5 if parameter.ndim > 1 else 0.02)
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm) and module.weight is not None:
+                module.weight.fill_(1)
+    for module in model.modules():
+        # Tables that are computed, not learned (rotary positions), are not there after `to_empty`.
+        if hasattr(module, "reset_parameters") and any(True for _ in module.buffers(recurse=False)):
+            module.reset_parameters()
+    return model
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "# Memory of a calibration, block by block",
+        "",
+        "`python benchmarks/calibration_memory.py`, one command a row. Weights are random, images drawn, "
+        "`convert(model, inplace=True)`; the peak of resident memory beyond what the model holds. A block is the "
+        "largest one's weights in float32, and moments one matrix of second moments of the widest layer's inputs in "
+        "float64.",
+        "",
+        "| model | pixels | images | weights | block | moments | beyond the weights | peak in models | seconds |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        sizes = [f"{row[key] / MIB:,.0f} MiB" for key in ("weights", "block", "moments", "beyond")]
+        peak = (row["weights"] + row["beyond"]) / row["weights"]
+        name = f"{row['model']}, {row['dtype']}, {row['blocks']} blocks converted"
+        cells = [name, str(row["pixels"]), str(row["images"]), *sizes, f"{peak:.2f}", f"{row['seconds']:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    here = rows[-1]["environment"]
+    return "\n".join([*lines, "", f"torch {here['torch']}, timm {here['timm']}, {here['system']}.", ""])
+
+
+if __name__ == "__main__":
+    main()
