@@ -5,7 +5,7 @@ part of it is brought to the device, in an exact type, when it runs, and goes ho
 is a block or two, whatever the model's size.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,8 +19,6 @@ __all__ = ["EXACT", "Placement"]
 
 # Types in which moments can be gathered without loss that matters.
 EXACT = (torch.float32, torch.float64)
-# Modules of less than this share of the largest block stay on the device: a host may use their tensors from outside.
-_SMALL = 0.1
 
 
 @dataclass(frozen=True)
@@ -45,24 +43,26 @@ class Placement:
         self._held: set[int] = set()
 
     @contextmanager
-    def attached(self, model: nn.Module, units: Iterable[str]) -> Iterator[None]:
+    def attached(self, model: nn.Module, units: Collection[str]) -> Iterator[None]:
         """Inside, the model can be run: its parts come when they are called, and go when they are done.
 
-        `units` are its blocks. What is directly in modules around them, and small modules beside them, is on the
-        device all the time.
+        `units` are its blocks. What is directly in modules around them, and modules beside them that are of another
+        kind and no larger (embeddings, norms, heads), is on the device all the time: hosts use it from outside, were it
+        only to ask for its type.
         """
         if not self.moves:
             yield
             return
         around, parts = outermost_parts(model, list(units))
-        largest = max(_size(model.get_submodule(unit)) for unit in units)
+        blocks = [model.get_submodule(unit) for unit in units]
+        kinds, largest = set(map(type, blocks)), max(map(_size, blocks))
         handles: list[RemovableHandle] = []
         staying: list[Tensor] = []
         for name in around:
             staying += _own_tensors(model.get_submodule(name))
         for name in parts:
             part = model.get_submodule(name)
-            if name not in units and _size(part) < _SMALL * largest:
+            if name not in units and type(part) not in kinds and _size(part) <= largest:
                 staying += _tensors(part)
                 continue
             handles.append(part.register_forward_pre_hook(self._before))

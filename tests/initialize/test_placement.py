@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from small_models import vit
 from tiny_hosts import case
 from torch import nn
@@ -32,6 +33,11 @@ def types_of(model: nn.Module, name: str) -> set[torch.dtype]:
     return {tensor.dtype for tensor in model.get_submodule(name).parameters()}
 
 
+def leaves(output: object) -> list[torch.Tensor]:
+    """The tensors of a model's output."""
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+
+
 def test_only_the_block_that_runs_is_there() -> None:
     model = vit(depth=3).to(HALF)
     home = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
@@ -44,7 +50,7 @@ def test_only_the_block_that_runs_is_there() -> None:
         )
     with placement.attached(model, BLOCKS):
         # What lies beside the blocks stays there, and they do not.
-        assert types_of(model, "norm") == {WHOLE}
+        assert types_of(model, "patch_embed") == types_of(model, "norm") == {WHOLE}
         assert model.pos_embed.dtype == WHOLE
         with torch.no_grad():
             got = model(images()[0])
@@ -121,6 +127,22 @@ def test_half_precision_with_narrower_mlps() -> None:
         batch = images()[7].to(HALF)
         near = torch.cosine_similarity(model.forward_features(batch), converted.forward_features(batch), dim=-1)
     assert float(near.mean()) == pytest.approx(surgery.fidelity.cosine, abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["hf-vit", "levit"])
+def test_half_precision_of_hosts_that_ask_for_types_and_keep_caches(name: str) -> None:
+    # One casts images to the type of its embedding, the other keeps tables that it made of parameters.
+    host = case(name)
+    batch = {key: value.to(HALF) for key, value in host.batches()[0].items()}
+    size = next(iter(batch.values())).shape[-1]
+    model = host.build().to(HALF)
+    converted = convert(
+        model, host.auto, init="calibrated", calibration=images(size), example_input=batch, inplace=True
+    )
+    assert types_of(converted, "") == {HALF}
+    with torch.no_grad():
+        for training in (False, True):
+            assert {tensor.dtype for tensor in leaves(converted.train(training)(**batch))} == {HALF}
 
 
 def test_what_fails_half_way_leaves_types_and_forwards_alone() -> None:
