@@ -2,10 +2,10 @@
 
     python benchmarks/calibration_memory.py                                   # ViT-g, float32
     python benchmarks/calibration_memory.py --dtype bfloat16
-    python benchmarks/calibration_memory.py --model vit_7b_patch16_dinov3 --dtype bfloat16 --blocks 2
+    python benchmarks/calibration_memory.py --model vit_7b_patch16_dinov3 --dtype bfloat16 --depth 4 --blocks 1 --images 96
 
 Weights are random, since only sizes matter here; images are drawn. With `--blocks` only the first so many blocks are
-converted: every block takes what the first one takes. The peak is that of the process's resident memory on Linux,
+converted, and with `--depth` the model has fewer: every block takes what the first one takes. The peak is that of the process's resident memory on Linux,
 counted from when the model is there. Appends a row to the JSON file, and writes Markdown beside it.
 """
 
@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=112)
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--depth", type=int, help="blocks that the model has (its own number)")
     parser.add_argument("--blocks", type=int, help="convert only so many blocks (all)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "calibration_memory.json")
     options = parser.parse_args()
@@ -49,7 +50,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     # What is loaded once and kept (libraries, their tables) is not what a calibration takes.
     convert(timm.create_model("vit_tiny_patch16_224", depth=1, img_size=64), "qv", init="calibrated", inplace=True)
     dtype = getattr(torch, options.dtype)
-    model = random_model(options.model, options.pixels, dtype)
+    model = random_model(options, dtype)
     largest = max(sum(tensor.numel() for tensor in block.parameters()) for block in model.blocks)
     weights, parameters, depth = held_bytes(model), count_params(model), len(model.blocks)
     widest = max(layer.in_features for layer in model.blocks[0].modules() if isinstance(layer, nn.Linear))
@@ -73,6 +74,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         "images": options.images,
         "dtype": options.dtype,
         "blocks": depth if options.blocks is None else options.blocks,
+        "depth": depth,
         "parameters": parameters,
         "weights": weights,
         # A block is calibrated in float32.
@@ -86,10 +88,11 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
-def random_model(name: str, pixels: int, dtype: torch.dtype) -> nn.Module:
+def random_model(options: argparse.Namespace, dtype: torch.dtype) -> nn.Module:
     """A model with random weights, of which there is one copy from the start."""
+    more = {} if options.depth is None else {"depth": options.depth}
     with torch.device("meta"):
-        model = timm.create_model(name, img_size=pixels)
+        model = timm.create_model(options.model, img_size=options.pixels, **more)
     model = model.to(dtype).to_empty(device="cpu").eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -121,7 +124,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         sizes = [f"{row[key] / MIB:,.0f} MiB" for key in ("weights", "block", "moments", "beyond")]
         peak = (row["weights"] + row["beyond"]) / row["weights"]
-        name = f"{row['model']}, {row['dtype']}, {row['blocks']} blocks converted"
+        name = f"{row['model']}, {row['dtype']}, {row['blocks']} of {row['depth']} blocks converted"
         cells = [name, str(row["pixels"]), str(row["images"]), *sizes, f"{peak:.2f}", f"{row['seconds']:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     here = rows[-1]["environment"]

@@ -159,7 +159,7 @@ class Regression:
         """
         sums, mean = self._held_out, self._fitted.targets / self._fitted.count
         # |M - X change|^2 - |M|^2, without the rows themselves.
-        fit = float((change * (sums.moment @ change - 2 * sums.cross)).sum())
+        fit = float(torch.dot(change.flatten(), (sums.moment @ change).sub_(sums.cross, alpha=2).flatten()))
         spread = sums.energy - float(mean @ (2 * sums.targets - sums.count * mean))
         # Where all targets are alike, what is left of their size is rounding, and so is the error.
         return max(fit + sums.missing, 0.0) / max(spread, _ROUNDING * sums.energy, 1e-300)
@@ -185,20 +185,25 @@ class Regression:
 
         The error falls and then rises with the ridge's strength, so the search begins in the middle and goes downhill.
         """
-        tried: dict[int, tuple[float, Tensor]] = {}
+        tried: dict[int, float] = {}
+        best: tuple[float, Tensor] | None = None
 
         def error(place: int) -> float:
+            nonlocal best
             if not 0 <= place < len(_RIDGES):
                 return float("inf")
             if place not in tried:
-                tried[place] = self._ridge(_RIDGES[place])
-            return tried[place][0]
+                tried[place], change = self._ridge(_RIDGES[place])
+                if best is None or tried[place] < best[0]:
+                    best = tried[place], change
+            return tried[place]
 
         place = len(_RIDGES) // 2
         for step in (-1, 1):
             while error(place + step) < error(place):
                 place += step
+        # With no change at all.
         least = self._error(torch.zeros_like(self.present))
-        if error(place) < least:
-            return self.present + tried[place][1], error(place)
+        if best is not None and best[0] < least:
+            return self.present + best[1], best[0]
         return self.present, least

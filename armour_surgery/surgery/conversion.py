@@ -281,6 +281,14 @@ def _selected(
         return select_sites(found, include, exclude), [], {}
     flow = follow_model(model, order.example)
     every = mlps_in(model, flow)
+    if not every:
+        warnings.warn(
+            f"mlp found no MLP in {type(model).__name__} that can have fewer channels: between its projections lies "
+            "more than functions of single channels (a LayerNorm, a convolution over neighbors); attention alone is "
+            "weighed",
+            ArmourWarning,
+            stacklevel=5,  # past `on_cpu_by_default`
+        )
     sites = select_sites(found, include, exclude, [mlp.fqn for mlp in every])
     mlps = [mlp for mlp in every if left_by_patterns(mlp.fqn, include, exclude)]
     followed = [site for site in found if isinstance(site, FoundSite)]

@@ -176,6 +176,13 @@ def test_an_mlp_of_which_too_little_is_seen_stays_and_is_told() -> None:
     assert "stages.1.downsample.mlp" not in [mlp.fqn for mlp in surgery_of(armour).mlps]
 
 
+def test_a_host_without_such_mlps_is_told_of() -> None:
+    with pytest.warns(ArmourWarning, match="mlp found no MLP in SegformerModel that can have fewer channels"):
+        armour = _narrowed("hf-segformer", "-3%")[1]
+    assert surgery_of(armour).mlps == ()
+    assert surgery_of(armour).sites
+
+
 def test_more_than_there_is_to_save_is_refused() -> None:
     message = refused(NothingToConvertError, lambda: _narrowed("vit", "-90%"))
     assert "params asks for" in message
