@@ -100,6 +100,13 @@ def convert(
             show_default="all",
         ),
     ] = None,
+    gauge: Annotated[
+        str,
+        typer.Option(
+            metavar="GAUGE",
+            help="keep, or fixed: the basis that a conversion leaves open is chosen so that fewer weights are stored.",
+        ),
+    ] = "keep",
     include: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Convert only sites that match, such as 'blocks.0*'."),
@@ -156,7 +163,7 @@ def convert(
         if bench is not None and (report is None or dry_run):
             raise UsageError("--bench is for the page that --report writes, of a model that is converted; add --report")
         channels = _rank(rank)
-        check_options(mode, init, calib, channels, reconstruct, max_loss, params, mlp)
+        check_options(mode, init, calib, channels, reconstruct, max_loss, params, mlp, gauge=gauge)
         if out is not None and not dry_run:
             check_replaceable(out, force=force)
         if report is not None:
@@ -174,6 +181,7 @@ def convert(
     speed: Table | None = None
     options: dict[str, Any] = {
         "init": init,
+        "gauge": gauge,
         "include": _below(submodule, include),
         "exclude": _below(submodule, exclude),
         "source": source,
@@ -285,7 +293,8 @@ def _default_name(model: str, surgery: "SurgeryPlan") -> str:
 def _document(model: str, surgery: "SurgeryPlan", target: Path | None, seconds: float) -> dict[str, Any]:
     sites = []
     for site in surgery.sites:
-        sites.append({"fqn": site.fqn, "mode": site.mode, "rank": site.rank, "residual": site.residual})
+        fixed = asdict(site.gauge) if site.gauge is not None else None
+        sites.append({"fqn": site.fqn, "mode": site.mode, "rank": site.rank, "residual": site.residual, "gauge": fixed})
     frontier = []
     for point in surgery.frontier:
         choice = {"params": point.params, "predicted": point.predicted, "measured": point.measured}

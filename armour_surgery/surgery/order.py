@@ -9,9 +9,21 @@ from armour_surgery.errors import UsageError
 from armour_surgery.modes import AUTO, get_mode
 from armour_surgery.records import Progress, Sensitivity, Source
 
-__all__ = ["CALIBRATION_IMAGES", "INITS", "SYNTHETIC", "Images", "Order", "Rank", "check_options", "params_goal"]
+__all__ = [
+    "CALIBRATION_IMAGES",
+    "GAUGES",
+    "INITS",
+    "SYNTHETIC",
+    "Images",
+    "Order",
+    "Rank",
+    "check_options",
+    "params_goal",
+]
 
 INITS = ("wq", "wq-refit", "joint-svd", "calibrated")
+# What becomes of the basis that the weights leave open: it stays, or is chosen so that some weights are the identity.
+GAUGES = ("keep", "fixed")
 # How many images `calibrated` uses where nobody says, and which.
 CALIBRATION_IMAGES = 256
 SYNTHETIC = "synthetic"
@@ -44,6 +56,7 @@ class Order:
     max_loss: float | None = None
     params_goal: int | None = None
     mlp: bool = False
+    gauge: str = "keep"
     measured: tuple[Sensitivity, ...] | None = None
     images: Images = Images(SYNTHETIC, CALIBRATION_IMAGES)
     steps: int = 0
@@ -56,6 +69,11 @@ class Order:
     def fixed_rank(self) -> Rank | None:
         """The rank that was given in numbers."""
         return None if isinstance(self.rank, str) else self.rank
+
+    @property
+    def fixes_gauge(self) -> bool:
+        """Whether the gauge is to be fixed."""
+        return self.gauge == "fixed"
 
     @property
     def weighs_sites(self) -> bool:
@@ -73,15 +91,20 @@ def check_options(
     params: object = None,
     mlp: bool = False,
     measured: object = None,
+    gauge: object = "keep",
 ) -> None:
     """Check what can be checked without a model.
 
     Raises:
-        UsageError: there is no such mode or init, the init uses no images and is given some or what needs them, the
+        UsageError: there is no such mode, init or gauge, the init uses no images and is given some or what needs them, the
             mode has no rank and is given one, MLPs are to be narrowed and nothing says how far, or a number is none
             that makes sense.
     """
     _check_init(init)
+    if gauge not in GAUGES:
+        raise UsageError(
+            f"unknown gauge {gauge!r}; choose keep, or fixed, which stores fewer weights of the same model"
+        )
     if init != "calibrated":
         _check_without_images(init, calibration, rank, reconstruct, max_loss, params)
     if max_loss is not None and params is not None:

@@ -17,6 +17,7 @@ from armour_surgery.errors import NothingToConvertError, UsageError
 from armour_surgery.measure.cost import count_params
 from armour_surgery.records import FrontierPoint, Progress, RefusedSite, Sensitivity
 from armour_surgery.spelled import MLP
+from armour_surgery.surgery.gauge import fixed_as
 from armour_surgery.surgery.mlps import narrow_without_images
 from armour_surgery.surgery.new_weights import to_read_again
 from armour_surgery.surgery.operation import Prepared, operate, prepare
@@ -79,7 +80,8 @@ class _Attempts:
             else:
                 left.append(RefusedSite(operation.fqn, reason))
         left.sort(key=lambda site: site.fqn)
-        operations = prepare(self._model, sites, modes, ranks, refit=True).operations
+        fixed = self._order.fixes_gauge
+        operations = prepare(self._model, sites, modes, ranks, refit=True, gauge=fixed).operations
         mlps = [replace(one, kept=widths[one.found.fqn]) for one in self._everything.mlps if one.found.fqn in widths]
         prepared = Prepared(operations, [*self._everything.refused, *left], mlps, self._everything.units)
         self.prepared[choice] = prepared
@@ -118,8 +120,9 @@ def convert_within(model: nn.Module, prepared: Prepared, order: Order, *, inplac
     if not inplace:
         return keep_plan(best, plan)
     chosen = attempts.prepared[taken.sites]
+    records = {site.fqn: site for site in plan.sites}
     for operation in chosen.operations:
-        operate(model, operation)
+        operate(model, fixed_as(operation, records[operation.fqn], model))
     narrow_without_images(model, chosen.mlps)
     copy_weights(best, model)
     return keep_plan(model, plan)
