@@ -11,7 +11,6 @@ from armour_surgery.records import Progress, Sensitivity, Source
 
 __all__ = [
     "CALIBRATION_IMAGES",
-    "GAUGES",
     "INITS",
     "SYNTHETIC",
     "Images",
@@ -23,7 +22,7 @@ __all__ = [
 
 INITS = ("wq", "wq-refit", "joint-svd", "calibrated")
 # What becomes of the basis that the weights leave open: it stays, or is chosen so that some weights are the identity.
-GAUGES = ("keep", "fixed")
+_GAUGES = ("keep", "fixed")
 # How many images `calibrated` uses where nobody says, and which.
 CALIBRATION_IMAGES = 256
 SYNTHETIC = "synthetic"
@@ -96,15 +95,13 @@ def check_options(
     """Check what can be checked without a model.
 
     Raises:
-        UsageError: there is no such mode, init or gauge, the init uses no images and is given some or what needs them, the
-            mode has no rank and is given one, MLPs are to be narrowed and nothing says how far, or a number is none
-            that makes sense.
+        UsageError: there is no such mode, init or gauge, the init uses no images and is given some or what needs them,
+            the mode has no rank and is given one, MLPs are to be narrowed and nothing says how far, or a number is
+            none that makes sense.
     """
     _check_init(init)
-    if gauge not in GAUGES:
-        raise UsageError(
-            f"unknown gauge {gauge!r}; choose keep, or fixed, which stores fewer weights of the same model"
-        )
+    if gauge not in _GAUGES:
+        raise UsageError(f"unknown gauge {gauge!r}; choose keep or fixed (fewer stored weights, the same function)")
     if init != "calibrated":
         _check_without_images(init, calibration, rank, reconstruct, max_loss, params)
     if max_loss is not None and params is not None:
