@@ -324,7 +324,7 @@ def _tell(console: "Console", model: str, kind: str, surgery: "SurgeryPlan", tar
 
     from armour_surgery.cli.tables import cost_table, fidelity_lines, frontier_table
     from armour_surgery.saving.model_card import how_to_load
-    from armour_surgery.views import refused_lines
+    from armour_surgery.views import gauge_lines, refused_lines
 
     verb = "converted" if target is not None else "would be converted"
     total = len(surgery.sites) + len(surgery.refused)
@@ -333,6 +333,8 @@ def _tell(console: "Console", model: str, kind: str, surgery: "SurgeryPlan", tar
         f"[bold]{escape(model)}[/bold] ({kind}): {len(surgery.sites)} of {total} attention sites {verb}{narrower}"
     )
     console.print(cost_table(surgery))
+    for line in gauge_lines(surgery):
+        console.print(f"  {line}", style="dim", markup=False)
     for line in refused_lines(surgery.refused):
         console.print(f"  left alone: {line}", style="dim", markup=False)
     if surgery.frontier:

@@ -7,6 +7,7 @@ rows the identity, which need not be stored: `H d^2` parameters fewer, and as ma
 Source: basis decomposition, arXiv 2510.01718.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -40,16 +41,20 @@ class Heads:
     out: Tensor
 
 
-def why_unwritable(module: nn.Module, role: Role) -> str | None:
-    """Why a site's role cannot be stored in any basis; None where it can."""
+def why_unwritable(module: nn.Module, role: Role, *, biases: bool) -> str | None:
+    """Why a site's role cannot be stored in any basis; None where it can. `biases` says whether its bias matters."""
     stored = locate(module, role, {})
     if stored.norm is not None:
-        return f"{stored.norm} acts on what {role.producer.fqn} makes, channel by channel"
+        return f"{stored.norm} acts on single channels of what {role.producer.fqn} makes"
+    if not biases:
+        return None
     parameters = dict(module.named_parameters())
-    others = [piece for piece in role.producer.bias if piece.tensor not in parameters]
+    channels = set(itertools.chain.from_iterable(role.channels))
+    own = [piece for piece in role.producer.bias if not channels.isdisjoint(range(piece.start, piece.stop))]
+    others = [piece for piece in own if piece.tensor not in parameters]
     computed = any(piece.node.target is not torch.zeros_like for piece in others)
     if computed or any(len({entry is None for entry in head}) > 1 for head in stored.biases):
-        return f"the bias of {role.producer.fqn} is not one of parameters"
+        return f"a part of the bias of {role.producer.fqn} is no parameter"
     return None
 
 

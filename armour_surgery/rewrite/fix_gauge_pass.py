@@ -48,8 +48,10 @@ class FixGaugePass:
             node = surgery.graph.call_module(_NAME, (_inputs(producer.chain),))
         node.meta["value"] = producer.node.meta["value"]
         surgery.blocks[part] = Block(node, producer.axis, 0)
-        # Its own, or pieces that the host puts together; all of them are parameters, as `surgery` has made sure.
-        biases = len(producer.rows) > 1 or any(piece.tensor is not None for piece in producer.bias)
+        channels = set(surgery.channels(part))
+        own = [piece for piece in producer.bias if not channels.isdisjoint(range(piece.start, piece.stop))]
+        # Beside the weight, or put together by the host: zeros made on the fly are none to store.
+        biases = len(producer.rows) > 1 or any(piece.tensor is not None for piece in own)
         surgery.edits.append(AddFixed(_NAME, producer.weight, role.num_heads, part.size, biases))
         return True
 

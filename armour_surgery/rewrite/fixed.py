@@ -27,6 +27,16 @@ class FixedProjection(nn.Module):
         channels = torch.arange(self.rest.in_features)
         return torch.where(channels < self.start, channels, channels + self.width)
 
+    def matrix(self) -> torch.Tensor:
+        """The whole map as `[H, D + 1, d]` in float64 on the CPU, with its identity and the biases in the last rows."""
+        weight = self.rest.weight.detach().double().cpu().reshape(self.heads, self.width, -1)
+        whole = weight.new_zeros(self.heads, self.rest.in_features + self.width + 1, self.width)
+        whole[:, self.start : self.start + self.width] = torch.eye(self.width, dtype=torch.float64)
+        whole[:, self.other_channels()] = weight.mT
+        if self.rest.bias is not None:
+            whole[:, -1] = self.rest.bias.detach().double().cpu().reshape(self.heads, self.width)
+        return whole
+
     def extra_repr(self) -> str:
         """What the printed module shows."""
         return f"heads={self.heads}, block={self.start}:{self.start + self.width}"

@@ -12,6 +12,7 @@ from armour_surgery.errors import NothingToConvertError, PostconditionError, Tra
 from armour_surgery.hosts.attention_interface import chunks_in_one_call
 from armour_surgery.initialize.freedom import probe, works_narrow
 from armour_surgery.initialize.gauge import why_unwritable
+from armour_surgery.modes import Mode
 from armour_surgery.records import RefusedSite
 from armour_surgery.rewrite import Edit, KeepRows, Rewritten, become, edited_names, removed_name
 from armour_surgery.shapes import RememberedShapes
@@ -168,8 +169,8 @@ def refuse_bound_channels(module: nn.Module, found: FoundSite, out: OutputProjec
         )
 
 
-def refuse_bound_gauge(module: nn.Module, found: FoundSite, letter: str, *, check: bool) -> None:
-    """Refuse a site in which the basis of a role (`Mode.gauge`) cannot be chosen, or not be stored.
+def refuse_bound_gauge(module: nn.Module, found: FoundSite, mode: Mode, *, check: bool) -> None:
+    """Refuse a site in which the basis that a mode leaves open cannot be chosen, or not be stored.
 
     `check` tries changes of basis out with numbers.
 
@@ -184,17 +185,18 @@ def refuse_bound_gauge(module: nn.Module, found: FoundSite, letter: str, *, chec
             "a fixed gauge it has to read another basis; leave out gauge"
         )
     roles = {"q": traced.q, "k": traced.k, "v": traced.v}
-    changed = [roles["v"]] if letter == "v" else [roles["q"], roles["k"]]
-    for role in changed:
-        reason = why_unwritable(module, role)
+    for letter in ("v",) if mode.gauge == "v" else ("q", "k"):
+        # A bias of K adds one number to all logits of a query: whatever it is, the softmax takes it out again.
+        biases = letter != "k" or "k" in mode.value
+        reason = why_unwritable(module, roles[letter], biases=biases)
         if reason is not None:
-            raise TraceError(f"{reason}, which a change of basis would mix; leave out gauge")
+            raise TraceError(f"{reason}, and a fixed gauge needs another basis; leave out gauge")
     if out.norm is not None:
-        raise TraceError(f"{out.norm} follows {out.weight} and counts on its statistics; leave out gauge")
+        raise TraceError(f"{out.norm} follows {out.weight}, and a fixed gauge needs another basis; leave out gauge")
     if not check:
         return
     freedom = probe(module, found.call, traced.q, traced.k, traced.v, out)
-    if letter != "v" and not freedom.logits:
+    if mode.gauge != "v" and not freedom.logits:
         raise TraceError(
             "its output depends on the basis of queries and keys (a norm of them, a rotary position), so their gauge "
             "cannot be fixed; leave out gauge"
