@@ -57,9 +57,9 @@ def fixed_as(operation: Operation, record: SitePlan, model: nn.Module) -> Operat
         return replace(operation, fixing=None)
     edit = _new_projection(operation)
     inputs = model.get_submodule(operation.fqn).get_parameter(edit.weight).shape[1]
-    if type(gauge.start) is not int or not 0 <= gauge.start <= inputs - edit.width:
+    if not 0 <= gauge.start <= inputs - edit.width:
         raise SchemaError(
-            f"the plan fixes the gauge of {operation.fqn!r} by {edit.width} channels from {gauge.start!r} on, and it "
+            f"the plan fixes the gauge of {operation.fqn!r} by {edit.width} channels from {gauge.start} on, and it "
             f"reads {inputs}"
         )
     return _started(operation, gauge)

@@ -242,3 +242,13 @@ def test_coarse_types_are_warned_of_with_the_measured_error(dtype: torch.dtype) 
 def test_another_word_is_none() -> None:
     assert "unknown gauge 'free'" in refused(UsageError, lambda: convert(vit(), gauge="free"))
     assert "unknown gauge 1" in refused(UsageError, lambda: plan(vit(), gauge=1))  # type: ignore[arg-type]
+
+
+def test_a_call_of_another_kind_is_followed_when_it_comes() -> None:
+    model = randomize(vit()).double()
+    example = {"x": torch.randn(2, 3, 32, 32, dtype=torch.float64)}
+    free, fixed = (convert(model, "qv", example_input=example, gauge=gauge) for gauge in ("keep", "fixed"))
+    tokens, mask = torch.randn(2, 9, 48, dtype=torch.float64), torch.randn(2, 1, 9, 9, dtype=torch.float64)
+    with torch.no_grad():
+        wanted, got = (one.blocks[0].attn(tokens, attn_mask=mask) for one in (free, fixed))
+    assert relative_error([wanted], [got]) < 1e-9
