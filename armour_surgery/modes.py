@@ -34,6 +34,14 @@ class Mode:
     mask_diagonal: bool = False
 
     @property
+    def gauge(self) -> str:
+        """The role whose projection a fixed gauge makes smaller: the one that serves twice.
+
+        Where Q serves as K, no change of basis but a rotation keeps their products, and it is V.
+        """
+        return "v" if self.key == ("q",) else self.value[0]
+
+    @property
     def has_rank(self) -> bool:
         """Whether Q, K and V of a head may have fewer channels than key_dim: V is all of Q, or all of K."""
         return self.key == ("k",) and self.value in (("q",), ("k",))

@@ -18,6 +18,7 @@ __all__ = [
     "ConvertedPart",
     "Fidelity",
     "FrontierPoint",
+    "GaugePlan",
     "MlpPlan",
     "Progress",
     "Projection",
@@ -155,6 +156,23 @@ class Source:
 
 
 @dataclass(frozen=True)
+class GaugePlan:
+    """What fixing a site's gauge came to.
+
+    In the projection that serves twice, the weights that read the channels from `start` on (as many as a head has) are
+    the identity, and not stored. `start` is None where no such block is conditioned well enough; the gauge is then as
+    it was. `condition` is the best block's condition number, the largest of all heads'. `error` is the relative error
+    of logits and values, computed in the model's own type on noise, and `error_before` what it would be otherwise.
+    They are None where there were no weights.
+    """
+
+    start: int | None
+    condition: float | None = None
+    error: float | None = None
+    error_before: float | None = None
+
+
+@dataclass(frozen=True)
 class SitePlan:
     """What was done at one site. MACs are for one image; `residual` is unitless, 0 means nothing was lost.
 
@@ -164,7 +182,7 @@ class SitePlan:
     weights imply. None where there were no weights to compare. `steps` names what was fitted.
     `layout` is a digest of which rows were kept, in which order: weights only fit a surgery of equal layout.
     `rank` is the number of channels that queries, keys and values of a head have now; None means key_dim, as before.
-    After `wq` with a rank, `residual` is what it is after `wq-refit`.
+    After `wq` with a rank, `residual` is what it is after `wq-refit`. `gauge` is there where it was to be fixed.
     """
 
     fqn: str
@@ -178,6 +196,7 @@ class SitePlan:
     layout: str
     steps: tuple[str, ...] = ()
     rank: int | None = None
+    gauge: GaugePlan | None = None
 
 
 @dataclass(frozen=True)
@@ -334,7 +353,8 @@ class SurgeryPlan(Tabular):
         # JSON has lists where records have tuples, which compare and hash.
         sites = []
         for site in data["sites"]:
-            sites.append(SitePlan(**{**site, "steps": tuple(site.get("steps", ()))}))
+            gauge = GaugePlan(**site["gauge"]) if site.get("gauge") else None
+            sites.append(SitePlan(**{**site, "steps": tuple(site.get("steps", ())), "gauge": gauge}))
         parts = []
         for part in data.get("parts", ()):
             values = _values(part.get("example_values", ()))

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Sensitivities",
     "Sites",
+    "gauge_lines",
     "mlp_row",
     "plan_table",
     "refused_lines",
@@ -113,6 +114,7 @@ def plan_table(surgery: "SurgeryPlan") -> Table:
         )
     if surgery.trained is not None:
         notes.append(surgery.trained)
+    notes += gauge_lines(surgery)
     notes += [f"left alone: {line}" for line in refused_lines(surgery.refused)]
     total = len(surgery.sites) + len(surgery.refused)
     caption = f"SurgeryPlan: {len(surgery.sites)} of {total} sites, mode {surgery.mode}, init {surgery.init}"
@@ -146,6 +148,18 @@ def _residuals(sites: "Sequence[SitePlan | MlpPlan]") -> str:
     if not values:
         return "-"
     return values[0] if values[0] == values[-1] else f"{values[0]} to {values[-1]}"
+
+
+def gauge_lines(surgery: "SurgeryPlan") -> list[str]:
+    """At how many sites the gauge was fixed, and which of those that were asked keep theirs; nothing if none was."""
+    asked = [site for site in surgery.sites if site.gauge is not None]
+    kept = [site for site in asked if site.gauge is not None and site.gauge.start is None]
+    if not asked:
+        return []
+    lines = [f"gauge fixed at {len(asked) - len(kept)} of {len(surgery.sites)} sites"]
+    if kept:
+        lines.append(f"{grouped_names([site.fqn for site in kept])}: no block of channels is conditioned well enough")
+    return lines
 
 
 def refused_lines(refused: "Sequence[RefusedSite]") -> list[str]:

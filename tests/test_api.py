@@ -106,6 +106,7 @@ def test_the_signature_of_convert() -> None:
         "calibration_images",
         "device",
         "distributed",
+        "gauge",
         "max_loss",
         "measured",
         "mlp",

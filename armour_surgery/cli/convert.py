@@ -102,6 +102,13 @@ def convert(
             show_default="all",
         ),
     ] = None,
+    gauge: Annotated[
+        str,
+        typer.Option(
+            metavar="GAUGE",
+            help="keep, or fixed: the basis that a conversion leaves open is chosen so that fewer weights are stored.",
+        ),
+    ] = "keep",
     device: Device = "auto",
     include: Annotated[
         list[str] | None,
@@ -164,7 +171,7 @@ def convert(
             raise UsageError("--bench is for the page that --report writes, of a model that is converted; add --report")
         channels = _rank(rank)
         place = None if device == "auto" else device
-        check_options(mode, init, calib, channels, reconstruct, max_loss, params, mlp, device=place)
+        check_options(mode, init, calib, channels, reconstruct, max_loss, params, mlp, gauge=gauge, device=place)
         if out is not None and not dry_run:
             check_replaceable(out, force=force)
         if report is not None:
@@ -182,6 +189,7 @@ def convert(
     speed: Table | None = None
     options: dict[str, Any] = {
         "init": init,
+        "gauge": gauge,
         "include": _below(submodule, include),
         "exclude": _below(submodule, exclude),
         "source": source,

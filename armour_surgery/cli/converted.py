@@ -16,7 +16,8 @@ def document_of(model: str, surgery: "SurgeryPlan", target: Path | None, seconds
     """The JSON document; `target` is None where nothing was written."""
     sites = []
     for site in surgery.sites:
-        sites.append({"fqn": site.fqn, "mode": site.mode, "rank": site.rank, "residual": site.residual})
+        fixed = asdict(site.gauge) if site.gauge is not None else None
+        sites.append({"fqn": site.fqn, "mode": site.mode, "rank": site.rank, "residual": site.residual, "gauge": fixed})
     frontier = []
     for point in surgery.frontier:
         choice = {"params": point.params, "predicted": point.predicted, "measured": point.measured}
@@ -47,7 +48,7 @@ def tell(console: "Console", model: str, kind: str, surgery: "SurgeryPlan", targ
 
     from armour_surgery.cli.tables import cost_table, fidelity_lines, frontier_table
     from armour_surgery.saving.model_card import how_to_load
-    from armour_surgery.views import refused_lines
+    from armour_surgery.views import gauge_lines, refused_lines
 
     verb = "converted" if target is not None else "would be converted"
     total = len(surgery.sites) + len(surgery.refused)
@@ -56,6 +57,8 @@ def tell(console: "Console", model: str, kind: str, surgery: "SurgeryPlan", targ
         f"[bold]{escape(model)}[/bold] ({kind}): {len(surgery.sites)} of {total} attention sites {verb}{narrower}"
     )
     console.print(cost_table(surgery))
+    for line in gauge_lines(surgery):
+        console.print(f"  {line}", style="dim", markup=False)
     for line in refused_lines(surgery.refused):
         console.print(f"  left alone: {line}", style="dim", markup=False)
     if surgery.frontier:

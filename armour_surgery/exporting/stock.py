@@ -6,13 +6,26 @@ from torch import Tensor, nn
 from armour_surgery import hosts
 from armour_surgery.copies import floating_type, meta_copy
 from armour_surgery.errors import ExportError
+from armour_surgery.initialize.weights import locate, write
+from armour_surgery.modes import get_mode
 from armour_surgery.records import Source, SurgeryPlan
-from armour_surgery.rewrite.edits import AddGrouped, Edit, KeepAlong, KeepColumns, KeepRows, edited_names, tensor_named
+from armour_surgery.rewrite.edits import (
+    AddFixed,
+    AddGrouped,
+    Edit,
+    KeepAlong,
+    KeepColumns,
+    KeepRows,
+    edited_names,
+    tensor_named,
+)
+from armour_surgery.rewrite.fixed import FixedProjection
 from armour_surgery.rewrite.grouped import GroupedProjection
 from armour_surgery.saving.filling import assign
 from armour_surgery.saving.folder import distinct_tensors, rebuildable
 from armour_surgery.saving.replay import mlps_of, operations_of
 from armour_surgery.surgery.mlps import edits_of
+from armour_surgery.surgery.operation import Operation
 from armour_surgery.surgery.parts import name_in_whole
 from armour_surgery.surgery.perform import surgery_of
 from armour_surgery.surgery.rows import copy_shared
@@ -24,8 +37,9 @@ def as_stock(model: nn.Module, into: nn.Module | None = None) -> tuple[nn.Module
     """A model of the original's class and shapes with a converted model's outputs, within rounding, and how it
     is built; on the CPU, in eval mode.
 
-    A projection that serves twice is stored twice, channels that a rank or a narrower MLP took away are zeros, and a
-    grouped projection is a full one with zeros. Converted to the same modes again, it is the same model as before.
+    A projection that serves twice is stored twice, channels that a rank or a narrower MLP took away are zeros, a
+    grouped projection is a full one with zeros, and one with a fixed gauge has its identity written out. Converted to
+    the same modes again, it is the same model as before.
 
     Args:
         model: a converted model.
@@ -47,7 +61,7 @@ def as_stock(model: nn.Module, into: nn.Module | None = None) -> tuple[nn.Module
     operations = [(part, one) for part, all_of_it in operations_of(host, surgery).items() for one in all_of_it]
     edits: dict[str, list[Edit]] = {}
     for part, operation in operations:
-        _note(edits, name_in_whole(part, operation.fqn), operation.rewritten.edits)
+        _note(edits, name_in_whole(part, operation.fqn), operation.edits)
     for part, narrowings in mlps_of(host, surgery).items():
         for one in narrowings:
             # Zeros in the places of channels that are gone: what follows reads nothing of them.
@@ -60,10 +74,14 @@ def as_stock(model: nn.Module, into: nn.Module | None = None) -> tuple[nn.Module
     _cast_buffers(host, model)
     for part, operation in operations:
         fqn = name_in_whole(part, operation.fqn)
-        copy_shared(host.get_submodule(fqn), operation.found.traced, operation.mode)
-        for edit in operation.rewritten.edits:
+        stock, converted = host.get_submodule(fqn), model.get_submodule(fqn)
+        for edit in operation.edits:
+            if isinstance(edit, AddFixed):
+                _write_whole(stock, converted, edit, operation)
+        copy_shared(stock, operation.found.traced, operation.mode)
+        for edit in operation.edits:
             if isinstance(edit, AddGrouped):
-                _write_out(host.get_submodule(fqn), model.get_submodule(fqn), edit)
+                _write_out(stock, converted, edit)
     return host.eval(), source
 
 
@@ -151,3 +169,13 @@ def _write_out(stock: nn.Module, converted: nn.Module, edit: AddGrouped) -> None
             owner, _, attribute = name.rpartition(".")
             source = grouped if owner == beside else grouped.norm
             tensor_named(stock, name)[rows] = getattr(source, attribute).detach().cpu()
+
+
+def _write_whole(stock: nn.Module, converted: nn.Module, edit: AddFixed, operation: Operation) -> None:
+    """A projection with a fixed gauge as the rows of a full one."""
+    projection = converted.get_submodule(edit.name)
+    assert isinstance(projection, FixedProjection)
+    traced = operation.found.traced
+    role = {"q": traced.q, "k": traced.k, "v": traced.v}[get_mode(operation.mode).gauge]
+    stored = locate(stock, role, {}, 0, edit.width)
+    write(stock, stored, projection.matrix(), torch.empty(0))

@@ -1,6 +1,14 @@
 """Rewrite a traced attention for a mode: graph passes first, edits to the module's tensors after."""
 
-from armour_surgery.rewrite.edits import AddGrouped, Edit, KeepRows, edited_names, removed_name
+from armour_surgery.rewrite.edits import (
+    AddFixed,
+    AddGrouped,
+    Edit,
+    KeepRows,
+    edited_names,
+    edits_left,
+    removed_name,
+)
 from armour_surgery.rewrite.emit import ArmourAttention, Variant, make_class, render, write_forward
 from armour_surgery.rewrite.generated import Generated, generated_class
 from armour_surgery.rewrite.pipeline import Rewritten, become, rewrite
@@ -8,6 +16,7 @@ from armour_surgery.rewrite.residual import residual
 from armour_surgery.rewrite.torch_attention import answers_of, taking_nested
 
 __all__ = [
+    "AddFixed",
     "AddGrouped",
     "ArmourAttention",
     "Edit",
@@ -18,6 +27,7 @@ __all__ = [
     "answers_of",
     "become",
     "edited_names",
+    "edits_left",
     "generated_class",
     "make_class",
     "removed_name",

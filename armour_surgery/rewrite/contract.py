@@ -50,8 +50,9 @@ class Block:
 class Surgery:
     """One site under rewriting. Passes change `graph`, and list in `edits` what has to happen to the module.
 
-    `results` is there where heads get fewer channels than they had: the way of what they find. `kept` has, for each
-    projection that lost output channels, those that it still has, in their new order.
+    `results` is there where heads get fewer channels than they had: the way of what they find. `fixed` is the part
+    that gets a projection with a fixed gauge, if one does. `kept` has, for each projection that lost output channels,
+    those that it still has, in their new order.
     """
 
     traced: TracedSite
@@ -61,6 +62,7 @@ class Surgery:
     key: tuple[Part, ...]
     value: tuple[Part, ...]
     results: Results | None = None
+    fixed: Part | None = None
     edits: list[Edit] = field(default_factory=list)
     blocks: dict[Part, Block] = field(default_factory=dict)
     kept: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)

@@ -1,13 +1,15 @@
 """What a rewritten forward asks of its module: fewer rows or columns, projections that are gone, a new grouped one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from armour_surgery.rewrite.fixed import FixedProjection
 from armour_surgery.rewrite.grouped import GroupedProjection
 
 __all__ = [
+    "AddFixed",
     "AddGrouped",
     "Edit",
     "KeepAlong",
@@ -16,6 +18,7 @@ __all__ = [
     "Remove",
     "apply_edits",
     "edited_names",
+    "edits_left",
     "owner_of",
     "removed_name",
     "tensor_named",
@@ -72,7 +75,22 @@ class AddGrouped:
     axis: int
 
 
-Edit = KeepRows | KeepColumns | KeepAlong | Remove | AddGrouped
+@dataclass(frozen=True)
+class AddFixed:
+    """A new submodule `name`: a projection with a fixed gauge in the place of `heads * width` rows of `weight`.
+
+    Its numbers come afterwards. `start` is the first channel of its block, 0 while nobody knows it.
+    """
+
+    name: str
+    weight: str
+    heads: int
+    width: int
+    bias: bool
+    start: int = 0
+
+
+Edit = KeepRows | KeepColumns | KeepAlong | Remove | AddGrouped | AddFixed
 
 
 def edited_names(edit: Edit) -> tuple[str, ...]:
@@ -132,10 +150,10 @@ def _keep(
 def apply_edits(module: nn.Module, edits: list[Edit]) -> None:
     """Do the edits to a module, in place. New tensors keep dtype, device and requires_grad of the old ones.
 
-    Grouped projections come first: they start from rows that the others then drop.
+    New projections come first: they start from rows that the others then drop.
     """
     with torch.no_grad():
-        for edit in sorted(edits, key=lambda edit: not isinstance(edit, AddGrouped)):
+        for edit in sorted(edits, key=lambda edit: not isinstance(edit, AddGrouped | AddFixed)):
             if isinstance(edit, KeepRows):
                 _keep(module, edit.tensors, 0, edit.rows, edit.sizes)
             elif isinstance(edit, KeepColumns):
@@ -144,6 +162,8 @@ def apply_edits(module: nn.Module, edits: list[Edit]) -> None:
                 _keep(module, (edit.tensor,), edit.axis, edit.kept, ())
             elif isinstance(edit, AddGrouped):
                 _add_grouped(module, edit)
+            elif isinstance(edit, AddFixed):
+                _add_fixed(module, edit)
             else:
                 # None, not deleted: hosts ask `if self.bias is not None`, and state_dict leaves it out.
                 owner, attribute = owner_of(module, edit.name)
@@ -168,3 +188,30 @@ def _add_grouped(module: nn.Module, edit: AddGrouped) -> None:
     norm = norm if isinstance(norm, nn.modules.batchnorm._BatchNorm) else None
     grouped = GroupedProjection.from_rows(weight, bias, norm, norm_tensors, edit.groups, edit.shuffle, edit.axis)
     setattr(module, edit.name, grouped.train(module.training))
+
+
+def _add_fixed(module: nn.Module, edit: AddFixed) -> None:
+    like = tensor_named(module, edit.weight)
+    outputs = edit.heads * edit.width
+    rest = nn.Linear(like.shape[1] - edit.width, outputs, edit.bias, device="meta", dtype=like.dtype)
+    # Without numbers: drawing some would move the caller's random generator.
+    rest.to_empty(device=like.device)
+    rest.requires_grad_(like.requires_grad)
+    setattr(module, edit.name, FixedProjection(rest, edit.heads, edit.start).train(module.training))
+
+
+def edits_left(done: list[Edit], wanted: list[Edit]) -> list[Edit]:
+    """What is left of the edits that are `wanted` once others were `done`: rows are counted among those that stayed."""
+    kept: dict[str, tuple[int, ...]] = {}
+    for edit in done:
+        if isinstance(edit, KeepRows):
+            kept |= dict.fromkeys(edit.tensors, edit.rows)
+    left: list[Edit] = []
+    for edit in wanted:
+        if edit in done:
+            continue
+        if isinstance(edit, KeepRows) and edit.tensors[0] in kept:
+            present = kept[edit.tensors[0]]
+            edit = replace(edit, rows=tuple(present.index(row) for row in edit.rows))
+        left.append(edit)
+    return left

@@ -93,7 +93,8 @@ def _narrowing(producer: Producer, rows: tuple[int, ...]) -> KeepRows | KeepAlon
 def _new_rows(surgery: Surgery, producer: Producer) -> tuple[list[int], dict[Part, Block]]:
     """Old output channels in their new order, and where each part is then."""
     letters = [letter for letter in "qkv" if surgery.role(letter).producer is producer]
-    parts = [part for part in surgery.parts() if part.letter in letters]
+    # What has its place already is made by a projection of its own.
+    parts = [part for part in surgery.parts() if part.letter in letters and part not in surgery.blocks]
     # Channels that belong to none of q, k, v (a gate, say) are not ours to drop.
     others = set(range(producer.channels))
     for letter in letters:

@@ -8,6 +8,7 @@ from armour_surgery.modes import Mode
 from armour_surgery.rewrite.add_grouped_projection_pass import AddGroupedProjectionPass
 from armour_surgery.rewrite.contract import Part, Pass, Surgery, parts_of, run_passes
 from armour_surgery.rewrite.edits import AddGrouped, Edit, apply_edits
+from armour_surgery.rewrite.fix_gauge_pass import FixGaugePass
 from armour_surgery.rewrite.mask_diagonal_pass import MaskDiagonalPass
 from armour_surgery.rewrite.narrow_heads_pass import NarrowHeadsPass
 from armour_surgery.rewrite.narrow_projections_pass import NarrowProjectionsPass
@@ -41,10 +42,13 @@ def become(module: nn.Module, rewritten: Rewritten, cls: type[nn.Module]) -> Non
     object.__setattr__(module, "__class__", cls)
 
 
-def rewrite(traced: TracedSite, mode: Mode, rank: int | None = None, results: Results | None = None) -> Rewritten:
+def rewrite(
+    traced: TracedSite, mode: Mode, rank: int | None = None, results: Results | None = None, *, fixed: bool = False
+) -> Rewritten:
     """Rewrite the graph of a site, in place, and list what its module needs for it.
 
-    With `rank`, every head has that many channels; `results` then says how its result is read.
+    With `rank`, every head has that many channels; `results` then says how its result is read. `fixed` is for a
+    projection with a fixed gauge (`Mode.gauge`).
 
     Raises:
         TraceError: the site does something that this rewrite cannot keep; meant for users.
@@ -52,14 +56,14 @@ def rewrite(traced: TracedSite, mode: Mode, rank: int | None = None, results: Re
     """
     edits: list[Edit] = []
     shares: list[Share] = []
-    surgeries = [_operate(member, mode, rank, results) for member in traced.members]
+    surgeries = [_operate(member, mode, rank, results, fixed=fixed) for member in traced.members]
     for surgery in surgeries:
         edits += surgery.edits
         shares += _shares(surgery)
     return Rewritten(traced.trace.graph, edits, shares, surgeries[0].key, surgeries[0].value)
 
 
-def _operate(traced: TracedSite, mode: Mode, rank: int | None, results: Results | None) -> Surgery:
+def _operate(traced: TracedSite, mode: Mode, rank: int | None, results: Results | None, *, fixed: bool) -> Surgery:
     """Rewrite one attention of a graph."""
     sizes = {letter: rank or getattr(traced, letter).head_dim for letter in ("q", "k", "v")}
     graph = traced.trace.graph
@@ -71,11 +75,14 @@ def _operate(traced: TracedSite, mode: Mode, rank: int | None, results: Results 
         key=parts_of(mode.key, "k", sizes),
         value=parts_of(mode.value, "v", sizes),
         results=results,
+        fixed=Part(mode.gauge, 0, sizes[mode.gauge]) if fixed else None,
     )
-    # The order matters: a grouped projection starts from V's while that is whole, roles are shared among what is left
-    # of the projections, and only at the end is it known what nothing reads any more.
+    # The order matters: a grouped projection starts from V's while that is whole, what has a fixed gauge leaves the
+    # projection that it was in, roles are shared among what is left, and only at the end is it known what nothing reads
+    # any more.
     passes: list[Pass] = [
         AddGroupedProjectionPass(),
+        FixGaugePass(),
         NarrowProjectionsPass(),
         ShareRolesPass(),
         NarrowHeadsPass(),

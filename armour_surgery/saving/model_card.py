@@ -107,6 +107,9 @@ def _shared(surgery: SurgeryPlan) -> str:
     for (mode, rank), count in ways.items():
         channels = f" with {rank} channels a head" if rank else ""
         parts.append(f"{count} x `{mode}`{channels}")
+    fixed = sum(site.gauge is not None and site.gauge.start is not None for site in surgery.sites)
+    if fixed:
+        parts.append(f"{fixed} with a fixed gauge")
     if surgery.mlps:
         parts.append(f"{len(surgery.mlps)} narrower MLPs")
     return ", ".join(parts)

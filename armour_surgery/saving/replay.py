@@ -13,6 +13,7 @@ from armour_surgery.examples import Example, rebuilt
 from armour_surgery.measure.cost import count_params
 from armour_surgery.modes import MODES, choose_rank
 from armour_surgery.records import MlpPlan, RefusedSite, SitePlan, SurgeryPlan
+from armour_surgery.surgery.gauge import fixed_as
 from armour_surgery.surgery.mlps import Narrowing, narrow_without_images, narrowings_of
 from armour_surgery.surgery.operation import Operation, SharedRewrites, operate
 from armour_surgery.surgery.perform import keep_plan
@@ -101,7 +102,9 @@ def _operations(host: nn.Module, surgery: SurgeryPlan) -> list[Operation]:
             raise SchemaError(
                 f"the plan converts {record.fqn!r} to {record.mode!r}, but in {type(host).__name__} {reason}"
             )
-        operation = rewrites.operation(site, record.mode, choose_rank(site.site, record.mode, record.rank))
+        fixed = record.gauge is not None and record.gauge.start is not None
+        rank = choose_rank(site.site, record.mode, record.rank)
+        operation = fixed_as(rewrites.operation(site, record.mode, rank, gauge=fixed), record, host)
         params = count_params(host.get_submodule(record.fqn))
         if operation.layout != record.layout and params != record.params_before:
             raise SchemaError(

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -16,11 +16,13 @@ from armour_surgery.measure.cost import count_params
 from armour_surgery.modes import choose, choose_rank, get_mode
 from armour_surgery.records import RefusedSite
 from armour_surgery.rewrite import (
+    AddFixed,
     Edit,
     Rewritten,
     Variant,
     become,
     edited_names,
+    edits_left,
     make_class,
     render,
     residual,
@@ -29,6 +31,7 @@ from armour_surgery.rewrite import (
 from armour_surgery.surgery.mlps import Narrowing
 from armour_surgery.surgery.refusals import (
     refuse_bound_channels,
+    refuse_bound_gauge,
     refuse_changed,
     refuse_computed,
     refuse_hooked,
@@ -40,18 +43,42 @@ from armour_surgery.surgery.refusals import (
 )
 from armour_surgery.traced import Call, FoundSite, OutputProjection, SeenSite, TracedSite
 
-__all__ = ["Change", "Operation", "Prepared", "SharedRewrites", "operate", "prepare"]
+__all__ = ["Change", "Fixing", "Operation", "Prepared", "SharedRewrites", "fix", "operate", "prepare"]
+
+
+@dataclass(frozen=True)
+class Fixing:
+    """What fixes a site's gauge: the whole rewriting, and the class that its module becomes.
+
+    `start` is the first channel of the block, None until the weights are chosen (`gauge.py`).
+    """
+
+    rewritten: Rewritten
+    cls: type[nn.Module]
+    start: int | None = None
+
+    @property
+    def edits(self) -> list[Edit]:
+        """The edits, with the block in its place."""
+        return [
+            replace(edit, start=self.start or 0) if isinstance(edit, AddFixed) else edit
+            for edit in self.rewritten.edits
+        ]
 
 
 @dataclass(frozen=True)
 class Operation:
-    """What is ready to be done at one site, and the class that its module becomes. `rank` None is the full one."""
+    """What is ready to be done at one site, and the class that its module becomes. `rank` None is the full one.
+
+    `fixing` is there where the gauge is to be fixed afterwards.
+    """
 
     found: FoundSite
     mode: str
     rank: int | None
     rewritten: Rewritten
     cls: type[nn.Module]
+    fixing: Fixing | None = None
 
     @property
     def fqn(self) -> str:
@@ -59,9 +86,15 @@ class Operation:
         return self.found.fqn
 
     @property
+    def edits(self) -> list[Edit]:
+        """All that is done to the module's tensors; those of a fixed gauge once it is known which."""
+        known = self.fixing is not None and self.fixing.start is not None
+        return self.fixing.edits if known and self.fixing is not None else self.rewritten.edits
+
+    @property
     def layout(self) -> str:
         """A digest of which rows stay, in which order: what `SitePlan.layout` records."""
-        return hashlib.sha256(repr(self.rewritten.edits).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr(self.edits).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -94,11 +127,13 @@ def prepare(
     *,
     refit: bool = False,
     hooks: bool = True,
+    gauge: bool = False,
 ) -> Prepared:
     """Rewrite every site on a weightless copy of its module; sites that are alike share one class.
 
     `requested` is one mode for all, or one by site name. `refit` says that new weights will be stored throughout the
-    sites, so that none may be computed from others, and `hooks` that hooks on what gets narrower stand in the way.
+    sites, so that none may be computed from others, `hooks` that hooks on what gets narrower stand in the way, and
+    `gauge` that the gauge is fixed afterwards.
 
     Raises:
         UsageError: a rank is none of a site's.
@@ -116,13 +151,14 @@ def prepare(
             continue
         try:
             rank = choose_rank(site.site, mode, ranks)
-            if refit or rank is not None:
+            if refit or gauge or rank is not None:
                 refuse_computed(model, site.fqn)
                 refuse_without_closed_form(site)
-            operation = rewrites.operation(site, mode, rank)
-            refuse_shared(model, site.fqn, operation.rewritten.edits)
+            operation = rewrites.operation(site, mode, rank, gauge=gauge)
+            edits = operation.rewritten.edits + (operation.fixing.edits if operation.fixing else [])
+            refuse_shared(model, site.fqn, edits)
             if hooks:
-                refuse_hooked(model, site.fqn, operation.rewritten.edits)
+                refuse_hooked(model, site.fqn, edits)
         except TraceError as error:
             refused.append(RefusedSite(site.fqn, str(error)))
         else:
@@ -131,13 +167,22 @@ def prepare(
 
 
 def operate(model: nn.Module, operation: Operation) -> Change:
-    """Do one site's surgery on the model itself."""
+    """Do one site's surgery on the model itself; a fixed gauge with it, where it is known which."""
     module = model.get_submodule(operation.fqn)
     params_before = count_params(module)
     # With fewer channels no old row has a new one in its place.
     lost = residual(module, operation.rewritten.shares) if operation.rank is None else None
     become(module, operation.rewritten, operation.cls)
+    if operation.fixing is not None and operation.fixing.start is not None:
+        fix(module, operation)
     return Change(params_before, count_params(module), lost)
+
+
+def fix(module: nn.Module, operation: Operation) -> None:
+    """Give a site that is converted the shapes of a fixed gauge; its numbers come afterwards."""
+    assert operation.fixing is not None
+    left = edits_left(operation.rewritten.edits, operation.fixing.edits)
+    become(module, replace(operation.fixing.rewritten, edits=left), operation.fixing.cls)
 
 
 class SharedRewrites:
@@ -150,36 +195,46 @@ class SharedRewrites:
     def __init__(self, model: nn.Module, *, check: bool) -> None:
         self._model = model
         self._check = check
-        self._outcomes: dict[tuple[str, int | None, str], tuple[Rewritten, type[nn.Module]] | TraceError] = {}
+        self._outcomes: dict[tuple[object, ...], tuple[Rewritten, type[nn.Module]] | TraceError] = {}
         # In train mode, by fingerprint: the same for all modes that are tried on a site.
         self._in_training: dict[str, TracedSite] = {}
 
-    def operation(self, found: FoundSite, mode: str, rank: int | None) -> Operation:
-        """What is to be done at a site.
+    def operation(self, found: FoundSite, mode: str, rank: int | None, *, gauge: bool = False) -> Operation:
+        """What is to be done at a site; with `gauge`, also what fixes its gauge afterwards.
 
         Raises:
             TraceError: it cannot be rewritten, or one that is like it could not be.
         """
-        kind = mode, rank, found.fingerprint
+        fixing = Fixing(*self._outcome(found, mode, rank, fixed=True)) if gauge else None
+        return Operation(found, mode, rank, *self._outcome(found, mode, rank, fixed=False), fixing)
+
+    def _outcome(
+        self, found: FoundSite, mode: str, rank: int | None, *, fixed: bool
+    ) -> tuple[Rewritten, type[nn.Module]]:
+        kind = mode, rank, fixed, found.fingerprint
         if kind not in self._outcomes:
             try:
-                self._outcomes[kind] = self._rewrite(found, mode, rank)
+                self._outcomes[kind] = self._rewrite(found, mode, rank, fixed=fixed)
             except TraceError as error:
                 self._outcomes[kind] = error
         outcome = self._outcomes[kind]
         if isinstance(outcome, TraceError):
             raise outcome
-        return Operation(found, mode, rank, *outcome)
+        return outcome
 
-    def _rewrite(self, found: FoundSite, mode: str, rank: int | None) -> tuple[Rewritten, type[nn.Module]]:
+    def _rewrite(
+        self, found: FoundSite, mode: str, rank: int | None, *, fixed: bool
+    ) -> tuple[Rewritten, type[nn.Module]]:
         """The edits and the class, tried out: without weights always, with them where `rank` may lose something."""
         module = self._model.get_submodule(found.fqn)
         out = None
+        if fixed:
+            refuse_bound_gauge(module, found, get_mode(mode), check=self._check)
         if rank is not None:
             out = refuse_open_end(found)
             if self._check:
                 refuse_bound_channels(module, found, out)
-        rewriter = _SiteRewriter(found, module, mode, rank, out)
+        rewriter = _SiteRewriter(found, module, mode, rank, out, fixed=fixed)
         rewritten, cls = rewriter.rewrite(partial(self._trained, found))
         try:
             try_out(rewriter.skeleton, found.call, rewritten, cls)
@@ -189,7 +244,8 @@ class SharedRewrites:
             raise TraceError(
                 f"its forward counts on {found.site.key_dim} channels a head ({error}); leave out rank"
             ) from error
-        if rank is not None and self._check:
+        # Whatever narrow heads lose they lose without a fixed gauge too, whose numbers are not there yet.
+        if rank is not None and self._check and not fixed:
             refuse_changed(module, found, rank, rewritten, cls)
         return rewritten, cls
 
@@ -208,7 +264,14 @@ class _SiteRewriter:
     """
 
     def __init__(
-        self, found: FoundSite, module: nn.Module, mode: str, rank: int | None, out: OutputProjection | None
+        self,
+        found: FoundSite,
+        module: nn.Module,
+        mode: str,
+        rank: int | None,
+        out: OutputProjection | None,
+        *,
+        fixed: bool,
     ) -> None:
         self.skeleton = meta_copy(module)
         self._host = type(module)
@@ -216,6 +279,7 @@ class _SiteRewriter:
         self._mode = get_mode(mode)
         self._rank = rank
         self._out = out
+        self._fixed = fixed
         self._edits: list[Edit] = []
 
     def rewrite(self, trained: Callable[[nn.Module], TracedSite]) -> tuple[Rewritten, type[nn.Module]]:
@@ -281,7 +345,7 @@ class _SiteRewriter:
         if reason is not None:
             raise TraceError(f"{self._mode.name} does not fit it: {reason}")
         results = None if self._out is None else find_results(traced, dict(module.named_modules()), self._out)
-        rewritten = rewrite(traced, self._mode, self._rank, results)
+        rewritten = rewrite(traced, self._mode, self._rank, results, fixed=self._fixed)
         return rewritten, render(rewritten.graph, traced.trace.signature)
 
 

@@ -12,9 +12,20 @@ from armour_surgery.initialize.processes import ALONE, Processes
 from armour_surgery.modes import AUTO, get_mode
 from armour_surgery.records import Progress, Sensitivity, Source
 
-__all__ = ["CALIBRATION_IMAGES", "INITS", "SYNTHETIC", "Images", "Order", "Rank", "check_options", "params_goal"]
+__all__ = [
+    "CALIBRATION_IMAGES",
+    "INITS",
+    "SYNTHETIC",
+    "Images",
+    "Order",
+    "Rank",
+    "check_options",
+    "params_goal",
+]
 
 INITS = ("wq", "wq-refit", "joint-svd", "calibrated")
+# What becomes of the basis that the weights leave open: it stays, or is chosen so that some weights are the identity.
+_GAUGES = ("keep", "fixed")
 # How many images `calibrated` uses where nobody says, and which.
 CALIBRATION_IMAGES = 256
 SYNTHETIC = "synthetic"
@@ -48,6 +59,7 @@ class Order:
     max_loss: float | None = None
     params_goal: int | None = None
     mlp: bool = False
+    gauge: str = "keep"
     measured: tuple[Sensitivity, ...] | None = None
     images: Images = Images(SYNTHETIC, CALIBRATION_IMAGES)
     steps: int = 0
@@ -62,6 +74,11 @@ class Order:
     def fixed_rank(self) -> Rank | None:
         """The rank that was given in numbers."""
         return None if isinstance(self.rank, str) else self.rank
+
+    @property
+    def fixes_gauge(self) -> bool:
+        """Whether the gauge is to be fixed."""
+        return self.gauge == "fixed"
 
     @property
     def weighs_sites(self) -> bool:
@@ -79,17 +96,20 @@ def check_options(
     params: object = None,
     mlp: bool = False,
     measured: object = None,
+    gauge: object = "keep",
     device: object = None,
     distributed: bool = False,
 ) -> None:
     """Check what can be checked without a model.
 
     Raises:
-        UsageError: there is no such mode or init, the init uses no images and is given some, or what needs them or
-            says where to run them, the mode has no rank and is given one, MLPs are to be narrowed and nothing says how
-            far, or a number is none that makes sense.
+        UsageError: there is no such mode, init or gauge, the init uses no images and is given some, or what needs them
+            or says where to run them, the mode has no rank and is given one, MLPs are to be narrowed and nothing says
+            how far, or a number is none that makes sense.
     """
     _check_init(init)
+    if gauge not in _GAUGES:
+        raise UsageError(f"unknown gauge {gauge!r}; choose keep or fixed (fewer stored weights, the same function)")
     if init != "calibrated":
         _check_without_images(init, calibration, rank, reconstruct, max_loss, params)
         for option, given in {"device": device is not None, "distributed": distributed}.items():

@@ -12,6 +12,7 @@ from armour_surgery.examples import recorded
 from armour_surgery.initialize import SiteResult
 from armour_surgery.measure.cost import CostReport, count_macs, count_params
 from armour_surgery.records import Fidelity, SitePlan, SurgeryPlan
+from armour_surgery.surgery.gauge import fix_gauges
 from armour_surgery.surgery.mlps import mlp_plans
 from armour_surgery.surgery.new_weights import choose_weights
 from armour_surgery.surgery.operation import Change, Operation, Prepared, operate
@@ -41,11 +42,15 @@ def perform(model: nn.Module, prepared: Prepared, order: Order, *, inplace: bool
             asked = replace(prepared, operations=solved)
             results, fidelity = choose_weights(original, converted, asked, order, shared=shared)
         mlps = mlp_plans(original, prepared.mlps, results)
+        operations, gauges = fix_gauges(converted, prepared.operations)
     after = count_macs(converted, order.example)
     by_name = {result.fqn: result for result in results}
     sites = []
-    for operation, change in zip(prepared.operations, changes, strict=True):
-        sites.append(_site_plan(operation, change, by_name.get(operation.fqn), order, before, after))
+    for operation, change in zip(operations, changes, strict=True):
+        # A fixed gauge has made it smaller still.
+        change = replace(change, params_after=count_params(converted.get_submodule(operation.fqn)))
+        site = _site_plan(operation, change, by_name.get(operation.fqn), order, before, after)
+        sites.append(replace(site, gauge=gauges.get(operation.fqn)))
     shapes, values = recorded(order.example)
     plan = SurgeryPlan(
         mode=order.mode,

@@ -9,7 +9,7 @@ from armour_surgery.rewrite.contract import Part
 from armour_surgery.surgery.operation import Operation
 from armour_surgery.traced import FoundSite
 
-__all__ = ["problems_of"]
+__all__ = ["kept_rows", "problems_of"]
 
 
 def problems_of(model: nn.Module, operations: list[Operation]) -> list[Problem]:
@@ -41,7 +41,7 @@ def _problem(operation: Operation, freedom: Freedom) -> Problem:
         freedom=freedom,
         key=_spans(rewritten.key),
         value=_spans(rewritten.value),
-        kept=_kept_rows(rewritten.edits),
+        kept=kept_rows(rewritten.edits),
         grouped=next((edit.name for edit in rewritten.edits if isinstance(edit, AddGrouped)), None),
         same_tokens=found.site.reads["q"] == found.site.reads["k"],
         rank=operation.rank,
@@ -52,7 +52,7 @@ def _spans(parts: tuple[Part, ...]) -> Parts:
     return tuple((part.letter, part.start, part.stop) for part in parts)
 
 
-def _kept_rows(edits: list[Edit]) -> dict[str, tuple[int, ...]]:
+def kept_rows(edits: list[Edit]) -> dict[str, tuple[int, ...]]:
     """For each tensor that gets narrower, by name, the old rows that it keeps."""
     kept: dict[str, tuple[int, ...]] = {}
     for edit in edits:

@@ -11,6 +11,8 @@ from armour_surgery.copies import copy_of_zeros, meta_copy
 from armour_surgery.errors import NothingToConvertError, PostconditionError, TraceError
 from armour_surgery.hosts.attention_interface import chunks_in_one_call
 from armour_surgery.initialize.freedom import probe, works_narrow
+from armour_surgery.initialize.gauge import why_unwritable
+from armour_surgery.modes import Mode
 from armour_surgery.records import RefusedSite
 from armour_surgery.rewrite import Edit, KeepRows, Rewritten, become, edited_names, removed_name
 from armour_surgery.shapes import RememberedShapes
@@ -19,6 +21,7 @@ from armour_surgery.traced import Call, FoundSite, OutputProjection
 __all__ = [
     "nothing_fits",
     "refuse_bound_channels",
+    "refuse_bound_gauge",
     "refuse_changed",
     "refuse_computed",
     "refuse_hooked",
@@ -163,6 +166,45 @@ def refuse_bound_channels(module: nn.Module, found: FoundSite, out: OutputProjec
         raise TraceError(
             f"between its heads and {out.weight} stands something that is not linear (an activation, a norm, a gate), "
             f"so values need all {size} channels; leave out rank"
+        )
+
+
+def refuse_bound_gauge(module: nn.Module, found: FoundSite, mode: Mode, *, check: bool) -> None:
+    """Refuse a site in which the basis that a mode leaves open cannot be chosen, or not be stored.
+
+    `check` tries changes of basis out with numbers.
+
+    Raises:
+        TraceError: see above.
+    """
+    traced, out = found.traced, found.output
+    refuse_without_closed_form(found)
+    if out is None:
+        raise TraceError(
+            "the projection that reads its heads' results is not inside this module (or is not a single one), and with "
+            "a fixed gauge it has to read another basis; leave out gauge"
+        )
+    roles = {"q": traced.q, "k": traced.k, "v": traced.v}
+    for letter in ("v",) if mode.gauge == "v" else ("q", "k"):
+        # A bias of K adds one number to all logits of a query: whatever it is, the softmax takes it out again.
+        biases = letter != "k" or "k" in mode.value
+        reason = why_unwritable(module, roles[letter], biases=biases)
+        if reason is not None:
+            raise TraceError(f"{reason}, and a fixed gauge needs another basis; leave out gauge")
+    if out.norm is not None:
+        raise TraceError(f"{out.norm} follows {out.weight}, and a fixed gauge needs another basis; leave out gauge")
+    if not check:
+        return
+    freedom = probe(module, found.call, traced.q, traced.k, traced.v, out)
+    if mode.gauge != "v" and not freedom.logits:
+        raise TraceError(
+            "its output depends on the basis of queries and keys (a norm of them, a rotary position), so their gauge "
+            "cannot be fixed; leave out gauge"
+        )
+    if freedom.values != "linear":
+        raise TraceError(
+            f"between its heads and {out.weight} stands something that is not linear (an activation, a norm, a gate), "
+            "so the gauge of values cannot be fixed; leave out gauge"
         )
 
 

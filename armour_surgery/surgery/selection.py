@@ -17,6 +17,7 @@ from armour_surgery.errors import NothingToConvertError, UsageError
 from armour_surgery.measure.cost import count_params
 from armour_surgery.records import FrontierPoint, Progress, RefusedSite, Sensitivity
 from armour_surgery.spelled import MLP
+from armour_surgery.surgery.gauge import fixed_as, params_of_gauge
 from armour_surgery.surgery.mlps import narrow_without_images
 from armour_surgery.surgery.new_weights import to_read_again
 from armour_surgery.surgery.operation import Prepared, operate, prepare
@@ -79,7 +80,8 @@ class _Attempts:
             else:
                 left.append(RefusedSite(operation.fqn, reason))
         left.sort(key=lambda site: site.fqn)
-        operations = prepare(self._model, sites, modes, ranks, refit=True).operations
+        fixed = self._order.fixes_gauge
+        operations = prepare(self._model, sites, modes, ranks, refit=True, gauge=fixed).operations
         mlps = [replace(one, kept=widths[one.found.fqn]) for one in self._everything.mlps if one.found.fqn in widths]
         prepared = Prepared(operations, [*self._everything.refused, *left], mlps, self._everything.units)
         self.prepared[choice] = prepared
@@ -103,11 +105,12 @@ def convert_within(model: nn.Module, prepared: Prepared, order: Order, *, inplac
         options = [option if option.mode == MLP else replace(option, rank=given[option.fqn]) for option in options]
     params = count_params(model)
     attempts = _Attempts(model, prepared, order)
+    whole = _with_gauge(options, prepared)
     if order.params_goal is not None:
-        points = frontier(options, params)
+        points = frontier(whole, params)
         best, points, taken = _of_size(points, order.params_goal, attempts)
     else:
-        best, points, taken, order = _within_loss(options, params, prepared, order, attempts)
+        best, points, taken, order = _within_loss(whole, params, prepared, order, attempts)
     plan = replace(
         surgery_of(best),
         sensitivities=tuple(options),
@@ -118,11 +121,22 @@ def convert_within(model: nn.Module, prepared: Prepared, order: Order, *, inplac
     if not inplace:
         return keep_plan(best, plan)
     chosen = attempts.prepared[taken.sites]
+    records = {site.fqn: site for site in plan.sites}
     for operation in chosen.operations:
-        operate(model, operation)
+        operate(model, fixed_as(operation, records[operation.fqn], model))
     narrow_without_images(model, chosen.mlps)
     copy_weights(best, model)
     return keep_plan(model, plan)
+
+
+def _with_gauge(options: Sequence[Sensitivity], prepared: Prepared) -> list[Sensitivity]:
+    """The options with what fixed gauges save too, which costs no loss."""
+    sites = {operation.fqn: operation for operation in prepared.operations}
+    whole = []
+    for option in options:
+        more = params_of_gauge(sites[option.fqn], option.rank) if option.fqn in sites else 0
+        whole.append(replace(option, params_saved=option.params_saved + more))
+    return whole
 
 
 def _measure(model: nn.Module, prepared: Prepared, order: Order) -> list[Sensitivity]:

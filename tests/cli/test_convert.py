@@ -35,7 +35,8 @@ def test_convert_json(tiny: str, here: Path) -> None:
     found = document("convert", tiny, "--mode", "kv", "--exclude", "blocks.1*", "--out", "x/y")
     assert set(found) == CONVERT_KEYS
     assert (found["model"], found["mode"], found["init"], found["out"]) == (tiny, "kv", "wq", "x/y")
-    assert [set(site) for site in found["sites"]] == [{"fqn", "mode", "rank", "residual"}]
+    assert [set(site) for site in found["sites"]] == [{"fqn", "mode", "rank", "residual", "gauge"}]
+    assert found["sites"][0]["gauge"] is None
     assert (found["sites"][0]["fqn"], found["sites"][0]["mode"]) == ("blocks.0.attn", "kv")
     assert found["sites"][0]["residual"] > 0
     assert found["seconds"] > 0
@@ -43,6 +44,22 @@ def test_convert_json(tiny: str, here: Path) -> None:
     assert isinstance(surgery, SurgeryPlan)
     assert (found["params_before"], found["params_after"]) == (surgery.params_before, surgery.params_after)
     assert (found["macs_before"], found["macs_after"]) == (surgery.macs_before, surgery.macs_after)
+
+
+def test_convert_fixes_a_gauge_and_tells_it(tiny: str, here: Path) -> None:
+    free = document("convert", tiny, "--dry-run")
+    found = document("convert", tiny, "--gauge", "fixed", "--out", "x")
+    gauges = [site["gauge"] for site in found["sites"]]
+    assert [set(gauge) for gauge in gauges] == [{"start", "condition", "error", "error_before"}] * 2
+    assert found["params_after"] < free["params_after"]
+    surgery = load(here / "x").surgery
+    assert isinstance(surgery, SurgeryPlan)
+    assert (
+        surgery.params_after
+        == found["params_after"]
+        == document("convert", tiny, "--gauge", "fixed", "--dry-run")["params_after"]
+    )
+    assert "gauge fixed at 2 of 2 sites" in good("convert", tiny, "--gauge", "fixed", "--dry-run").stdout
 
 
 def test_convert_keeps_pretrained_weights(tiny: str, models: Path, here: Path) -> None:

@@ -1,11 +1,14 @@
 """A converted model in its original's shape: the same outputs, and the same model when it is converted again."""
 
+from typing import Any
+
 import pytest
 import torch
 import torchvision
 from saved_models import HOSTS, armour, outputs
 from small_models import Own, refused, vit
 from tiny_hosts import CASES
+from torch import nn
 
 from armour_surgery import convert
 from armour_surgery.errors import ExportError
@@ -94,3 +97,21 @@ def test_ties_and_low_precision_are_kept() -> None:
     stock, _ = as_stock(convert(model.bfloat16(), "qv"))
     assert stock.blocks[1].norm1.weight is stock.blocks[0].norm1.weight
     assert {parameter.dtype for parameter in stock.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("name", "mode"), [("vit", "qv"), ("vit", "qk"), ("beit", "qv"), ("hf-beit", "kv")])
+def test_a_fixed_gauge_is_written_out(name: str, mode: str) -> None:
+    case = CASES[name]
+    batch = case.batches(torch.float64)[1]
+    example = case.batches(torch.float64)[0]
+    converted = convert(case.build(torch.float64), mode, example_input=example, gauge="fixed")
+    stock, _ = as_stock(converted, case.build())
+    assert largest_difference(answers(converted, batch), answers(stock, batch)) < 1e-12
+    again = convert(stock, mode, example_input=example, gauge="fixed")
+    assert largest_difference(answers(converted, batch), answers(again, batch)) < 1e-12
+
+
+def answers(model: nn.Module, batch: dict[str, Any]) -> list[torch.Tensor]:
+    with torch.no_grad():
+        found = model(**batch)
+    return [found] if isinstance(found, torch.Tensor) else [found.last_hidden_state]
