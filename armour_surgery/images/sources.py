@@ -39,7 +39,7 @@ class Pictures:
     """Images by number. `read(i)` gives the picture and its label, `name(i)` what to call it in a message.
 
     `classes` are the names of the labels where they are known, and `by_folder` says that they are those of folders, in
-    their order. `endless` says that every epoch reads new numbers.
+    their order. `endless` says that every epoch reads new numbers. `parts` are the sources that were mixed, if any were.
     """
 
     source: str
@@ -49,6 +49,7 @@ class Pictures:
     classes: tuple[str, ...] = ()
     endless: bool = False
     by_folder: bool = False
+    parts: tuple["Pictures", ...] = ()
 
     def __len__(self) -> int:
         return self.count
@@ -71,17 +72,21 @@ def subset(pictures: Pictures, chosen: Sequence[int]) -> Pictures:
         read=lambda index: pictures.read(chosen[index]),
         name=lambda index: pictures.name(chosen[index]),
         endless=False,
+        parts=(),
     )
 
 
 def held_out(pictures: Pictures, holdout: float) -> tuple[Pictures, Pictures]:
     """The pictures to train on and those to judge by: `holdout` of them from 1, or that share of them below 1.
 
-    Which ones depends on the data alone, so that every run and every start judges by the same.
+    Which ones depends on the data alone, so that every run and every start judges by the same. Of mixed sources each
+    gives its share, but never more than a quarter of what it has.
 
     Raises:
         DataError: nothing would be left to train on.
     """
+    if pictures.parts:
+        return _held_out_of_each(pictures, holdout)
     count = math.ceil(holdout * len(pictures)) if holdout < 1 else int(holdout)
     if pictures.endless:
         return pictures, Pictures(
@@ -94,6 +99,19 @@ def held_out(pictures: Pictures, holdout: float) -> tuple[Pictures, Pictures]:
         )
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0)).tolist()
     return subset(pictures, sorted(order[count:])), subset(pictures, sorted(order[:count]))
+
+
+def _held_out_of_each(pictures: Pictures, holdout: float) -> tuple[Pictures, Pictures]:
+    """The same of mixed sources, part by part: one that comes round again must not judge what it trains."""
+    kept, judging = [], []
+    for part in pictures.parts:
+        share = holdout if holdout < 1 else math.ceil(holdout / len(pictures.parts))
+        if not part.endless and share >= 1:
+            share = min(share, max(1, len(part) // 4))
+        training, out = held_out(part, share)
+        kept.append(training)
+        judging.append(out)
+    return _mixed(pictures.source, kept), _mixed(pictures.source, judging)
 
 
 def open_pictures(
@@ -191,7 +209,7 @@ def _synthetic(size: tuple[int, int, int], seed: int, per_epoch: int) -> Picture
 
 
 def _mixed(source: str, parts: list[Pictures]) -> Pictures:
-    """Pictures of all parts in turns; a shorter part comes round again."""
+    """Pictures of all parts in turns; a shorter part comes round again, and drawn ones are as many as an epoch has."""
 
     def place(index: int) -> tuple[Pictures, int]:
         part = parts[index % len(parts)]
@@ -206,8 +224,7 @@ def _mixed(source: str, parts: list[Pictures]) -> Pictures:
         part, inner = place(index)
         return part.name(inner)
 
-    finite = [len(part) for part in parts if not part.endless] or [len(parts[0])]
-    return Pictures(source, len(parts) * max(finite), read, name)
+    return Pictures(source, len(parts) * max(map(len, parts)), read, name, parts=tuple(parts))
 
 
 def _array(source: str, images: NDArray[np.uint8], labels: NDArray[np.int64], classes: int) -> Pictures:

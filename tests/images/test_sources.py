@@ -122,9 +122,23 @@ def test_joined_sources_take_turns(tmp_path: Path) -> None:
         photo(tmp_path / f"{number}.png", number)
     pictures = opened(f"{tmp_path},synthetic", labelled=False, per_epoch=4)
     names = [pictures.name(i) for i in range(len(pictures))]
-    assert [Path(name).name for name in names[::2]] == ["0.png", "1.png", "2.png"]
-    assert names[1::2] == ["drawn image 0", "drawn image 1", "drawn image 2"]
+    assert [Path(name).name for name in names[::2]] == ["0.png", "1.png", "2.png", "0.png"]
+    # Few photos are no reason to draw few.
+    assert names[1::2] == [f"drawn image {number}" for number in range(4)]
     assert pictures.read(0)[0].size == (14, 16)
+
+
+@pytest.mark.parametrize("holdout", [64, 0.3])
+def test_no_photo_of_joined_sources_judges_and_trains(tmp_path: Path, holdout: float) -> None:
+    for number in range(5):
+        photo(tmp_path / f"{number}.png", number)
+    training, judged = held_out(opened(f"{tmp_path},synthetic", labelled=False, per_epoch=40), holdout)
+    seen = {training.name(i) for i in range(len(training))}
+    others = {judged.name(i) for i in range(len(judged))}
+    assert seen.isdisjoint(others)
+    photos = {name for name in others if name.endswith(".png")}
+    assert len(photos) == (1 if holdout == 64 else 2)
+    assert len(others - photos) == (32 if holdout == 64 else 12)
 
 
 def idx(folder: Path, prefix: str, count: int) -> None:
