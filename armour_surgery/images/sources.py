@@ -39,7 +39,7 @@ class Pictures:
     """Images by number. `read(i)` gives the picture and its label, `name(i)` what to call it in a message.
 
     `classes` are the names of the labels where they are known, and `by_folder` says that they are those of folders, in
-    their order. `endless` says that every epoch reads new numbers. `parts` are the sources that were mixed, if any were.
+    their order. `endless` says that every epoch reads new numbers. `parts` are sources that were mixed.
     """
 
     source: str

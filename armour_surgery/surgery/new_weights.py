@@ -19,7 +19,7 @@ from armour_surgery.initialize.walk import units_of
 from armour_surgery.measure.fidelity import compare_outputs
 from armour_surgery.records import Fidelity
 from armour_surgery.surgery.calibration_images import CalibrationData
-from armour_surgery.surgery.mlps import params_per_channel, problems_of_mlps
+from armour_surgery.surgery.mlps import parameters_of, params_per_channel, problems_of_mlps
 from armour_surgery.surgery.operation import Prepared
 from armour_surgery.surgery.order import Images, Order
 from armour_surgery.surgery.problems import problems_of
@@ -69,7 +69,7 @@ def choose_weights(
         reported = batches.kept
         if order.steps:
             judged, reported = _halves(batches.kept)
-            if _reconstruct(before, after, problems, data, batches, judged, order.steps):
+            if _reconstruct(before, after, problems, prepared, data, batches, judged, order.steps):
                 results = [replace(result, steps=(*result.steps, "reconstruction")) for result in results]
         return results, compare_outputs(before, after, reported, data.features, data.source)
 
@@ -93,20 +93,24 @@ def _reconstruct(
     before: nn.Module,
     after: nn.Module,
     problems: list[Problem],
+    prepared: Prepared,
     data: CalibrationData,
     batches: Batches,
     judged: list[Tensor],
     steps: int,
 ) -> bool:
-    """Go on by gradient from the closed forms, with the weights of the sites alone; whether it helped."""
-    fqns = [problem.fqn for problem in problems]
+    """Go on by gradient from the closed forms, with the weights of sites and narrowed MLPs alone; whether it helped."""
     weights = []
-    for fqn in fqns:
-        weights += [weight for weight in after.get_submodule(fqn).parameters() if weight.is_floating_point()]
+    for problem in problems:
+        weights += [weight for weight in after.get_submodule(problem.fqn).parameters() if weight.is_floating_point()]
+    for mlp in prepared.mlps:
+        weights += parameters_of(after, mlp.found)
+    changed = {problem.fqn for problem in problems} | {mlp.found.fqn for mlp in prepared.mlps}
+    units = [unit for fqn, unit in _units(before, problems, prepared).items() if fqn in changed]
     first, least = reconstruct(
         before,
         after,
-        units_of(before, fqns),
+        list(dict.fromkeys(units)),
         weights,
         data.fresh(len(batches.sizes)),
         judged,
