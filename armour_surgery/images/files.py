@@ -6,7 +6,10 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-__all__ = ["SUFFIXES", "images_below", "open_image", "pictures_by_folder", "require_file"]
+__all__ = ["APART", "SUFFIXES", "images_below", "is_apart", "open_image", "pictures_by_folder", "require_file"]
+
+# Of so many pictures calibration fits nothing to one, to measure by it; of fewer than that to the last.
+APART = 8
 
 SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm")
@@ -68,3 +71,9 @@ def open_image(path: Path) -> Image.Image:
     require_file(path)
     with Image.open(path) as image:
         return ImageOps.exif_transpose(image)
+
+
+def is_apart(number: int, count: int) -> bool:
+    """Whether calibration sets picture `number` of `count` (0: not known) apart; a single one is not."""
+    period = min(APART, count or APART)
+    return period > 1 and number % period == period - 1

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from armour_surgery.errors import CalibrationError
 from armour_surgery.hosts.preprocessing import Preprocessing
-from armour_surgery.images.files import SUFFIXES, open_image, pictures_by_folder
+from armour_surgery.images.files import SUFFIXES, is_apart, open_image, pictures_by_folder
 from armour_surgery.images.synthetic import synthetic_images
 from armour_surgery.images.timm_datasets import is_timm_dataset, timm_pictures
 from armour_surgery.patching import as_users_draw
@@ -30,9 +30,6 @@ __all__ = ["CalibrationBatches", "calibration_batches"]
 SYNTHETIC = "synthetic"
 # A crop of a photo that was seen before has this share of its area at least.
 SMALLEST_CROP = 0.3
-
-# Of so many pictures one is kept for the batches that nothing is fitted to.
-APART = 8
 
 # Reads one picture; and one pass over all that a source has, each with a number that it keeps from pass to pass, and
 # how many there are (0: not known).
@@ -48,14 +45,10 @@ class _Share(enum.Enum):
     APART = enum.auto()
 
     def has(self, number: int, count: int) -> bool:
-        """Whether picture `number` of `count` (0: not known) belongs to it: every so-many-th is set apart.
-
-        Of fewer pictures than that it is the last; a single one belongs to both.
-        """
-        period = min(APART, count or APART)
-        if self is _Share.ALL or period == 1:
+        """Whether picture `number` of `count` (0: not known) belongs to it; a single one belongs to both."""
+        if self is _Share.ALL or count == 1:
             return True
-        return (number % period == period - 1) is (self is _Share.APART)
+        return is_apart(number, count) is (self is _Share.APART)
 
 
 class CalibrationBatches(Iterator[Tensor]):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from armour_surgery.errors import DataError
-from armour_surgery.images.files import SUFFIXES, images_below, open_image, require_file
+from armour_surgery.images.files import APART, SUFFIXES, images_below, is_apart, open_image, require_file
 from armour_surgery.images.timm_datasets import is_timm_dataset
 
 __all__ = ["Pictures", "Stream", "check_labels", "has_split", "held_out", "open_pictures", "open_stream", "subset"]
@@ -39,7 +39,7 @@ class Pictures:
     """Images by number. `read(i)` gives the picture and its label, `name(i)` what to call it in a message.
 
     `classes` are the names of the labels where they are known, and `by_folder` says that they are those of folders, in
-    their order. `endless` says that every epoch reads new numbers.
+    their order. `endless`: every epoch reads new numbers. `files`: calibration sets some apart. `parts` were mixed.
     """
 
     source: str
@@ -49,6 +49,8 @@ class Pictures:
     classes: tuple[str, ...] = ()
     endless: bool = False
     by_folder: bool = False
+    parts: tuple["Pictures", ...] = ()
+    files: bool = False
 
     def __len__(self) -> int:
         return self.count
@@ -71,17 +73,23 @@ def subset(pictures: Pictures, chosen: Sequence[int]) -> Pictures:
         read=lambda index: pictures.read(chosen[index]),
         name=lambda index: pictures.name(chosen[index]),
         endless=False,
+        parts=(),
+        files=False,
     )
 
 
 def held_out(pictures: Pictures, holdout: float) -> tuple[Pictures, Pictures]:
     """The pictures to train on and those to judge by: `holdout` of them from 1, or that share of them below 1.
 
-    Which ones depends on the data alone, so that every run and every start judges by the same.
+    Which ones depends on the data alone, so that every run and every start judges by the same. Of files, those that
+    calibration sets apart come first: a model that was fitted to the others looks better on them than it is, and what
+    it learns later would seem to harm it. Of mixed sources each gives its share, of files no more than are set apart.
 
     Raises:
         DataError: nothing would be left to train on.
     """
+    if pictures.parts:
+        return _held_out_of_each(pictures, holdout)
     count = math.ceil(holdout * len(pictures)) if holdout < 1 else int(holdout)
     if pictures.endless:
         return pictures, Pictures(
@@ -93,7 +101,21 @@ def held_out(pictures: Pictures, holdout: float) -> tuple[Pictures, Pictures]:
             "none to train on; make it smaller"
         )
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0)).tolist()
+    if pictures.files:
+        order.sort(key=lambda number: not is_apart(number, len(pictures)))
     return subset(pictures, sorted(order[count:])), subset(pictures, sorted(order[:count]))
+
+
+def _held_out_of_each(pictures: Pictures, holdout: float) -> tuple[Pictures, Pictures]:
+    """The same of mixed sources, part by part: one that comes round again must not judge what it trains."""
+    pairs = []
+    for part in pictures.parts:
+        share = holdout if holdout < 1 else math.ceil(holdout / len(pictures.parts))
+        if part.files and share >= 1:
+            share = min(share, max(1, len(part) // APART))
+        pairs.append(held_out(part, share))
+    kept, judging = ([pair[place] for pair in pairs] for place in (0, 1))
+    return _mixed(pictures.source, kept), _mixed(pictures.source, judging)
 
 
 def open_pictures(
@@ -191,7 +213,7 @@ def _synthetic(size: tuple[int, int, int], seed: int, per_epoch: int) -> Picture
 
 
 def _mixed(source: str, parts: list[Pictures]) -> Pictures:
-    """Pictures of all parts in turns; a shorter part comes round again."""
+    """Pictures of all parts in turns; a shorter part comes round again, and drawn ones are as many as an epoch has."""
 
     def place(index: int) -> tuple[Pictures, int]:
         part = parts[index % len(parts)]
@@ -206,8 +228,7 @@ def _mixed(source: str, parts: list[Pictures]) -> Pictures:
         part, inner = place(index)
         return part.name(inner)
 
-    finite = [len(part) for part in parts if not part.endless] or [len(parts[0])]
-    return Pictures(source, len(parts) * max(finite), read, name)
+    return Pictures(source, len(parts) * max(map(len, parts)), read, name, parts=tuple(parts))
 
 
 def _array(source: str, images: NDArray[np.uint8], labels: NDArray[np.int64], classes: int) -> Pictures:
@@ -316,9 +337,8 @@ def _any_folder(root: Path) -> Pictures:
         raise DataError(
             f"no images in {root} or below it (looked for {', '.join(sorted(SUFFIXES))}); name another folder"
         )
-    return Pictures(
-        str(root), len(paths), partial(_read_file, paths, [-1] * len(paths)), lambda index: str(paths[index])
-    )
+    read = partial(_read_file, paths, [-1] * len(paths))
+    return Pictures(str(root), len(paths), read, lambda index: str(paths[index]), files=True)
 
 
 def _labelled_folder(root: Path, classes: tuple[str, ...]) -> Pictures:
@@ -346,7 +366,9 @@ def _labelled_folder(root: Path, classes: tuple[str, ...]) -> Pictures:
     if not paths:
         raise DataError(f"no images in {root} or below it; name another folder")
     read = partial(_read_file, paths, labels)
-    return Pictures(str(root), len(paths), read, lambda index: str(paths[index]), tuple(numbers), by_folder=True)
+    return Pictures(
+        str(root), len(paths), read, lambda index: str(paths[index]), tuple(numbers), by_folder=True, files=True
+    )
 
 
 def _class_folders(root: Path) -> list[str]:

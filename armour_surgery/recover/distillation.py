@@ -17,7 +17,7 @@ from armour_surgery.errors import TeacherError
 from armour_surgery.initialize.reconstruct import cut_gradients
 from armour_surgery.measure.token_error import token_error, token_weights
 from armour_surgery.recover.recipe import LossPart
-from armour_surgery.recover.student import Outputs, Runner, block_of
+from armour_surgery.recover.student import Outputs, Runner, blocks_of
 from armour_surgery.recover.teacher import Teacher
 
 __all__ = ["Objective", "learned_weights", "relative_error", "soft_distillation"]
@@ -64,13 +64,21 @@ def learned_weights(stream: Tensor) -> Tensor | None:
 class Objective(nn.Module):
     """The loss of a student on a batch: `forward(images, targets)` gives its terms, weighted, and their sum.
 
-    `sites` are the names of the converted attention modules; the teacher is asked for the same names.
+    `sites` are the names of the converted attention modules, `mlps` those of narrowed MLPs; the teacher is asked for
+    the same names.
 
     Raises:
         TeacherError: a term needs a teacher and there is none, or the two do not compare.
     """
 
-    def __init__(self, runner: Runner, teacher: Teacher | None, loss: LossPart, sites: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        teacher: Teacher | None,
+        loss: LossPart,
+        sites: Sequence[str] = (),
+        mlps: Sequence[str] = (),
+    ) -> None:
         super().__init__()
         self.runner = runner
         self._loss = loss
@@ -80,11 +88,12 @@ class Objective(nn.Module):
         self._theirs: dict[str, Tensor] = {}
         if loss.needs_teacher and teacher is None:
             raise TeacherError("the recipe distils, and there is no teacher; name one with --teacher")
-        self._attention = list(sites) if loss.attention else []
-        self._blocks = list(dict.fromkeys(map(block_of, sites))) if loss.blocks else []
-        if (loss.attention or loss.blocks) and not sites:
+        self._attention = [*sites, *mlps] if loss.attention else []
+        self._blocks = blocks_of(runner.model, sites, mlps) if loss.blocks else []
+        if (loss.attention or loss.blocks) and not sites and not mlps:
             raise TeacherError(
-                "loss.attention and loss.blocks compare converted attention, and this model has none; set them to 0"
+                "loss.attention and loss.blocks compare what was converted, and in this model nothing was; set them "
+                "to 0"
             )
         self._weights: Tensor | None = None
         self._handles: list[RemovableHandle] = []

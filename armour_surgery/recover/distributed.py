@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from armour_surgery.devices import usable_device
 from armour_surgery.initialize.processes import Processes
-from armour_surgery.recover.student import Runner, block_of
+from armour_surgery.recover.student import Runner, blocks_of
 
 __all__ = ["Process", "distributed", "full", "like", "no_sync", "shard", "share_weights", "wrapped"]
 
@@ -105,17 +105,17 @@ def share_weights(model: nn.Module) -> None:
         processes.share(model)
 
 
-def shard(runner: Runner, sites: Sequence[str]) -> None:
-    """FSDP2: shard every block that holds an attention site (or every child of `blocks`), then the rest."""
+def shard(runner: Runner, sites: Sequence[str], mlps: Sequence[str] = ()) -> None:
+    """FSDP2: shard every block that holds something converted (or every child of `blocks`), then the rest."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     device = next(runner.parameters()).device
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     modules = dict(runner.model.named_modules())
-    names = [block_of(site) for site in sites] or [name for name in modules if name.rpartition(".")[0] == "blocks"]
+    names = blocks_of(runner.model, sites, mlps) or [name for name in modules if name.rpartition(".")[0] == "blocks"]
     # Blocks before the whole: what a block takes is no longer the rest's.
-    for name in dict.fromkeys(names):
+    for name in names:
         if name:
             fully_shard(modules[name], mesh=mesh)
     fully_shard(runner, mesh=mesh)

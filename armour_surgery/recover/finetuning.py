@@ -144,7 +144,8 @@ def finetune(
         judge=_make_judge(judged, prep, recipe, guide, process),
         out=out,
         teacher=guide,
-        sites=_converted(surgery),
+        sites=tuple(site.fqn for site in surgery.sites) if surgery is not None else (),
+        mlps=tuple(mlp.fqn for mlp in surgery.mlps) if surgery is not None else (),
         classes=classes,
     )
     outcome = train(task, process, resume=resume, watch=watch)
@@ -153,13 +154,6 @@ def finetune(
         write_result(kept, out, recipe, outcome, prep, judged_on, _names_to_keep(order, outcome))
     process.wait()
     return Finetuned(outcome, out, judged_on, guide.name if guide is not None else None, order)
-
-
-def _converted(surgery: SurgeryPlan | None) -> tuple[str, ...]:
-    """What was converted, by name: attentions, or MLPs where it was these alone."""
-    if surgery is None:
-        return ()
-    return tuple(site.fqn for site in surgery.sites or surgery.mlps)
 
 
 def _names_to_keep(order: ClassOrder | None, outcome: Outcome) -> tuple[str, ...]:

@@ -34,7 +34,8 @@ class _Part(BaseModel):
 class ModelPart(_Part):
     """What is trained. `mode` and `init` convert MODEL first, unless it is converted already.
 
-    `start: scratch` takes random weights, and `args` for the builder of a timm model.
+    `start: scratch` takes random weights, and `args` for the builder of a timm model. `trainable: converted` leaves
+    everything as it is but converted attentions and narrowed MLPs, `attention` these MLPs too.
     """
 
     start: Literal["weights", "scratch"] = "weights"
@@ -42,7 +43,7 @@ class ModelPart(_Part):
     mode: str | None = None
     init: str = "wq"
     drop_path: float = Field(default=0.0, ge=0, lt=1)
-    trainable: Literal["all", "attention"] = "all"
+    trainable: Literal["all", "converted", "attention"] = "all"
     freeze_norm: bool = False
 
 
@@ -93,9 +94,10 @@ class LossPart(_Part):
     `labels` weighs the cross-entropy with the labels. `logits` weighs what the student's head (`main`, or the
     distillation `token`'s) learns from the teacher's logits: its first choice (`hard`) or all of them (`soft`, at a
     `temperature`, summed and divided by images times classes as `deit` does or by images, `batchmean`). `features`,
-    `attention` and `blocks` weigh relative squared distances to the teacher's final features, attention outputs and
-    block outputs. With `local` no gradient leaves a block by its input: each learns, token by token, to give what the
-    teacher's gives from what it gets, which allows rates a hundred times larger than end to end.
+    `attention` and `blocks` weigh relative squared distances to the teacher's final features, to the outputs of what
+    was converted (attentions and MLPs), and to block outputs. With `local` no gradient leaves a block by its input:
+    each learns, token by token, to give what the teacher's gives from what it gets, which allows rates a hundred times
+    larger than end to end.
     """
 
     labels: float = Field(default=1.0, ge=0)
@@ -272,9 +274,9 @@ class Recipe(_Part):
             raise ValueError("model.init without model.mode: there is nothing to convert; set model.mode=auto")
         if model.args and model.start != "scratch":
             raise ValueError("model.args builds a model anew, so it has no weights; set model.start=scratch")
-        if model.start == "scratch" and model.trainable == "attention":
+        if model.start == "scratch" and model.trainable != "all":
             raise ValueError(
-                "model.start=scratch with model.trainable=attention leaves random weights as they are; set "
+                f"model.start=scratch with model.trainable={model.trainable} leaves random weights as they are; set "
                 "model.trainable=all"
             )
 

@@ -1,7 +1,7 @@
 """One way to run the models of all libraries: images in; logits, final features and what sites compute out."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,7 +16,16 @@ from armour_surgery.calls import run
 from armour_surgery.errors import TeacherError, UsageError
 from armour_surgery.hosts.running import has_no_head
 
-__all__ = ["Outputs", "Runner", "block_of", "evaluating", "freeze_norms", "prepare", "train_only"]
+__all__ = [
+    "Outputs",
+    "Runner",
+    "blocks_of",
+    "evaluating",
+    "freeze_norms",
+    "freeze_rest",
+    "prepare",
+    "train_only",
+]
 
 
 class Outputs(NamedTuple):
@@ -114,9 +123,29 @@ def _heads(raw: Any, both: bool) -> tuple[Tensor | None, Tensor | None]:
     return logits, None
 
 
-def block_of(fqn: str) -> str:
+def _block_of(fqn: str) -> str:
     """The module that a site lies in."""
     return fqn.rpartition(".")[0]
+
+
+def blocks_of(model: nn.Module, sites: Sequence[str], mlps: Sequence[str] = ()) -> list[str]:
+    """The modules that converted attentions and MLPs lie in, in the model's order; of nested ones the outermost.
+
+    An MLP in a list, which nobody calls, is its own block: so is a layer of transformers, whose two projections have
+    no module around them but the layer.
+    """
+    modules = dict(model.named_modules())
+    found = {_block_of(site) for site in sites}
+    for mlp in mlps:
+        around = _block_of(mlp)
+        found.add(mlp if type(modules[around]).forward is nn.Module.forward else around)
+    order = {name: place for place, name in enumerate(modules)}
+    return sorted((name for name in found if not _inside_another(name, found)), key=lambda name: order.get(name, 0))
+
+
+def _inside_another(name: str, others: Iterable[str]) -> bool:
+    """Whether one of those modules holds this one; the empty name is the model's."""
+    return any(other != name and (not other or name.startswith(f"{other}.")) for other in others)
 
 
 def prepare(model: nn.Module, *, token: bool, grad_checkpointing: bool) -> None:
@@ -147,6 +176,24 @@ def train_only(model: nn.Module, fqns: Sequence[str]) -> None:
     below = tuple(f"{fqn}." for fqn in fqns)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(below))
+
+
+def freeze_rest(model: nn.Module, trainable: str, sites: Sequence[str], mlps: Sequence[str]) -> None:
+    """Freeze what a recipe's `model.trainable` leaves as it is; `sites` and `mlps` name what was converted.
+
+    Raises:
+        UsageError: nothing would be left to train.
+    """
+    if trainable == "all":
+        return
+    learning = [*sites, *mlps] if trainable == "converted" else list(sites)
+    if not learning:
+        what = "attention or MLP" if trainable == "converted" else "attention"
+        raise UsageError(
+            f"model.trainable={trainable}: {type(model).__name__} has no converted {what}; set it to "
+            f"{'converted, or to all' if mlps else 'all'}"
+        )
+    train_only(model, learning)
 
 
 def freeze_norms(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from armour_surgery.errors import DataError, DivergedError, InterruptedRunError, UsageError
+from armour_surgery.errors import DataError, DivergedError, InterruptedRunError
 from armour_surgery.images.sources import Pictures, Stream
 from armour_surgery.recover import checkpoint
 from armour_surgery.recover.distillation import Objective
@@ -27,7 +27,7 @@ from armour_surgery.recover.log import RunLog, draw_curves
 from armour_surgery.recover.progress import Best, RunProgress
 from armour_surgery.recover.recipe import Recipe
 from armour_surgery.recover.signals import noted_signals
-from armour_surgery.recover.student import Runner, freeze_norms, prepare, train_only
+from armour_surgery.recover.student import Runner, freeze_norms, freeze_rest, prepare
 from armour_surgery.recover.teacher import Teacher
 from armour_surgery.recover.timm_parts import average_of, clip_gradients, make_mixer, make_optimizer, make_scheduler
 from armour_surgery.recover.workload import check_same_run, count_steps, identity, known_length, make_layout
@@ -45,8 +45,9 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Task:
     """What a run works on: a student, its teacher, training images in a transform, and who judges it.
 
-    `sites` are the names of converted attention modules, `classes` the size of the head (0 without one). `out` gets
-    checkpoints and logs. The student is trained in place; the weights that are kept are in the outcome.
+    `sites` are the names of converted attention modules, `mlps` of narrowed MLPs, `classes` the size of the head (0
+    without one). `out` gets checkpoints and logs. The student is trained in place; the weights that are kept are in
+    the outcome.
     """
 
     student: nn.Module
@@ -57,6 +58,7 @@ class Task:
     out: Path
     teacher: Teacher | None = None
     sites: tuple[str, ...] = ()
+    mlps: tuple[str, ...] = ()
     classes: int = 0
 
 
@@ -120,10 +122,7 @@ class _Run:
 
         token = recipe.loss.logits_head == "token"
         prepare(task.student, token=token, grad_checkpointing=recipe.run.grad_checkpointing)
-        if recipe.model.trainable == "attention":
-            if not task.sites:
-                raise UsageError("model.trainable=attention: this model has no converted attention; set it to all")
-            train_only(task.student, task.sites)
+        freeze_rest(task.student, recipe.model.trainable, task.sites, task.mlps)
         self.runner = Runner(task.student, token).to(process.device)
         if recipe.run.channels_last:
             self.runner.to(memory_format=torch.channels_last)
@@ -133,9 +132,9 @@ class _Run:
         self.average = average_of(self.runner, recipe.ema)
         self.sharded = recipe.run.parallel == "fsdp" and process.world > 1
         if self.sharded:
-            shard(self.runner, task.sites)
+            shard(self.runner, task.sites, task.mlps)
             if self.average is not None:
-                shard(self.average.module, task.sites)
+                shard(self.average.module, task.sites, task.mlps)
         # After sharding, which puts other parameters into the modules.
         self.optimizer = make_optimizer(task.student, recipe.optimizer, recipe.effective_lr)
         self.set_rates = make_scheduler(self.optimizer, recipe.schedule, self.steps_per_epoch)
@@ -143,7 +142,7 @@ class _Run:
         self.mixer = make_mixer(recipe.augment, recipe.loss, task.classes)
         if resume:
             self._resume()
-        objective = Objective(self.runner, task.teacher, recipe.loss, task.sites)
+        objective = Objective(self.runner, task.teacher, recipe.loss, task.sites, task.mlps)
         self.release = objective.release
         # In place and not by torch.compile(module), whose wrapper would put a prefix before every name.
         if recipe.run.compile:

@@ -22,6 +22,7 @@ __all__ = [
     "mlp_plans",
     "narrow_without_images",
     "narrowings_of",
+    "parameters_of",
     "params_per_channel",
     "problems_of_mlps",
     "units_in_order",
@@ -116,10 +117,14 @@ def mlp_plans(model: nn.Module, narrowings: Iterable[Narrowing], results: Sequen
 
 
 def _params(model: nn.Module, found: FoundMlp) -> int:
-    """Parameters of an MLP's projections, and of the norms between them."""
+    return sum(parameter.numel() for parameter in parameters_of(model, found))
+
+
+def parameters_of(model: nn.Module, found: FoundMlp) -> list[nn.Parameter]:
+    """What an MLP's projections, and the norms between them, have for parameters."""
     names = {name for first in found.firsts for name in first.tensors}
     names |= {f"{found.second}.weight", f"{found.second}.bias"}
-    return sum(parameter.numel() for name, parameter in model.named_parameters() if name in names)
+    return [parameter for name, parameter in model.named_parameters() if name in names]
 
 
 def narrowings_of(host: nn.Module, example: dict[str, Tensor], surgery: SurgeryPlan) -> list[Narrowing]:

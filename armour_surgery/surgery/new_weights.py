@@ -21,7 +21,7 @@ from armour_surgery.initialize.walk import units_of
 from armour_surgery.measure.fidelity import compare_outputs
 from armour_surgery.records import Fidelity
 from armour_surgery.surgery.calibration_images import CalibrationData
-from armour_surgery.surgery.mlps import narrow_without_images, params_per_channel, problems_of_mlps
+from armour_surgery.surgery.mlps import narrow_without_images, parameters_of, params_per_channel, problems_of_mlps
 from armour_surgery.surgery.operation import Prepared
 from armour_surgery.surgery.order import Images, Order
 from armour_surgery.surgery.problems import problems_of
@@ -178,18 +178,22 @@ def _units(model: nn.Module, problems: list[Problem]) -> dict[str, str]:
 
 
 def _reconstruct(work: _Calibration, batches: Batches, judged: list[Tensor], steps: int) -> bool:
-    """Go on by gradient from the closed forms, with the weights of the sites alone; whether it helped."""
+    """Go on by gradient from the closed forms, with the weights of sites and narrowed MLPs alone; whether it helped."""
     before, after, data = work.before, work.after, work.data
-    fqns = [problem.fqn for problem in work.problems]
-    blocks = units_of(before, fqns)
+    changed = {problem.fqn for problem in work.problems} | {mlp.found.fqn for mlp in work.prepared.mlps}
+    blocks = list(dict.fromkeys(unit for fqn, unit in work.units.items() if fqn in changed))
     with ExitStack() as stack:
         # All blocks learn at once.
-        for block in dict.fromkeys(work.units.values()):
+        for block in blocks:
             stack.enter_context(work.placement.held(before.get_submodule(block), written=False))
             stack.enter_context(work.placement.held(after.get_submodule(block), written=True))
         weights = []
-        for fqn in fqns:
-            weights += [weight for weight in after.get_submodule(fqn).parameters() if weight.is_floating_point()]
+        for problem in work.problems:
+            weights += [
+                weight for weight in after.get_submodule(problem.fqn).parameters() if weight.is_floating_point()
+            ]
+        for mlp in work.prepared.mlps:
+            weights += parameters_of(after, mlp.found)
         first, least = reconstruct(
             before,
             after,

@@ -122,9 +122,38 @@ def test_joined_sources_take_turns(tmp_path: Path) -> None:
         photo(tmp_path / f"{number}.png", number)
     pictures = opened(f"{tmp_path},synthetic", labelled=False, per_epoch=4)
     names = [pictures.name(i) for i in range(len(pictures))]
-    assert [Path(name).name for name in names[::2]] == ["0.png", "1.png", "2.png"]
-    assert names[1::2] == ["drawn image 0", "drawn image 1", "drawn image 2"]
+    assert [Path(name).name for name in names[::2]] == ["0.png", "1.png", "2.png", "0.png"]
+    # Few photos are no reason to draw few.
+    assert names[1::2] == [f"drawn image {number}" for number in range(4)]
     assert pictures.read(0)[0].size == (14, 16)
+
+
+@pytest.mark.parametrize("holdout", [64, 0.3])
+def test_no_photo_of_joined_sources_judges_and_trains(tmp_path: Path, holdout: float) -> None:
+    for number in range(19):
+        photo(tmp_path / f"{number:02}.png", number)
+    training, judged = held_out(opened(f"{tmp_path},synthetic", labelled=False, per_epoch=40), holdout)
+    seen = {training.name(i) for i in range(len(training))}
+    others = {judged.name(i) for i in range(len(judged))}
+    assert seen.isdisjoint(others)
+    photos = {name for name in others if name.endswith(".png")}
+    assert len(photos) == (2 if holdout == 64 else 6)
+    assert len(others - photos) == (32 if holdout == 64 else 12)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_photos_that_calibration_is_not_fitted_to_judge_first(tmp_path: Path, labelled: bool) -> None:
+    for number in range(19):
+        photo(tmp_path / "ant" / f"{number:02}.png", number)
+    pictures = opened(tmp_path, labelled=labelled)
+    judged = {Path(name).stem for name in map(held_out(pictures, 2)[1].name, range(2))}
+    assert judged == {"07", "15"}
+    more = held_out(pictures, 5)[1]
+    assert {"07", "15"} < {Path(more.name(index)).stem for index in range(5)}
+    # Those are what calibration shows apart: its second batch here.
+    apart = list(calibration_batches(str(tmp_path), PREP, images=4, batch_size=2, apart=2))[1]
+    wanted = torch.stack([PREP.tensor(pictures.read(index)[0]) for index in (7, 15)])
+    assert all(any(torch.equal(one, other) for other in wanted) for one in apart)
 
 
 def idx(folder: Path, prefix: str, count: int) -> None:

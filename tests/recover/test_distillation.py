@@ -94,6 +94,30 @@ def test_blocks_that_learn_alone_send_no_gradient_to_each_other() -> None:
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in student.modules())
 
 
+def test_a_block_learns_where_only_its_mlp_was_narrowed() -> None:
+    student, teacher = armour(), case("vit").build()
+    images = torch.randn(3, 3, 32, 32)
+    narrowed = student.get_parameter("blocks.1.mlp.fc2.weight")
+
+    def gradient(mlps: tuple[str, ...]) -> torch.Tensor | None:
+        objective = Objective(
+            Runner(student).eval(),
+            Teacher(teacher),
+            LossPart(labels=0, blocks=1.0, local=True),
+            ["blocks.0.attn"],
+            mlps,
+        )
+        value = objective(images, images)["loss"]
+        found: torch.Tensor | None = torch.autograd.grad(value, narrowed, allow_unused=True)[0]
+        objective.release()
+        return found
+
+    assert gradient(()) is None
+    found = gradient(("blocks.1.mlp",))
+    assert found is not None
+    assert found.norm() > 0
+
+
 def test_learned_tokens_of_the_first_block_weigh_three_tenths_of_the_others() -> None:
     stream = torch.randn(3, 11, 4)
     assert learned_weights(stream) is None

@@ -48,7 +48,7 @@ def test_teachers_that_do_not_fit_are_refused() -> None:
     assert "11 classes and the student 7" in refused(LossPart(logits=1.0), other)
     assert "features are" in refused(LossPart(labels=0, features=1.0), other)
     assert "no module 'blocks.1.attn'" in refused(LossPart(labels=0, attention=1.0), other)
-    assert "has none" in refused(LossPart(labels=0, attention=1.0), other, ())
+    assert "in this model nothing was; set them to 0" in refused(LossPart(labels=0, attention=1.0), other, ())
     headless = case("vit").build()
     headless.reset_classifier(0)  # type: ignore[operator]
     assert "gives no logits" in refused(LossPart(logits=1.0), headless)

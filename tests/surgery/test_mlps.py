@@ -14,6 +14,7 @@ from armour_surgery import convert, deploy, export, load, save, sensitivities
 from armour_surgery.copies import full_copy
 from armour_surgery.discover.mlps import find_mlps
 from armour_surgery.errors import NothingToConvertError, PatternError, SchemaError, UsageError
+from armour_surgery.initialize import reconstruct
 from armour_surgery.measure.cost import count_params
 from armour_surgery.notes import ArmourWarning
 from armour_surgery.rewrite.edits import apply_edits, tensor_named
@@ -227,3 +228,27 @@ def test_a_plan_that_does_not_fit_is_refused(
     start, _, end = text.partition('"mlps"')
     path.write_text(f'{start}"mlps"{end.replace(old, new, 1)}', encoding="utf-8")
     assert told in refused(SchemaError, lambda: load(tmp_path / "out"))
+
+
+def test_steps_by_gradient_move_narrowed_mlps_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def spied(before: nn.Module, after: nn.Module, units: list[str], weights: list[nn.Parameter], *rest: Any) -> Any:
+        start = [weight.detach().clone() for weight in weights]
+        first, least = reconstruct(before, after, units, weights, *rest)
+        moved = [not torch.equal(weight, value) for weight, value in zip(weights, start, strict=True)]
+        names = {id(weight): name for name, weight in after.named_parameters()}
+        seen.update(units=units, names=[names[id(weight)] for weight in weights], moved=moved, better=least < first)
+        return first, least
+
+    monkeypatch.setattr("armour_surgery.surgery.new_weights.reconstruct", spied)
+    _, armour = _narrowed("vit", "-8%", include="*.mlp", reconstruct=4)
+    mlps = surgery_of(armour).mlps
+    assert mlps
+    assert seen["units"] == [mlp.fqn.rpartition(".")[0] for mlp in mlps]
+    assert sorted(seen["names"]) == sorted(
+        f"{mlp.fqn}.{layer}.{kind}" for mlp in mlps for layer in ("fc1", "fc2") for kind in ("weight", "bias")
+    )
+    # Worse weights are not kept, and then nothing is said to have moved.
+    assert all(moved == seen["better"] for moved in seen["moved"])
+    assert all(("reconstruction" in mlp.steps) == seen["better"] for mlp in mlps)
