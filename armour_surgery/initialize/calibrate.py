@@ -10,6 +10,7 @@ from armour_surgery.errors import CalibrationError
 from armour_surgery.initialize.batches import HELD_OUT, Batches
 from armour_surgery.initialize.block import Block
 from armour_surgery.initialize.hidden import MlpProblem, narrow
+from armour_surgery.initialize.output_metric import IMAGES, ErrorMoment, error_moments
 from armour_surgery.initialize.problem import Problem
 from armour_surgery.initialize.site import Site, SiteResult
 from armour_surgery.initialize.stream import learned_tokens
@@ -29,6 +30,7 @@ def calibrate(
     units: Mapping[str, str],
     batches: Iterable[Tensor],
     call: Callable[[nn.Module, Tensor], Any],
+    features: Callable[[nn.Module, Tensor], Tensor],
     done: Callable[[str], None],
     *,
     alone: bool,
@@ -37,8 +39,9 @@ def calibrate(
 
     Both models must be in eval mode and in float32 or float64. `problems` are the sites; `mlps` get fewer hidden
     channels, chosen in the stream as it then is; `units` names the part of the model that each of all these is in, in
-    the order in which they run. `call(model, batch)` runs a model, `done(fqn)` is told of every finished site. Labels
-    play no part. With `alone` every site gets what it gets in the original, as if no other were converted.
+    the order in which they run. `call(model, batch)` runs a model, `features(model, batch)` gives its final features
+    `[B, ..., C]`, and `done(fqn)` is told of every finished site. Labels play no part. With `alone` every site gets
+    what it gets in the original, as if no other were converted.
 
     Returns the sites' results, those of MLPs among them, and the batches; these have kept some of the held-out images,
     at most 64, for a report.
@@ -55,13 +58,16 @@ def calibrate(
     before, after = Walk(original, list(parts), call), Walk(converted, list(parts), call)
     store = Store()
     try:
-        data = _first_pass(before, after, batches, store)
+        data, first = _first_pass(before, after, batches, store)
+        errors = error_moments(original, _outputs(original, problems), first, features, data.weights)
         results: list[SiteResult] = []
         for number, (attention, hidden) in enumerate(parts.values()):
             block = Block(before, after, number, attention[0] if attention else None, data, store)
             block.find_branches()
             block.run_original()
-            solved = [Site(block, problem).solve(alone) for problem in attention]
+            solved = [
+                Site(block, problem, errors.get(problem.fqn, ErrorMoment())).solve(alone) for problem in attention
+            ]
             solved += [narrow(block, mlp, alone) for mlp in hidden]
             if block.finish(alone):
                 solved = [replace(result, steps=(*result.steps, "last layer")) for result in solved]
@@ -73,13 +79,27 @@ def calibrate(
         store.close()
 
 
-def _first_pass(before: Walk, after: Walk, batches: Iterable[Tensor], store: Store) -> Batches:
+def _outputs(original: nn.Module, problems: Sequence[Problem]) -> dict[str, Tensor]:
+    """The weights of the sites' output projections, where they have one."""
+    return {
+        problem.fqn: original.get_submodule(problem.fqn).get_parameter(problem.out.weight)
+        for problem in problems
+        if problem.out is not None
+    }
+
+
+def _first_pass(before: Walk, after: Walk, batches: Iterable[Tensor], store: Store) -> tuple[Batches, list[Tensor]]:
+    """Store what the first unit gets; returns the batches, and the first images of those that are fitted to."""
+    first: list[tuple[int, Tensor]] = []
     sizes: list[int] = []
     images: dict[int, Tensor] = {}
     kept: list[Tensor] = []
     for index, batch in enumerate(batches):
         if index % HELD_OUT == HELD_OUT - 1 and sum(map(len, kept)) < _REPORTED:
             kept.append(batch)
+        room = IMAGES - sum(len(some) for _, some in first)
+        if index % HELD_OUT != HELD_OUT - 1 and room > 0:
+            first.append((index, batch[:room]))
         last = batch
         if len(batch) not in images:
             images[len(batch)] = batch
@@ -95,4 +115,4 @@ def _first_pass(before: Walk, after: Walk, batches: Iterable[Tensor], store: Sto
     data = Batches(sizes, images)
     data.kept = kept or [last]
     data.learned = learned_tokens(before, images[sizes[0]], store["original", 0])
-    return data
+    return data, [some for index, some in first if not data.held_out[index]]

@@ -159,7 +159,11 @@ def _calibrated(
 ) -> tuple[list[SiteResult], Batches]:
     """Calibrate what was prepared, on the images once."""
     units, mlps = _units(before, problems, prepared), problems_of_mlps(prepared.mlps)
-    return calibrate(before, after, problems, mlps, units, data.batches(), data.call, done, alone=alone)
+
+    def features(model: nn.Module, batch: Tensor) -> Tensor:
+        return data.features(model, batch)[0]
+
+    return calibrate(before, after, problems, mlps, units, data.batches(), data.call, features, done, alone=alone)
 
 
 def _units(model: nn.Module, problems: list[Problem], prepared: Prepared) -> dict[str, str]:
