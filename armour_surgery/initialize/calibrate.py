@@ -11,6 +11,7 @@ from armour_surgery.errors import CalibrationError
 from armour_surgery.initialize.batches import HELD_OUT, Batches
 from armour_surgery.initialize.block import Block
 from armour_surgery.initialize.hidden import MlpProblem, narrow
+from armour_surgery.initialize.output_metric import IMAGES, ErrorMoment, error_moments
 from armour_surgery.initialize.placement import Placement
 from armour_surgery.initialize.problem import Problem
 from armour_surgery.initialize.processes import Processes
@@ -66,14 +67,23 @@ def calibrate(
     before, after = Walk(original, list(parts), call), Walk(converted, list(parts), call)
     store = Store()
     try:
-        data = _first_pass(before, after, batches, store, processes)
+        data, first = _first_pass(before, after, batches, store, processes)
         with torch.no_grad():
             data.wanted = [features(original, batch) for batch in data.kept]
+        with placement.differentiable():
+            errors = error_moments(
+                original,
+                _outputs(original, problems),
+                first,
+                lambda model, batch: features(model, batch)[0],
+                data.weights,
+                processes,
+            )
         results: list[SiteResult] = []
         for number, (attention, hidden) in enumerate(parts.values()):
             with placement.held(before.unit(number), written=False), placement.held(after.unit(number), written=True):
                 block = Block(before, after, number, attention[0] if attention else None, data, store, placement)
-                solved = _solved(block, attention, hidden, alone)
+                solved = _solved(block, attention, errors, hidden, alone)
                 processes.share(after.unit(number))
             results += solved
             for result in solved:
@@ -85,24 +95,46 @@ def calibrate(
         store.close()
 
 
-def _solved(block: Block, attention: list[Problem], hidden: list[MlpProblem], alone: bool) -> list[SiteResult]:
+def _solved(
+    block: Block,
+    attention: list[Problem],
+    errors: Mapping[str, ErrorMoment],
+    hidden: list[MlpProblem],
+    alone: bool,
+) -> list[SiteResult]:
     """What became of all that is in a block, which has its weights then."""
     block.find_branches()
     block.run_original()
-    solved = [Site(block, problem).solve(alone) for problem in attention]
+    solved = [Site(block, problem, errors.get(problem.fqn, ErrorMoment())).solve(alone) for problem in attention]
     solved += [narrow(block, mlp, alone) for mlp in hidden]
     if block.finish(alone):
         solved = [replace(result, steps=(*result.steps, "last layer")) for result in solved]
     return solved
 
 
-def _first_pass(before: Walk, after: Walk, batches: Iterable[Tensor], store: Store, processes: Processes) -> Batches:
+def _outputs(original: nn.Module, problems: Sequence[Problem]) -> dict[str, Tensor]:
+    """The weights of the sites' output projections, where they have one."""
+    return {
+        problem.fqn: original.get_submodule(problem.fqn).get_parameter(problem.out.weight)
+        for problem in problems
+        if problem.out is not None
+    }
+
+
+def _first_pass(
+    before: Walk, after: Walk, batches: Iterable[Tensor], store: Store, processes: Processes
+) -> tuple[Batches, list[Tensor]]:
+    """Store what the first unit gets; returns the batches, and the first images of those that are fitted to."""
+    first: list[tuple[int, Tensor]] = []
     sizes: list[int] = []
     images: dict[int, Tensor] = {}
     kept: list[Tensor] = []
     for index, batch in enumerate(batches):
         if index % HELD_OUT == HELD_OUT - 1 and sum(map(len, kept)) < _REPORTED:
             kept.append(batch)
+        room = IMAGES - sum(len(some) for _, some in first)
+        if index % HELD_OUT != HELD_OUT - 1 and room > 0:
+            first.append((index, batch[:room]))
         last = batch
         if len(batch) not in images:
             images[len(batch)] = batch
@@ -125,4 +157,4 @@ def _first_pass(before: Walk, after: Walk, batches: Iterable[Tensor], store: Sto
     data.kept = kept or [last]
     own = images[sizes[data.first]]
     data.learned = processes.first(learned_tokens(before, own, store["original", data.first]))
-    return data
+    return data, [some for index, some in first if not data.held_out[index]]

@@ -8,6 +8,7 @@ is a block or two, whatever the model's size.
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +102,29 @@ class Placement:
                 if name in kinds:
                     tensor.data = tensor.data.to(*kinds[name])
 
+    @contextmanager
+    def differentiable(self) -> Iterator[None]:
+        """Inside, gradients can be taken through parts that have gone home: what they need of them comes again."""
+        if not self.moves:
+            yield
+            return
+
+        def pack(saved: Tensor) -> Any:
+            place = saved.untyped_storage().data_ptr()
+            for home in self._away.values():
+                if home.tensor.untyped_storage().data_ptr() == place:
+                    return home.tensor, saved.size(), saved.stride(), saved.storage_offset()
+            return saved
+
+        def unpack(packed: Any) -> Tensor:
+            if isinstance(packed, Tensor):
+                return packed
+            tensor, size, stride, offset = packed
+            return self._there(tensor).as_strided(size, stride, offset)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+
     def forget(self, module: nn.Module, others: Iterable[nn.Module]) -> None:
         """Let go of the numbers of a module that will not be run again, but for those that `others` hold too."""
         kept: set[int] = set()
@@ -123,10 +147,14 @@ class Placement:
         for tensor in tensors:
             if id(tensor) in self._away:
                 continue
-            inexact = tensor.is_floating_point() and tensor.dtype not in EXACT
-            there = tensor.data.to(self.device, torch.float32 if inexact else tensor.dtype, copy=copies)
+            there = self._there(tensor, copies)
             self._away[id(tensor)] = _Home(tensor, tensor.data)
             tensor.data = there
+
+    def _there(self, tensor: Tensor, copies: bool = False) -> Tensor:
+        """What a tensor holds, on the device and in an exact type."""
+        inexact = tensor.is_floating_point() and tensor.dtype not in EXACT
+        return tensor.data.to(self.device, torch.float32 if inexact else tensor.dtype, copy=copies)
 
     def _send_home(self, tensors: Iterable[Tensor], written: bool = False) -> None:
         for tensor in tensors:

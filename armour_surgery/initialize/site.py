@@ -6,7 +6,7 @@ do not.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from armour_surgery.errors import CalibrationError
 from armour_surgery.initialize.block import Block, refuse_not_finite
 from armour_surgery.initialize.closed_form import Head, loss, rank_losses
 from armour_surgery.initialize.moments import Moments, Regression
+from armour_surgery.initialize.output_metric import ErrorMoment
 from armour_surgery.initialize.problem import (
     Problem,
     candidates,
@@ -52,13 +53,16 @@ class SiteResult:
 
 
 class Site:
-    """One site's calibration."""
+    """One site's calibration. `errors` says how much those of its output count."""
 
-    def __init__(self, block: Block, problem: Problem) -> None:
+    def __init__(self, block: Block, problem: Problem, errors: ErrorMoment) -> None:
         self.block, self.problem = block, problem
         self.data, self.store = block.data, block.store
         self.old = block.before.model.get_submodule(problem.fqn)
         self.new = block.after.model.get_submodule(problem.fqn)
+        scale = torch.ones(0) if problem.out is None else _after_product(self.old, problem.out)[0]
+        # Errors of the output count as if it were multiplied by this, which is divided out again.
+        self.root = errors.root(scale)
         self.steps: list[str] = []
 
     def solve(self, alone: bool) -> SiteResult:
@@ -69,9 +73,11 @@ class Site:
         metrics = queries.metric(biases), keys.metric(biases)
         old = read_head(self.old, self.problem)
         fitted = old if biases else without_biases(old)
-        solutions = heads = candidates(self.problem, fitted, *metrics)
+        counted = replace(fitted, out=fitted.out @ self.root)
+        solutions = candidates(self.problem, counted, *metrics)
+        heads = {name: replace(head, out=_divided(head.out, self.root)) for name, head in solutions.items()}
         if not biases:
-            heads = {name: with_biases(self.problem, head, old) for name, head in solutions.items()}
+            heads = {name: with_biases(self.problem, head, old) for name, head in heads.items()}
         out = self.problem.narrow_out
         name = self._best(heads, out, moments)
         self.steps.append(name)
@@ -80,8 +86,8 @@ class Site:
             error = self._fit_output(heads[name], out)
         else:
             # Nothing in the site shows what an error comes to, so that of logits and values stands for it.
-            error = loss(solutions[name], fitted, *metrics, tokens=self.problem.of_values(*metrics)) / 2
-        ranks = tuple(rank_losses(fitted, *metrics).tolist()) if alone and self.problem.joint else ()
+            error = loss(solutions[name], counted, *metrics, tokens=self.problem.of_values(*metrics)) / 2
+        ranks = tuple(rank_losses(counted, *metrics).tolist()) if alone and self.problem.joint else ()
         refuse_not_finite(torch.tensor(error), self.problem.fqn, "gives")
         return SiteResult(self.problem.fqn, error**0.5, tuple(self.steps), ranks)
 
@@ -129,12 +135,13 @@ class Site:
         present = head.out.flatten(0, 1)
         if biases:
             present = torch.cat([present, read_output(self.new, out)[1][None]])
-        regression = Regression(present, biases)
+        regression = Regression(present @ self.root, biases)
         for index, image, held in batches:
             target = tokens(self.store["result", index], weight) * scale.to(weight) + shift.to(weight)
             correction = self._correction(index, target.shape, scale)
             if correction is not None:
                 target = target + correction
+            target = target @ self.root.to(target)
 
             def tap(source: Tensor, _: Any, target: Tensor = target, held: bool = held) -> Tensor:
                 inputs = tokens(source, weight)[..., order]
@@ -164,10 +171,17 @@ class Site:
         solution, error = regression.solve()
         if solution is not regression.present:
             self.steps.append("output projection")
+        solution = _divided(solution, self.root)
         offset = solution[-1] if regression.biases else torch.zeros(solution.shape[1], dtype=torch.float64)
         matrix = solution[: head.out.shape[0] * head.out.shape[1]].reshape(head.out.shape)
         write_output(self.new, out, matrix, offset, regression.moment)
         return error
+
+
+def _divided(out: Tensor, root: Tensor) -> Tensor:
+    """`out [..., E]` times the inverse of `root [E, E]`."""
+    divided: Tensor = torch.linalg.solve(root, out.flatten(0, -2), left=False)
+    return divided.reshape(out.shape)
 
 
 def _moment_taps(watched: dict[Tensor, Moments], size: int) -> dict[Tensor, Tap]:

@@ -33,8 +33,7 @@ class Taps(TorchFunctionMode):
 
     def __init__(self, taps: dict[Tensor, Tap]) -> None:
         super().__init__()
-        # By where its numbers begin: a host may apply a slice of a parameter, which is another object at every call.
-        self._taps = {weight.data_ptr(): tap for weight, tap in taps.items()}
+        self._taps = list(taps.items())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -43,11 +42,17 @@ class Taps(TorchFunctionMode):
                 return _attention_in_steps(*args, **kwargs)
         if func in _PRODUCTS:
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
-            tap = self._taps.get(weight.data_ptr()) if isinstance(weight, Tensor) else None
+            tap = self._tap_of(weight) if isinstance(weight, Tensor) else None
             if tap is not None:
                 source = args[0] if args else kwargs["input"]
                 return tap(source, lambda: func(*args, **kwargs))
         return func(*args, **kwargs)
+
+    def _tap_of(self, weight: Tensor) -> Tap | None:
+        # By where its numbers begin: a host may apply a slice of a parameter, which is another object at every call.
+        # And by where they are now, since a weight may come and go (`placement.py`).
+        place = weight.data_ptr()
+        return next((tap for watched, tap in self._taps if watched.data_ptr() == place), None)
 
 
 def tokens(tensor: Tensor, weight: Tensor) -> Tensor:

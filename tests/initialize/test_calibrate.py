@@ -52,7 +52,11 @@ def test_residuals_do_not_depend_on_how_images_are_cut_into_batches() -> None:
     # The same images, or nearly so.
     for few, one in (([4, 4], [1] * 8), ([8] * 8, [63, 1])):
         wanted, got = calibrated(model, *few), calibrated(model, *one)
-        assert wanted.sites[0].residual == pytest.approx(got.sites[0].residual, rel=0.5)
+        # One image judges where batches have one, and images differ.
+        first, second = wanted.sites[0].residual, got.sites[0].residual
+        assert first is not None
+        assert second is not None
+        assert 0.5 < first / second < 2
         assert got.fidelity is not None
         assert got.fidelity.images == 1
         assert got.fidelity.cosine > 0.99

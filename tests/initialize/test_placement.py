@@ -16,6 +16,7 @@ from torch import nn
 from armour_surgery import convert
 from armour_surgery.copies import sharing_copy
 from armour_surgery.errors import CalibrationError
+from armour_surgery.initialize.output_metric import error_moments
 from armour_surgery.initialize.placement import Placement
 from armour_surgery.surgery.perform import surgery_of
 
@@ -81,6 +82,27 @@ def test_new_tensors_come_home_as_those_of_their_name_were() -> None:
         assert torch.equal(model(images()[0]), model(images()[0]))
     assert types_of(model, "") == {HALF}
     assert block.mlp.fc2.weight.shape[1] == 8
+
+
+def test_gradients_go_through_blocks_that_have_gone_home() -> None:
+    model = vit(depth=3).to(HALF)
+    whole = copy.deepcopy(model).float()
+    placement = Placement(torch.device("cpu"), moves=True)
+
+    def moments(of: nn.Module) -> dict[str, torch.Tensor]:
+        outputs = {name: of.get_submodule(name).attn.proj.weight for name in BLOCKS}
+        found = error_moments(
+            of, outputs, images()[:2], lambda model, batch: model.forward_features(batch), lambda _: None
+        )
+        return {name: one.total for name, one in found.items()}
+
+    with placement.attached(model, BLOCKS), placement.differentiable():
+        got = moments(model)
+    wanted = moments(whole)
+    assert got.keys() == wanted.keys() == set(BLOCKS)
+    for name in BLOCKS:
+        assert torch.allclose(got[name], wanted[name], rtol=1e-4, atol=1e-6 * float(wanted[name].abs().max())), name
+    assert types_of(model, "") == {HALF}
 
 
 def test_a_block_that_is_forgotten_keeps_its_shapes_and_no_memory() -> None:

@@ -1,0 +1,86 @@
+"""Errors of an output count by what they do to the final features, and all alike where that cannot be told."""
+
+import importlib
+from collections.abc import Callable
+from unittest.mock import patch
+
+import torch
+from small_models import vit
+from torch import Tensor, nn
+
+from armour_surgery import convert
+from armour_surgery.initialize.output_metric import ErrorMoment, error_moments
+
+# `armour_surgery.initialize.calibrate` is the function.
+CALIBRATE = importlib.import_module("armour_surgery.initialize.calibrate")
+
+
+class HalfRead(nn.Module):
+    """A projection to 6 channels, of which the features are the first 3, the first one ten times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(5, 6, dtype=torch.float64)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.out(images.flatten(2).mT)
+        tokens += 1.0  # in place, as hosts add to their streams
+        return tokens[..., :3] * torch.tensor([10.0, 1.0, 1.0], dtype=torch.float64)
+
+
+def features(model: nn.Module, image: Tensor) -> Tensor:
+    # Long besides what is looked at, so that making it one long changes little.
+    found = model(image)
+    return torch.cat([found, torch.full_like(found[..., :1], 1e4)], dim=-1)
+
+
+def moments(model: HalfRead, features: Callable[[nn.Module, Tensor], Tensor] = features) -> dict[str, ErrorMoment]:
+    images = torch.randn(40, 5, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return error_moments(model, {"site": model.out.weight}, images.split(8), features, lambda _: None)
+
+
+def test_what_is_not_read_counts_least_and_what_is_multiplied_most() -> None:
+    found = moments(HalfRead())["site"]
+    assert found.count == 4 * 40 * 16
+    size = found.total.diagonal() / found.total[1, 1]
+    assert torch.allclose(size, torch.tensor([100.0, 1, 1, 0, 0, 0], dtype=torch.float64), rtol=0.1)
+    root = found.root(torch.ones(6, dtype=torch.float64))
+    counts = (root @ root.mT).diagonal()
+    assert counts[0] > 50 * counts[1] > 50 * counts[3] > 0
+    # What follows the product makes errors larger, so that they count as much at a tenth of the size.
+    scale = torch.tensor([10.0, 1, 1, 1, 1, 1], dtype=torch.float64)
+    scaled = found.root(scale)
+    assert torch.isclose((scaled @ scaled.mT)[0, 0] / (scaled @ scaled.mT)[1, 1], torch.tensor(1.0).double(), rtol=0.1)
+
+
+def test_frozen_parameters_make_no_difference() -> None:
+    model = HalfRead()
+    wanted = moments(model)["site"].total
+    assert torch.equal(moments(model.requires_grad_(False))["site"].total, wanted)
+    assert model.out.weight.grad is None
+
+
+def test_what_has_no_gradient_counts_alike() -> None:
+    assert moments(HalfRead(), lambda model, image: features(model, image).detach()) == {}
+    assert moments(HalfRead(), lambda model, image: features(model, image) * float("nan")) == {}
+    assert moments(HalfRead(), lambda model, image: features(model, image) * 0 + 1) == {}
+    root = ErrorMoment().root(torch.full((3,), 2.0))
+    assert torch.equal(root, torch.eye(3, dtype=torch.float64))
+
+
+def test_what_later_layers_do_not_read_is_given_up_first() -> None:
+    torch.manual_seed(0)
+    model = vit(depth=2)
+    for norm in (model.blocks[0].norm2, model.blocks[1].norm1, model.blocks[1].norm2, model.norm):
+        norm.weight.data[::2] = 0
+    images = torch.randn(96, 3, 32, 32).split(8)
+
+    def loss() -> float:
+        converted = convert(model, "qv", init="calibrated", rank=4, calibration=images)
+        return 1 - converted.surgery.fidelity.cosine
+
+    by_metric = loss()
+    with patch.object(CALIBRATE, "error_moments", lambda *_: {}):
+        alike = loss()
+    print(by_metric, alike)
+    assert by_metric < 0.8 * alike
