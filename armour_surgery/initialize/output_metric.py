@@ -35,9 +35,8 @@ class ErrorMoment:
     count: int = 0
 
     def add(self, rows: Tensor) -> None:
-        """Take in gradients `[n, E]`."""
-        rows = rows.double()
-        self.total = self.total + (rows.mT @ rows).cpu()
+        """Take in gradients `[n, E]`. Products are made in their own precision and summed in float64."""
+        self.total = self.total + (rows.mT @ rows).double().cpu()
         self.count += len(rows)
 
     def root(self, scale: Tensor) -> Tensor:
@@ -50,9 +49,12 @@ class ErrorMoment:
             return torch.eye(len(scale), dtype=torch.float64)
         inverse = inverse_gain(scale)
         seen = inverse[:, None] * self.total * inverse
-        seen = seen / seen.diagonal().mean()
+        size = seen.diagonal().mean()
+        identity = torch.eye(len(seen), dtype=torch.float64)
+        if not bool(size > 0):  # what is read has next to no scale
+            return identity
         alike = len(seen) / (self.count + len(seen))
-        values, basis = torch.linalg.eigh((1 - alike) * seen + alike * torch.eye(len(seen), dtype=seen.dtype))
+        values, basis = torch.linalg.eigh((1 - alike) / size * seen + alike * identity)
         root: Tensor = basis * values.sqrt()
         return root
 

@@ -64,8 +64,11 @@ def test_what_has_no_gradient_counts_alike() -> None:
     assert moments(HalfRead(), lambda model, image: features(model, image).detach()) == {}
     assert moments(HalfRead(), lambda model, image: features(model, image) * float("nan")) == {}
     assert moments(HalfRead(), lambda model, image: features(model, image) * 0 + 1) == {}
-    root = ErrorMoment().root(torch.full((3,), 2.0))
-    assert torch.equal(root, torch.eye(3, dtype=torch.float64))
+    identity = torch.eye(3, dtype=torch.float64)
+    assert torch.equal(ErrorMoment().root(torch.full((3,), 2.0)), identity)
+    found = ErrorMoment()
+    found.add(torch.tensor([[1.0, 0.0, 0.0]]))
+    assert torch.equal(found.root(torch.tensor([0.0, 1.0, 1.0])), identity)
 
 
 def test_what_later_layers_do_not_read_is_given_up_first() -> None:
