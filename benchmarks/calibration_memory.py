@@ -1,8 +1,9 @@
-"""What calibrating a large model takes in memory beyond its weights: `convert(..., inplace=True)` block by block.
+r"""What calibrating a large model takes in memory beyond its weights: `convert(..., inplace=True)` block by block.
 
     python benchmarks/calibration_memory.py --blocks 4                         # ViT-g, float32
     python benchmarks/calibration_memory.py --blocks 4 --dtype bfloat16
-    python benchmarks/calibration_memory.py --model vit_7b_patch16_dinov3 --dtype bfloat16 --depth 4 --blocks 1
+    python benchmarks/calibration_memory.py --model vit_7b_patch16_dinov3 --dtype bfloat16 --depth 4 --blocks 1 \
+        --images 96
 
 Weights are random, since only sizes matter here; images are drawn. With `--blocks` only the first so many blocks are
 converted, and with `--depth` the model has fewer: every block takes what the first one takes. The peak is that of the
