@@ -104,6 +104,7 @@ def test_the_signature_of_convert() -> None:
     assert set(parameters) - set(CONTRACT) <= {
         "calibration",
         "calibration_images",
+        "gauge",
         "max_loss",
         "measured",
         "mlp",
