@@ -107,9 +107,21 @@ def rounding(options: argparse.Namespace) -> dict[str, Any]:
         "conditions_one_by_one": [
             site.gauge.condition for site in surgery_of(models["fixed, channels one by one"]).sites if site.gauge
         ],
+        "conditions_of_keys": conditions_of_keys(original),
         "images": options.images,
         "test_crops": options.test_crops,
     }
+
+
+def conditions_of_keys(original: nn.Module) -> list[float]:
+    """What the best blocks would be like if K, the other projection of `qv`, got the identity; without images."""
+    conditions = []
+    for block in convert(original, "qv", init="joint-svd").blocks:
+        weight = block.attn.qkv.weight.detach().double()
+        keys = weight[weight.shape[1] :].reshape(block.attn.num_heads, -1, weight.shape[1]).mT
+        starts = range(0, keys.shape[1] - keys.shape[2] + 1, 8)
+        conditions.append(min(float(torch.linalg.cond(keys[:, a : a + keys.shape[2]]).max()) for a in starts))
+    return conditions
 
 
 def images_of(options: argparse.Namespace) -> tuple[tuple[str, int], tuple[str, int]]:
@@ -276,9 +288,13 @@ def write_rounding(found: dict[str, Any]) -> list[str]:
     for row in found["rows"]:
         class_token, patches = row["cosines"]
         lines.append(f"| {row['model']} | {row['type']} | {row['error']:.2e} | {class_token:.5f} | {patches:.5f} |")
-    for name in ("conditions", "conditions_one_by_one"):
-        shown = ", ".join(f"{number:,.0f}" for number in found[name])
-        lines += ["", f"Condition numbers, block by block{', one by one' if 'one' in name else ''}: {shown}."]
+    conditions = {
+        "conditions": "Condition numbers, block by block",
+        "conditions_one_by_one": "The same for channels chosen one by one",
+        "conditions_of_keys": "The same for the best blocks of K, after `joint-svd`",
+    }
+    for name, what in conditions.items():
+        lines += ["", f"{what}: {', '.join(f'{number:,.0f}' for number in found[name])}."]
     return lines
 
 
