@@ -20,6 +20,8 @@ Three parts, each of which can be run alone and leaves the others in the file as
 import argparse
 import copy
 import json
+import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,11 +34,12 @@ from dinov2_weights import timm_model
 from feature_quality import cosines, final_tokens
 from torch import Tensor, nn
 
-from armour_surgery import benchmark, convert, plan
+from armour_surgery import benchmark, convert, export, plan
 from armour_surgery.benchmarking.environment import environment
 from armour_surgery.benchmarking.speed import keep_memory
 from armour_surgery.exporting.stock import as_stock
 from armour_surgery.hosts.preprocessing import preprocessing
+from armour_surgery.notes import ArmourWarning
 from armour_surgery.rewrite.fixed import FixedProjection
 from armour_surgery.surgery.perform import surgery_of
 
@@ -98,6 +101,7 @@ def rounding(options: argparse.Namespace) -> dict[str, Any]:
             error = float((got - features).norm() / features.norm())
             rows.append({"model": name, "type": kind, "error": error, "cosines": cosines(wanted, got)})
             say(f"{name} {kind} {error:.2e}")
+    in_8_bits = {name: error_in_8_bits(models[name]) for name in ("qv", "fixed")}
     gauges = [site.gauge for site in surgery_of(fixed).sites]
     return {
         "rows": rows,
@@ -107,6 +111,7 @@ def rounding(options: argparse.Namespace) -> dict[str, Any]:
         "conditions_one_by_one": [
             site.gauge.condition for site in surgery_of(models["fixed, channels one by one"]).sites if site.gauge
         ],
+        "in_8_bits": in_8_bits,
         "conditions_of_keys": conditions_of_keys(original),
         "images": options.images,
         "test_crops": options.test_crops,
@@ -132,6 +137,13 @@ def tokens_in(model: nn.Module, batches: list[Tensor], dtype: torch.dtype) -> Te
     """Final tokens of a copy that computes in a type, in float32."""
     cast = copy.deepcopy(model).to(dtype)
     return final_tokens(cast, [batch.to(dtype) for batch in batches], "x").float()
+
+
+def error_in_8_bits(model: nn.Module) -> float:
+    """The largest relative error of outputs on drawn images, where ONNX Runtime computes with weights in 8 bits."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", ArmourWarning)  # it tells the very number
+        return export(model, Path(folder) / "model.onnx", format="onnx", int8=True).max_relative_error
 
 
 def with_any_channels(stock: nn.Module) -> nn.Module:
@@ -288,6 +300,9 @@ def write_rounding(found: dict[str, Any]) -> list[str]:
     for row in found["rows"]:
         class_token, patches = row["cosines"]
         lines.append(f"| {row['model']} | {row['type']} | {row['error']:.2e} | {class_token:.5f} | {patches:.5f} |")
+    free, fixed = (found["in_8_bits"][name] for name in ("qv", "fixed"))
+    in_8_bits = f"`qv` {free:.2f}, with a fixed gauge {fixed:.2f}"
+    lines += ["", f"Largest error of outputs with weights in 8 bits (`export --int8`): {in_8_bits}."]
     conditions = {
         "conditions": "Condition numbers, block by block",
         "conditions_one_by_one": "The same for channels chosen one by one",
