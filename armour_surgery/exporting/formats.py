@@ -33,6 +33,7 @@ from armour_surgery.notes import ArmourWarning
 from armour_surgery.patching import on_cpu_by_default
 from armour_surgery.records import SurgeryPlan
 from armour_surgery.report.whole_file import check_target
+from armour_surgery.rewrite.fixed import FixedProjection
 from armour_surgery.saving.occupied import refuse_foreign
 from armour_surgery.spelled import names_only
 from armour_surgery.surgery.targets import plain_example_of
@@ -160,6 +161,8 @@ def export(
                     error = write(own, own[1], any_size=False)
                     _tell_fixed(format, problem)
             size = _bytes_in(place.parent)
+        if int8 and any(isinstance(module, FixedProjection) for module in model.modules()):
+            _tell_coarse(error)
     return Exported(origin["model"], format, str(path), size, error, _checked_with(_CHECKERS[format]))
 
 
@@ -187,6 +190,15 @@ def _tell_fixed(format: str, problem: ExportError) -> None:
     warnings.warn(
         f"the {format} file takes images of the model's own size alone, and the model takes others too; when it was "
         f"written for any size, {problem}",
+        ArmourWarning,
+        stacklevel=4,  # past `export` and `on_cpu_by_default`
+    )
+
+
+def _tell_coarse(error: float) -> None:
+    warnings.warn(
+        f"a fixed gauge makes the rounding of weights to 8 bits count for more: outputs differ by {error:.2g} in all. "
+        "Compare with a conversion without gauge before you use it",
         ArmourWarning,
         stacklevel=4,  # past `export` and `on_cpu_by_default`
     )

@@ -8,6 +8,7 @@ Source: basis decomposition, arXiv 2510.01718.
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -19,8 +20,9 @@ from armour_surgery.traced import Role
 
 __all__ = ["LARGEST_CONDITION", "Heads", "best_block", "changed", "relative_error", "why_unwritable"]
 
-# Blocks may begin at multiples of this: what hardware likes, and few enough to try all.
+# Blocks begin at multiples of this, which hardware likes; of larger ones, where there would be more than this.
 _STEP = 8
+_BLOCKS = 64
 # Beyond it, rounding in float32 (6e-8) is no longer small.
 LARGEST_CONDITION = 1e6
 # Tokens that an error is measured on.
@@ -65,7 +67,8 @@ def best_block(matrix: Tensor) -> tuple[int, float]:
     """
     width = matrix.shape[-1]
     channels = matrix.shape[1] - 1
-    starts = sorted({*range(0, channels - width + 1, _STEP), channels - width})
+    last = channels - width
+    starts = sorted({*range(0, last + 1, _STEP * math.ceil((last + 1) / (_STEP * _BLOCKS))), last})
     conditions = []
     for start in starts:
         values = torch.linalg.svdvals(matrix[:, start : start + width])

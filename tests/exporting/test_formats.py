@@ -21,6 +21,7 @@ from armour_surgery import convert, export
 from armour_surgery.errors import ExportError, FolderError, NotOursError, UsageError
 from armour_surgery.exporting import formats
 from armour_surgery.measure.difference import largest_difference
+from armour_surgery.notes import ArmourWarning
 
 IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(4))
 
@@ -212,3 +213,16 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     message = refused(ExportError, lambda: export(vit(depth=1), tmp_path / "m.onnx", format="onnx"))
     assert "pip install 'armour-surgery[onnx]'" in message
+
+
+def test_a_fixed_gauge_in_8_bits_is_warned_of_with_the_measured_error(tmp_path: Path) -> None:
+    fixed = convert(vit(depth=1), "qv", gauge="fixed")
+    with pytest.warns(ArmourWarning, match=r"8 bits count for more: outputs differ by (\d[\d.e-]*) in all") as told:
+        written = export(fixed, tmp_path / "m.onnx", format="onnx", int8=True)
+    assert f"differ by {written.max_relative_error:.2g} in all" in str(told[0].message)
+
+
+def test_a_fixed_gauge_is_exported_as_it_is(tmp_path: Path) -> None:
+    fixed = convert(vit(depth=1), "kv", gauge="fixed")
+    for name, options in (("m.onnx", {"format": "onnx", "deploy": True}), ("m.pt2", {"format": "pt2"})):
+        assert export(fixed, tmp_path / name, **options).max_relative_error < 1e-5

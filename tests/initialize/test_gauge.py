@@ -65,6 +65,14 @@ def test_blocks_begin_at_multiples_of_eight_and_at_the_last_that_there_is() -> N
         assert best_block(matrix) == (place, pytest.approx(1))
 
 
+def test_of_many_channels_not_every_block_is_tried() -> None:
+    # 75 begin at multiples of 8, which is too many; half of them begin at multiples of 16.
+    for place, found in ((592, True), (584, False)):
+        matrix = torch.full((1, 601, 4), 0.1, dtype=torch.float64)
+        matrix[0, place : place + 4] = torch.eye(4)
+        assert (best_block(matrix)[1] == pytest.approx(1)) is found
+
+
 def test_the_last_row_is_a_bias_and_no_channel() -> None:
     matrix = torch.zeros(1, 9, 4, dtype=torch.float64)
     matrix[0, 5:9] = torch.eye(4)
