@@ -305,7 +305,7 @@ def command(arguments: Sequence[str] | None) -> str:
     if "--out" in shown:
         place = shown.index("--out")
         del shown[place : place + 2]
-    for option in ("--dinov2", "--photos", "--data"):
+    for option in ("--dinov2", "--photos", "--data", "--measured"):
         if option in shown:
             shown[shown.index(option) + 1] = option[2:].upper()
     return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *shown])
