@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ def main() -> None:
         save(converted, root / "converted")
         save_for_hf(model, str(root / "original"), model_args={"img_size": options.pixels}, safe_serialization=True)
         began = time.perf_counter()
-        found = finetune(root, options)
+        settings = [f"schedule.epochs={options.epochs}", *options.settings]
+        found = finetune(root / "converted", root / "out", root / "original", str(options.photos / "calib"), settings)
         seconds = time.perf_counter() - began
         after = cosines(wanted, final_tokens(load(root / "out").eval(), pictures, "x"))
     closed = tuple((new - old) / (1 - old) for old, new in zip(before, after, strict=True))
@@ -83,11 +85,11 @@ def main() -> None:
     write(record, "\n".join(lines) + "\n", options.out)
 
 
-def finetune(root: Path, options: argparse.Namespace) -> dict[str, Any]:
-    arguments = [sys.executable, "-m", "armour_surgery", "finetune", str(root / "converted"), "--recipe", "recover"]
-    arguments += ["--data", str(options.photos / "calib"), "--teacher", f"local-dir:{root / 'original'}"]
-    arguments += ["--out", str(root / "out"), "--json", "--set", f"schedule.epochs={options.epochs}"]
-    for setting in options.settings:
+def finetune(converted: Path, out: Path, original: Path, data: str, settings: Sequence[str]) -> dict[str, Any]:
+    """Run the recipe as a user does, with the timm folder `original` as teacher; what the command says of it."""
+    arguments = [sys.executable, "-m", "armour_surgery", "finetune", str(converted), "--recipe", "recover"]
+    arguments += ["--data", data, "--teacher", f"local-dir:{original}", "--out", str(out), "--json"]
+    for setting in settings:
         arguments += ["--set", setting]
     done = subprocess.run(arguments, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
