@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from armour_surgery import convert, sensitivities
 from armour_surgery.benchmarking.environment import environment
+from armour_surgery.copies import full_copy
 from armour_surgery.images.sources import held_out, open_pictures
 from armour_surgery.recover.recipe_files import load_recipe
 from armour_surgery.recover.student import evaluating
@@ -113,7 +114,7 @@ def trained(
 
     What `finetune` runs; these models are of this repository's own making, so that a folder could not build them again.
     """
-    for module in [*small.modules(), *original.modules()]:
+    for module in small.modules():
         # On CPUs the fused kernel's backward is slower than plain attention.
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
@@ -135,7 +136,8 @@ def trained(
             training_transform(PREP, recipe.augment),
             judge,
             Path(scratch),
-            teacher=Teacher(original),
+            # A copy: a teacher is frozen, and the next size is converted from this one.
+            teacher=Teacher(full_copy(original)),
             sites=tuple(site.fqn for site in surgery.sites),
             mlps=tuple(mlp.fqn for mlp in surgery.mlps),
             classes=fashion_mnist.CLASSES,
