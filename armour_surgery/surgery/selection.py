@@ -60,6 +60,15 @@ class _Attempts:
         self._everything = everything
         self._order = order
 
+    def more_to_give(self) -> str:
+        """What else could let parameters go, as the end of a sentence."""
+        order, more = self._order, []
+        if not order.mlp:
+            more.append("mlp=True (--mlp)")
+        if order.rank is None:
+            more.append("rank='auto' (--rank auto)")
+        return f", or add {' or '.join(more)}, with which more can go" if more else ""
+
     def convert(self, choice: Choice, *, reason: str) -> tuple[nn.Module, float]:
         """The model with these sites converted, and its loss on held-out images; `reason` is why others are not."""
         modes: dict[str, str] = {}
@@ -204,8 +213,7 @@ def _of_size(
         smallest = points[-1].params
         raise NothingToConvertError(
             f"params asks for {goal:,} parameters, and this model has {points[0].params:,}; it could have "
-            f"{smallest:,}. Ask for a number between, or add mlp=True (--mlp) or rank='auto' (--rank auto), which let "
-            "more go"
+            f"{smallest:,}. Ask for a number between these{attempts.more_to_give()}"
         )
     model, loss = attempts.convert(points[place].sites, reason=f"{goal:,} parameters are reached without it")
     points[place] = replace(points[place], measured=loss)

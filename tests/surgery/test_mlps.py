@@ -187,7 +187,9 @@ def test_a_host_without_such_mlps_is_told_of() -> None:
 def test_more_than_there_is_to_save_is_refused() -> None:
     message = refused(NothingToConvertError, lambda: _narrowed("vit", "-90%"))
     assert "params asks for" in message
-    assert "rank='auto'" in message
+    assert message.endswith("or add rank='auto' (--rank auto), with which more can go")
+    everything = refused(NothingToConvertError, lambda: _narrowed("vit", "-99%", rank="auto"))
+    assert everything.endswith("Ask for a number between these")
 
 
 @pytest.mark.parametrize(
