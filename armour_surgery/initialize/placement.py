@@ -70,10 +70,14 @@ class Placement:
             handles.append(part.register_forward_hook(self._after, always_call=True))
         # Those that another model shares, and brought here before, are its to take home.
         staying = [tensor for tensor in staying if id(tensor) not in self._away]
+        # A block may share them, and is not to take them home.
+        held = set(map(id, staying))
+        self._held |= held
         try:
             self._bring(staying)
             yield
         finally:
+            self._held -= held
             for handle in handles:
                 handle.remove()
             self._send_home(staying)

@@ -70,6 +70,16 @@ def test_only_the_block_that_runs_is_there() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_a_tensor_that_a_block_shares_with_what_stays_does_so() -> None:
+    model = vit(depth=3).to(HALF)
+    model.norm.weight = model.blocks[0].norm1.weight
+    placement = Placement(torch.device("cpu"), moves=True)
+    with placement.attached(model, BLOCKS), torch.no_grad():
+        model(images()[0])
+        assert types_of(model, "norm") == {WHOLE}
+    assert types_of(model, "") == {HALF}
+
+
 def test_new_tensors_come_home_as_those_of_their_name_were() -> None:
     model = vit(depth=3).to(HALF)
     placement = Placement(torch.device("cpu"), moves=True)
