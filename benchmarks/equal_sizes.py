@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=256, help="calibration images (%(default)s)")
     parser.add_argument("--test-crops", type=int, default=128, help="crops of test photos (%(default)s)")
     parser.add_argument("--sizes", type=float, nargs="+", default=list(SIZES), help="percent of parameters that go")
-    parser.add_argument("--only", default="", help="only methods whose name has this in it")
+    parser.add_argument("--only", default="", help="only methods whose name has this in it; others stay in --out")
     parser.add_argument("--draw", action="store_true", help="only draw what --out holds")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "equal_sizes.json")
     parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "sizes.png")
@@ -62,9 +62,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("needs --dinov2 and --photos")
     else:
         record = {"command": command(arguments), "environment": environment().to_dict(), **measured(options)}
+        if options.only and options.out.exists():
+            record = beside(json.loads(options.out.read_text(encoding="utf-8")), record)
         options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     options.out.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
     draw(record, options.figure)
+
+
+def beside(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """An earlier record in which some methods were measured again."""
+    again = {(row["size"], row["method"]): row for row in new["rows"]}
+    rows = [again.get((row["size"], row["method"]), row) for row in old["rows"]]
+    return {**new, "command": old["command"], "again": new["command"], "rows": rows}
 
 
 def measured(options: argparse.Namespace) -> dict[str, Any]:
@@ -148,10 +157,11 @@ def methods(model: nn.Module, images: list[Tensor]) -> dict[str, Make]:
 
 def markdown(record: dict[str, Any]) -> str:
     here = record["environment"]
+    again = f", and some rows later by `{record['again']}`" if "again" in record else ""
     lines = [
         "# The best model of a size",
         "",
-        f"Made by `{record['command']}`; torch {here['torch']}, timm {here['timm']}, {here['system']}.",
+        f"Made by `{record['command']}`{again}; torch {here['torch']}, timm {here['timm']}, {here['system']}.",
         "",
         f"DINOv2-S/14 at 224 pixels, {record['parameters']:,} parameters, calibrated on {record['images']} images, "
         f"judged on {record['test_crops']} crops of other photos. Cosine of class and patch tokens to the original's. "
