@@ -23,7 +23,7 @@ def test_a_plan_that_does_not_come_out_even_says_so() -> None:
         with pytest.raises(UsageError, match=text):
             make_layout(recipe(*settings_), 0, world)  # type: ignore[arg-type]
     per_epoch = "data.images_per_epoch=null"
-    assert count_steps(numbered(33), recipe(per_epoch)) == 2  # type: ignore[arg-type]
+    assert count_steps(numbered(33), recipe(per_epoch)) == 4  # type: ignore[arg-type]
     with pytest.raises(DataError, match="has 5 images to train on"):
         count_steps(numbered(5), recipe(per_epoch))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="data.images_per_epoch=N"):
