@@ -20,6 +20,8 @@ _CHOICES = 24
 _WORST = 3
 # Letters of the longest bar.
 _BAR = 12
+# And where names need the room.
+_SHORT_BAR = 6
 
 
 class Shown:
@@ -113,7 +115,7 @@ def frontier_table(points: Sequence[FrontierPoint], params_before: int, chosen: 
             f"{point.predicted:.5f}",
             f"{point.measured:.5f}" if point.measured is not None else "-",
             _converted(point),
-            _bar(point.predicted, ordered[-1].predicted),
+            _bar(point.predicted, ordered[-1].predicted, _SHORT_BAR),
         )
         rows.append(row)
     headers = ("", "parameters", "change", "predicted loss", "measured loss", "converted", "")
@@ -130,5 +132,5 @@ def _converted(point: FrontierPoint) -> str:
     return "; ".join(f"{grouped_names(names)} ({label})" for label, names in names_by_way.items()) or "nothing"
 
 
-def _bar(value: float, largest: float) -> str:
-    return "\u2501" * round(_BAR * max(value, 0.0) / largest) if largest > 0 else ""
+def _bar(value: float, largest: float, letters: int = _BAR) -> str:
+    return "\u2501" * round(letters * max(value, 0.0) / largest) if largest > 0 else ""

@@ -62,10 +62,10 @@ def test_the_frontier_goes_from_large_to_small_and_marks_the_choice() -> None:
     lines = body(frontier_table(points, 2_000_000, chosen=points[2]))
     assert [line.split()[0] for line in lines] == ["2.000", "1.990", ">", "1.970"]
     assert lines[2].split() == [
-        ">", "1.980", "M", "-1.0", "%", "0.02000", "0.01500", "blocks.0-1.attn", "(qv)", "━" * 8,
+        ">", "1.980", "M", "-1.0", "%", "0.02000", "0.01500", "blocks.0-1.attn", "(qv)", "━" * 4,
     ]  # fmt: skip
     assert "nothing" in lines[0]
-    assert lines[1].split()[-4:] == ["-", "blocks.0.attn", "(qv)", "━" * 4]
+    assert lines[1].split()[-4:] == ["-", "blocks.0.attn", "(qv)", "━" * 2]
     assert "blocks.0-1.attn (qv); blocks.2.attn (qv, rank 32)" in lines[3]
     assert not any(">" in line for line in printed(frontier_table(points, 2_000_000)))
 
