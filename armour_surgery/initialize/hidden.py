@@ -114,8 +114,8 @@ def narrow(block: Block, problem: MlpProblem, alone: bool) -> SiteResult:
     # What an output channel's error comes to in the stream.
     adds = block.last is not None and block.last.fqn == problem.second
     gain = block.last.gain.to(weight) if block.last is not None and adds else torch.ones_like(weight[0])
-    # Taken alone it shows what any number of channels would lose.
     place = solves_on(layer.weight.device)
+    # Taken alone it shows what any number of channels would lose.
     found = eliminate(moment.to(place), (weight * gain).to(place), least=0 if alone else problem.kept)
     kept = found.kept(problem.kept)
     places = torch.tensor(kept)

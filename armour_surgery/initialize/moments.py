@@ -51,7 +51,7 @@ class Moments:
         flat = inputs.flatten(0, 1)
         self._sum = added(self._sum, flat.mT @ flat)
         means = inputs.mean(dim=1, dtype=torch.float64)
-        self._sum_of_means = self._sum_of_means + (inputs.shape[1] * means.mT @ means).cpu()
+        self._sum_of_means = added(self._sum_of_means, inputs.shape[1] * means.mT @ means)
         self.count += len(flat)
 
     def gather(self, processes: Processes) -> None:

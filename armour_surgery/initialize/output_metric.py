@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from armour_surgery.initialize.moments import added
 from armour_surgery.initialize.processes import ALONE, Processes
 from armour_surgery.initialize.stream import inverse_gain
 from armour_surgery.initialize.taps import Tap, Taps, tokens
@@ -21,9 +22,8 @@ __all__ = ["IMAGES", "ErrorMoment", "error_moments"]
 
 # Images that are looked at: thousands of tokens, for a matrix of hundreds of channels.
 IMAGES = 32
-# Random projections of features in all: with one of each image, noise made conversions of small models worse, not
-# better.
-# Of fewer images each has more.
+# Random projections of features in all, more of each image where there are fewer: with one of each, noise made
+# conversions of small models worse, not better.
 _DRAWS = 4 * IMAGES
 
 
@@ -36,7 +36,7 @@ class ErrorMoment:
 
     def add(self, rows: Tensor) -> None:
         """Take in gradients `[n, E]`. Products are made in their own precision and summed in float64."""
-        self.total = self.total + (rows.mT @ rows).double().cpu()
+        self.total = added(self.total, rows.mT @ rows)
         self.count += len(rows)
 
     def root(self, scale: Tensor) -> Tensor:
@@ -77,13 +77,13 @@ def error_moments(
     sums = {name: ErrorMoment() for name in outputs}
     failures = 0
     singles = [image for batch in images for image in torch.split(batch, 1)] if outputs else []
+    draws = -(-_DRAWS // max(1, len(singles)))
     for number, image in enumerate(singles):
         if not processes.has(number) or failures:
             continue
         try:
             # The same numbers whichever process draws them.
             generator = torch.Generator().manual_seed(number)
-            draws = -(-_DRAWS // len(singles))
             _add_gradients(sums, model, outputs, image, features, weights, generator, draws)
         except RuntimeError:
             failures = 1

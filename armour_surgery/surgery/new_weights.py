@@ -155,16 +155,23 @@ def _calibration(
     before = alias(original)
     # Caches that a host keeps in its modules are of where and in which type it ran: another's, if it moves.
     after = alias(converted) if placement.moves else converted
-    modes = [(module, module.training) for module in converted.modules()]
-    before.eval()
-    after.eval()
-    problems = problems_of(before, prepared.operations)
-    units = prepared.units or _units(before, problems)
-    blocks = list(dict.fromkeys(units.values()))
-    data = CalibrationData(before, order.example, images, order.progress, placement)
-    try:
+    with _evaluating(before, after):
+        problems = problems_of(before, prepared.operations)
+        units = prepared.units or _units(before, problems)
+        blocks = list(dict.fromkeys(units.values()))
+        data = CalibrationData(before, order.example, images, order.progress, placement)
         with placement.attached(before, blocks), placement.attached(after, blocks):
             yield _Calibration(before, after, problems, prepared, units, data, placement, order.processes)
+
+
+@contextmanager
+def _evaluating(*models: nn.Module) -> Iterator[None]:
+    """Inside, models are in eval mode."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
     finally:
         # Module by module: `train()` would set all of them alike, and some hosts override it.
         for module, training in modes:
@@ -283,16 +290,12 @@ def _halves(batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 @contextmanager
 def _precise(original: nn.Module, converted: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Both models in eval mode and in float32 at least; what the second one learns goes back into it."""
-    modes = [(module, module.training) for module in converted.modules()]
     low = any(p.dtype not in EXACT for p in original.parameters() if p.is_floating_point())
     before = full_copy(original).float() if low else alias(original)
     after = full_copy(converted).float() if low else converted
-    before.eval()
-    after.eval()
-    try:
-        yield before, after
-    finally:
-        if low:
-            copy_weights(after, converted)
-        for module, training in modes:
-            module.training = training
+    with _evaluating(before, after):
+        try:
+            yield before, after
+        finally:
+            if low:
+                copy_weights(after, converted)
