@@ -99,8 +99,8 @@ def _solved(
     block.run_original()
     solved = []
     for problem in attention:
-        errors = ErrorMoment(*block.store.pop(("errors", problem.fqn), ()))
-        solved.append(Site(block, problem, errors).solve(alone))
+        site = Site(block, problem, ErrorMoment(*block.store.pop(("errors", problem.fqn), ())))
+        solved.append(site.solve(alone))
     solved += [narrow(block, mlp, alone) for mlp in hidden]
     if block.finish(alone):
         solved = [replace(result, steps=(*result.steps, "last layer")) for result in solved]
