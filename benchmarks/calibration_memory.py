@@ -2,13 +2,13 @@ r"""What calibrating a large model takes in memory beyond its weights: `convert(
 
     python benchmarks/calibration_memory.py --blocks 4                         # ViT-g, float32
     python benchmarks/calibration_memory.py --blocks 4 --dtype bfloat16
-    python benchmarks/calibration_memory.py --model vit_7b_patch16_dinov3 --dtype bfloat16 --depth 4 --blocks 1 \
+    python benchmarks/calibration_memory.py --model vit_7b_patch16_dinov3 --dtype bfloat16 --depth 4 --blocks 2 \
         --images 96
 
 Weights are random, since only sizes matter here; images are drawn. With `--blocks` only the first so many blocks are
-converted, and with `--depth` the model has fewer: every block takes what the first one takes. The peak is that of the
-process's resident memory on Linux, counted from when the model is there. Appends a row to the JSON file, and writes
-Markdown beside it.
+converted, and with `--depth` the model has fewer: every block takes what the first one takes. (Two at least: all of a
+model is the block of a single attention.) The peak is that of the process's resident memory on Linux, counted from when
+the model is there. Appends a row to the JSON file, and writes Markdown beside it.
 """
 
 import argparse

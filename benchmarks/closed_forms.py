@@ -77,7 +77,7 @@ def diagonal_root(moment: output_metric.ErrorMoment, scale: Tensor) -> Tensor:
 
 def ridge_by_channel(self: moments.Regression, strength: float) -> tuple[float, Tensor]:
     """`Regression._ridge`, where a channel is held back by the root of its own energy times the mean."""
-    moment = self._fitted.moment
+    moment = self._fitted.moment.dense()
     count = len(moment) - self.biases
     own = moment.diagonal()[:count]
     damping = torch.full((len(moment),), 1e-6 * strength * float(own.mean()), dtype=torch.float64)

@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -55,12 +56,12 @@ def heads_own_weights() -> Iterator[None]:
     solve = site.Site.solve
 
     def solve_by_heads(self: site.Site, alone: bool) -> site.SiteResult:
-        def more(one: problem.Problem, head: Head, queries: Metric, keys: Metric) -> dict[str, Head]:
+        def more(one: problem.Problem, head: Head, queries: Metric, keys: Metric) -> dict[str, Callable[[], Head]]:
             found = problem.candidates(one, head, queries, keys)
             weights = _weights_of_heads(self, head, queries, keys)
             for factor in (0.5, 1.0, 2.0):
                 scaled: Any = factor * weights  # one number a head, where the package has one for all
-                found[f"joint by heads {factor:g}"] = joint_svd(head, queries, keys, scaled, one.rank)
+                found[f"joint by heads {factor:g}"] = partial(joint_svd, head, queries, keys, scaled, one.rank)
             return found
 
         with patch.object(site, "candidates", more):

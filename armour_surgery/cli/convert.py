@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from armour_surgery.cli.converted import document_of, tell
+from armour_surgery.cli.converted import document_of, tell, warn_of_unmeasured
 from armour_surgery.cli.options import (
     AsJson,
     Checkpoint,
@@ -200,6 +200,13 @@ def convert(
             return plan_conversion(host, mode, rank=None if channels == "auto" else channels, **options)
 
     if dry_run:
+        asked = {
+            "--max-loss": max_loss is not None,
+            "--params": params is not None,
+            "--mlp": mlp,
+            "--rank auto": channels == "auto",
+        }
+        warn_of_unmeasured([option for option, given in asked.items() if given])
         surgery = planned()
         if submodule is not None:
             surgery = plan_of_whole(whole, {submodule: surgery}, source)

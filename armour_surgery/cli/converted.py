@@ -1,15 +1,31 @@
 """What `convert` says of a conversion: a JSON document, or tables and advice."""
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from armour_surgery.notes import ArmourWarning
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from armour_surgery.records import SurgeryPlan
 
-__all__ = ["document_of", "tell"]
+__all__ = ["document_of", "tell", "warn_of_unmeasured"]
+
+
+def warn_of_unmeasured(options: Sequence[str]) -> None:
+    """Say that a dry run does not follow those options, which choose by what images show."""
+    if options:
+        warnings.warn(
+            f"a dry run shows every attention converted, with all of its channels: what {', '.join(options)} would "
+            "choose is measured on images, and it looks at none; `armour-surgery inspect MODEL --calib IMAGES` says "
+            "what each attention costs",
+            ArmourWarning,
+            stacklevel=2,
+        )
 
 
 def document_of(model: str, surgery: "SurgeryPlan", target: Path | None, seconds: float) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from armour_surgery.initialize.last_layer import LastLayer
 from armour_surgery.initialize.moments import Regression
 from armour_surgery.initialize.placement import Placement
 from armour_surgery.initialize.problem import Problem
-from armour_surgery.initialize.stream import Branch, as_stream, find_branch, inverse_gain, look, match_width
+from armour_surgery.initialize.stream import Branch, as_stream, few, find_branch, inverse_gain, look, match_width
 from armour_surgery.initialize.taps import Stop, Tap, Taps, tokens
 from armour_surgery.initialize.walk import Store, Walk, first_tensor, with_first_tensor
 
@@ -52,7 +52,7 @@ class Block:
         index, image, _ = next(iter(self.data))
         arguments = self.store["original", index]
         seen, following = look(self.before, self.number, image, arguments)
-        start = first_tensor(arguments)
+        start = few(first_tensor(arguments), len(image))
         inputs = [tensor for _, tensor in seen.inputs]
         bases = [start]
         gain = None
@@ -70,7 +70,7 @@ class Block:
         if self.problem is not None:
             # A site's own projections are fitted otherwise, so they end no block.
             later = [(name, tensor) for name, tensor in later if not name.startswith(f"{self.problem.fqn}.")]
-        last = find_branch(first_tensor(following), [*bases, *inputs], later)
+        last = find_branch(few(first_tensor(following), len(image)), [*bases, *inputs], later)
         # Every process looks at another batch, and sees the same but for rounding.
         self.gain, self.last = self.data.processes.first((gain, last[0] if last is not None else None))
 

@@ -11,7 +11,7 @@ from armour_surgery.errors import CalibrationError
 from armour_surgery.initialize.batches import HELD_OUT, Batches
 from armour_surgery.initialize.block import Block
 from armour_surgery.initialize.hidden import MlpProblem, narrow
-from armour_surgery.initialize.output_metric import IMAGES, ErrorMoment, error_moments
+from armour_surgery.initialize.output_metric import IMAGES, ErrorMoment, error_moments, in_groups
 from armour_surgery.initialize.placement import Placement
 from armour_surgery.initialize.problem import Problem
 from armour_surgery.initialize.processes import Processes
@@ -71,19 +71,12 @@ def calibrate(
         with torch.no_grad():
             data.wanted = [features(original, batch) for batch in data.kept]
         with placement.differentiable():
-            errors = error_moments(
-                original,
-                _outputs(original, problems),
-                first,
-                lambda model, batch: features(model, batch)[0],
-                data.weights,
-                processes,
-            )
+            _note_errors(original, problems, first, features, data, store)
         results: list[SiteResult] = []
         for number, (attention, hidden) in enumerate(parts.values()):
             with placement.held(before.unit(number), written=False), placement.held(after.unit(number), written=True):
                 block = Block(before, after, number, attention[0] if attention else None, data, store, placement)
-                solved = _solved(block, attention, errors, hidden, alone)
+                solved = _solved(block, attention, hidden, alone)
                 processes.share(after.unit(number))
             results += solved
             for result in solved:
@@ -98,18 +91,37 @@ def calibrate(
 def _solved(
     block: Block,
     attention: list[Problem],
-    errors: Mapping[str, ErrorMoment],
     hidden: list[MlpProblem],
     alone: bool,
 ) -> list[SiteResult]:
     """What became of all that is in a block, which has its weights then."""
     block.find_branches()
     block.run_original()
-    solved = [Site(block, problem, errors.get(problem.fqn, ErrorMoment())).solve(alone) for problem in attention]
+    solved = []
+    for problem in attention:
+        site = Site(block, problem, ErrorMoment(*block.store.pop(("errors", problem.fqn), ())))
+        solved.append(site.solve(alone))
     solved += [narrow(block, mlp, alone) for mlp in hidden]
     if block.finish(alone):
         solved = [replace(result, steps=(*result.steps, "last layer")) for result in solved]
     return solved
+
+
+def _note_errors(
+    original: nn.Module,
+    problems: Sequence[Problem],
+    images: list[Tensor],
+    features: Features,
+    data: Batches,
+    store: Store,
+) -> None:
+    """Store how much errors of each site's output count, where that can be told."""
+    for group in in_groups(_outputs(original, problems)):
+        found = error_moments(
+            original, group, images, lambda model, batch: features(model, batch)[0], data.weights, data.processes
+        )
+        for fqn, errors in found.items():
+            store["errors", fqn] = errors.total, errors.count
 
 
 def _outputs(original: nn.Module, problems: Sequence[Problem]) -> dict[str, Tensor]:

@@ -85,6 +85,7 @@ def joint_svd(head: Head, queries: Metric, keys: Metric, weight: float, rank: in
     basis, both, target, right_key, small_key = _joint_target(head, queries, keys, weight)
     logits = both[..., :d] @ small_key.mT
     left = torch.linalg.svd(target, full_matrices=False)[0][..., :rank]
+    left = left * _signs(queries.color @ (basis @ left))
     # Queries as large as keys: neither over- or underflows in half precision. The size is that of a product, so that
     # what is fitted later does not depend on the basis that a head came in.
     size = (_norm(logits) / rank**0.5).sqrt()
@@ -225,7 +226,7 @@ def symmetric(head: Head, tokens: Metric) -> Tensor:
     values, vectors = torch.linalg.eigh((white + white.mT) / 2)
     d = head.query.shape[-1]
     shared: Tensor = tokens.color @ (vectors[..., -d:] * values[..., None, -d:].clamp(min=0).sqrt())
-    return shared
+    return shared * _signs(shared)
 
 
 def loss(
@@ -249,6 +250,12 @@ def loss(
     of_logits = error(logits(new), logits(old))
     of_values = error(values(new), values(old))
     return float((of_logits + weight**2 * of_values).mean())
+
+
+def _signs(columns: Tensor) -> Tensor:
+    """With which each column's largest entry is positive: a singular vector's sign is rounding's choice."""
+    largest = columns.abs().argmax(dim=-2, keepdim=True)
+    return columns.gather(-2, largest).sign()
 
 
 def _norm(matrix: Tensor) -> Tensor:

@@ -77,8 +77,8 @@ def _candidates(problem: Problem, head: Head, metrics: tuple[Metric, Metric], in
     if init == "wq":
         return {"wq": truncated(problem, head, *metrics)}
     # Without images nothing says how much values count, so they count as much as logits.
-    heads = candidates(problem, head, *metrics, weights=(1.0,))
-    return {"wq-refit": heads["wq-refit"]} if init == "wq-refit" else heads
+    makers = candidates(problem, head, *metrics, weights=(1.0,))
+    return {name: make() for name, make in makers.items() if init != "wq-refit" or name == init}
 
 
 def _write_output(old: nn.Module, new: nn.Module, problem: Problem, head: Head) -> None:

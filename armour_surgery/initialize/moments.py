@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from armour_surgery.initialize.closed_form import Metric, make_metric
+from armour_surgery.initialize.gram import Gram
 from armour_surgery.initialize.processes import Processes
 from armour_surgery.initialize.solving import solves_on
 
@@ -13,6 +14,8 @@ __all__ = ["Moments", "Regression", "added", "with_one"]
 
 # Ridge strengths that are tried, in units of the inputs' mean energy.
 _RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+# Columns of a solution that are worked out at a time.
+_COLUMNS = 256
 # What rounding leaves of the energy of numbers in single precision, and some orders more.
 _ROUNDING = 1e-10
 
@@ -77,7 +80,7 @@ class _Sums:
     """What a regression has seen of one kind of images; X the inputs, T the targets, M what T lacks now."""
 
     count: float = 0.0
-    moment: Tensor = field(default_factory=_nothing)  # X^T X
+    moment: Gram = field(default_factory=Gram)  # X^T X
     cross: Tensor = field(default_factory=_nothing)  # X^T M
     targets: Tensor = field(default_factory=_nothing)  # T, summed over rows
     missing: float = 0.0  # |M|^2
@@ -87,7 +90,7 @@ class _Sums:
         """Those of all processes."""
         return _Sums(
             processes.sum_number(self.count),
-            processes.sum(self.moment),
+            self.moment.gathered(processes),
             processes.sum(self.cross),
             processes.sum(self.targets),
             processes.sum_number(self.missing),
@@ -113,7 +116,7 @@ class Regression:
     @property
     def moment(self) -> Tensor:
         """`E x^T x` of the inputs that are fitted to, `[n, n]`."""
-        return self._fitted.moment / self._fitted.count
+        return self._fitted.moment.dense() / self._fitted.count
 
     def add(
         self,
@@ -142,7 +145,7 @@ class Regression:
             inputs, missing, targets = inputs * root, missing * root, targets * root
         sums = self._held_out if held_out else self._fitted
         sums.count += count
-        sums.moment = added(sums.moment, inputs.mT @ inputs)
+        sums.moment.add(inputs)
         sums.cross = added(sums.cross, inputs.mT @ missing)
         sums.targets = sums.targets + weighted.sum(0, dtype=torch.float64).cpu()
         sums.missing += _energy(missing)
@@ -159,7 +162,9 @@ class Regression:
         """
         sums, mean = self._held_out, self._fitted.targets / self._fitted.count
         # |M - X change|^2 - |M|^2, without the rows themselves.
-        fit = float(torch.dot(change.flatten(), (sums.moment @ change).sub_(sums.cross, alpha=2).flatten()))
+        fit = 0.0
+        for some, cross in zip(torch.split(change, _COLUMNS, 1), torch.split(sums.cross, _COLUMNS, 1), strict=True):
+            fit += float((some * sums.moment.times(some).sub_(cross, alpha=2)).sum())
         spread = sums.energy - float(mean @ (2 * sums.targets - sums.count * mean))
         # Where all targets are alike, what is left of their size is rounding, and so is the error.
         return max(fit + sums.missing, 0.0) / max(spread, _ROUNDING * sums.energy, 1e-300)
@@ -172,12 +177,17 @@ class Regression:
         damping = torch.full((len(moment),), float(strength * size), dtype=torch.float64)
         if self.biases:
             damping[-1] *= 1e-6
-        damped = moment.to(self._place, copy=True)
+        damped = moment.lower(self._place)
         damped.diagonal().add_(damping.to(self._place))
-        # Into the same memory, since for wide layers these matrices are what takes most of it.
+        # Into the same memory, since for wide layers this matrix is what takes most of it.
         info = torch.empty(0, dtype=torch.int32, device=self._place)
         lower, failed = torch.linalg.cholesky_ex(damped, out=(damped, info))
-        change = torch.cholesky_solve(self._fitted.cross.to(self._place), lower).cpu()
+        change = torch.empty_like(self._fitted.cross)
+        # Some columns at a time, and not by `cholesky_solve`, which copies the factor.
+        wanted = torch.split(self._fitted.cross, _COLUMNS, 1)
+        for some, cross in zip(torch.split(change, _COLUMNS, 1), wanted, strict=True):
+            half = torch.linalg.solve_triangular(lower, cross.to(self._place), upper=False)
+            some.copy_(torch.linalg.solve_triangular(lower.mT, half, upper=True))
         return (float("inf") if int(failed) else self._error(change)), change
 
     def solve(self) -> tuple[Tensor, float]:

@@ -6,7 +6,7 @@ output, `f` the final features at length one and `v` random, `E g g^T` is the me
 few backward passes serve all sites (a Gauss-Newton matrix by random projections, as Hutchinson 1989 for traces).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -18,13 +18,15 @@ from armour_surgery.initialize.processes import ALONE, Processes
 from armour_surgery.initialize.stream import inverse_gain
 from armour_surgery.initialize.taps import Tap, Taps, tokens
 
-__all__ = ["IMAGES", "ErrorMoment", "error_moments"]
+__all__ = ["IMAGES", "ErrorMoment", "error_moments", "in_groups"]
 
 # Images that are looked at: thousands of tokens, for a matrix of hundreds of channels.
 IMAGES = 32
 # Random projections of features in all, more of each image where there are fewer: with one of each, noise made
 # conversions of small models worse, not better.
 _DRAWS = 4 * IMAGES
+# Bytes of such matrices that are summed up at a time; a DINOv3-7B's would be five times as many.
+_ROOM = 2**30
 
 
 @dataclass
@@ -57,6 +59,21 @@ class ErrorMoment:
         values, basis = torch.linalg.eigh((1 - alike) / size * seen + alike * identity)
         root: Tensor = basis * values.sqrt()
         return root
+
+
+def in_groups(outputs: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Output projections' weights by name, as many at a time as there is memory for."""
+    group: dict[str, Tensor] = {}
+    taken = 0
+    for name, weight in outputs.items():
+        size = 8 * len(weight) ** 2
+        if group and taken + size > _ROOM:
+            yield group
+            group, taken = {}, 0
+        group[name] = weight
+        taken += size
+    if group:
+        yield group
 
 
 def error_moments(

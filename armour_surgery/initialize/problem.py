@@ -1,7 +1,8 @@
 """One site as the initializers see it, and the closed-form candidates for its weights."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -166,27 +167,38 @@ def _write_grouped(grouped: Any, matrix: Tensor, moment: Tensor) -> None:
 
 def candidates(
     problem: Problem, head: Head, queries: Metric, keys: Metric, weights: tuple[float, ...] = WEIGHTS
-) -> dict[str, Head]:
-    """Closed-form solutions for a site, by name. First `wq-refit`: Q and K stay, and only what follows is fitted.
+) -> dict[str, Callable[[], Head]]:
+    """Closed-form solutions for a site, by name, each worked out when it is called, since all take much memory.
 
-    Rows of `out` follow the order of the returned `value`'s channels.
+    First `wq-refit`: Q and K stay, and only what follows is fitted. Rows of `out` follow the order of the returned
+    `value`'s channels.
     """
-    heads = {"wq-refit": _plain(problem, head, queries, keys)}
+    makers: dict[str, Callable[[], Head]] = {"wq-refit": partial(_plain, problem, head, queries, keys)}
     if not problem.freedom.logits:
-        return heads
-    from_q, from_k = problem.share("q"), problem.share("k")
+        return makers
     if problem.key[0][0] == "q":
-        shared = symmetric(head, queries)
-        heads["symmetric"] = replace(head, query=shared, key=shared)
+        makers["symmetric"] = partial(_symmetric, head, queries)
     elif _is_joint(problem, head):
         for weight in weights:
-            heads[f"joint {weight:g}"] = _joint(problem, head, queries, keys, weight)
-    elif from_q or from_k:
+            makers[f"joint {weight:g}"] = partial(_joint, problem, head, queries, keys, weight)
+    elif problem.share("q") or problem.share("k"):
         for name, ordered in _orders(problem, head, queries, keys).items():
             for weight in weights:
-                bound = bound_values(ordered, queries, keys, weight, of_query=from_q, of_key=from_k)
-                heads[f"{name} {weight:g}"] = _refit(problem, bound, head, problem.of_values(queries, keys))
-    return heads
+                makers[f"{name} {weight:g}"] = partial(_bound, problem, head, ordered, queries, keys, weight)
+    return makers
+
+
+def _symmetric(head: Head, queries: Metric) -> Head:
+    """Q and K as one matrix."""
+    shared = symmetric(head, queries)
+    return replace(head, query=shared, key=shared)
+
+
+def _bound(problem: Problem, head: Head, ordered: Head, queries: Metric, keys: Metric, weight: float) -> Head:
+    """`bound_values` for a site whose channels of V are `ordered`."""
+    from_q, from_k = problem.share("q"), problem.share("k")
+    bound = bound_values(ordered, queries, keys, weight, of_query=from_q, of_key=from_k)
+    return _refit(problem, bound, head, problem.of_values(queries, keys))
 
 
 def _is_joint(problem: Problem, head: Head) -> bool:

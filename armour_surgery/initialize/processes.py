@@ -69,7 +69,7 @@ class Processes:
         if self.world == 1:
             return values
         whole: dict[str, float] = {}
-        for theirs in self._all(values):
+        for theirs in self.all(values):
             whole |= theirs
         return whole
 
@@ -77,7 +77,7 @@ class Processes:
         """The sum of a tensor in float64 over all processes; of one that has nothing yet, it is a plain zero."""
         if self.world == 1:
             return tensor
-        shapes = self._all(tuple(tensor.shape))
+        shapes = self.all(tuple(tensor.shape))
         total = tensor.expand(max(shapes, key=len)).clone()
         dist.all_reduce(total, group=self.group)
         return total
@@ -97,7 +97,8 @@ class Processes:
                     dist.broadcast(there, src=0, group=self.group)
                     tensor.copy_(there)
 
-    def _all(self, value: Any) -> Sequence[Any]:
+    def all(self, value: Any) -> Sequence[Any]:
+        """What each of them has, by rank."""
         gathered: list[Any] = [None] * self.world
         dist.all_gather_object(gathered, value, group=self.group)
         return gathered

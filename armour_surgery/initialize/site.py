@@ -5,8 +5,9 @@ real results of attention. Fits go from the present weights as far as held-out i
 do not.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from armour_surgery.errors import CalibrationError
 from armour_surgery.initialize.block import Block, refuse_not_finite
-from armour_surgery.initialize.closed_form import Head, loss, rank_losses
+from armour_surgery.initialize.closed_form import Head, Metric, loss, rank_losses
 from armour_surgery.initialize.moments import Moments, Regression
 from armour_surgery.initialize.output_metric import ErrorMoment
 from armour_surgery.initialize.problem import (
@@ -67,29 +68,38 @@ class Site:
 
     def solve(self, alone: bool) -> SiteResult:
         """Choose the site's weights; those that are there once only, where it is taken `alone`."""
-        queries, keys = self._moments()
-        moments = queries.moment, keys.moment
         biases = has_biases(self.old, self.problem)
-        metrics = queries.metric(biases), keys.metric(biases)
+        moments, metrics = self._seen(biases)
         old = read_head(self.old, self.problem)
         fitted = old if biases else without_biases(old)
         counted = replace(fitted, out=fitted.out @ self.root)
-        solutions = candidates(self.problem, counted, *metrics)
-        heads = {name: replace(head, out=_divided(head.out, self.root)) for name, head in solutions.items()}
-        if not biases:
-            heads = {name: with_biases(self.problem, head, old) for name, head in heads.items()}
+        makers = candidates(self.problem, counted, *metrics)
+
+        def head_of(solution: Head) -> Head:
+            head = replace(solution, out=_divided(solution.out, self.root))
+            return head if biases else with_biases(self.problem, head, old)
+
         out = self.problem.narrow_out
-        name = self._best(heads, out, moments)
-        self.steps.append(name)
-        write_head(self.new, self.problem, heads[name], moments)
         if out is not None:
-            error = self._fit_output(heads[name], out)
+            name, head = self._best(makers, head_of, out, moments)
+            write_head(self.new, self.problem, head, moments)
+            error = self._fit_output(head, out)
         else:
+            name = list(makers)[-1]
+            solution = makers[name]()
+            write_head(self.new, self.problem, head_of(solution), moments)
             # Nothing in the site shows what an error comes to, so that of logits and values stands for it.
-            error = loss(solutions[name], counted, *metrics, tokens=self.problem.of_values(*metrics)) / 2
+            error = loss(solution, counted, *metrics, tokens=self.problem.of_values(*metrics)) / 2
         ranks = tuple(rank_losses(counted, *metrics).tolist()) if alone and self.problem.joint else ()
         refuse_not_finite(torch.tensor(error), self.problem.fqn, "gives")
-        return SiteResult(self.problem.fqn, error**0.5, tuple(self.steps), ranks)
+        return SiteResult(self.problem.fqn, error**0.5, (name, *self.steps), ranks)
+
+    def _seen(self, biases: bool) -> tuple[tuple[Tensor, Tensor], tuple[Metric, Metric]]:
+        """Moments and metrics of the tokens that Q and K are now made from; where these are the same, so are those."""
+        queries, keys = self._moments()
+        of_queries = queries.moment, queries.metric(biases)
+        of_keys = of_queries if keys is queries else (keys.moment, keys.metric(biases))
+        return (of_queries[0], of_keys[0]), (of_queries[1], of_keys[1])
 
     def _moments(self) -> tuple[Moments, Moments]:
         """Moments of the tokens that Q and K are now made from."""
@@ -116,15 +126,27 @@ class Site:
             refuse_not_finite(moments.moment, problem.fqn, "gets")
         return queries, keys if apart else queries
 
-    def _best(self, heads: dict[str, Head], out: OutputProjection | None, moments: tuple[Tensor, Tensor]) -> str:
+    def _best(
+        self,
+        makers: dict[str, Callable[[], Head]],
+        head_of: Callable[[Head], Head],
+        out: OutputProjection,
+        moments: tuple[Tensor, Tensor],
+    ) -> tuple[str, Head]:
         """Compare candidates where it counts: the error of the fitted output on held-out images."""
-        if len(heads) == 1 or out is None:
-            return list(heads)[-1]
-        errors: dict[str, float] = {}
-        for name, head in heads.items():
-            write_head(self.new, self.problem, head, moments)
-            errors[name] = self._regression(head, out, self.data.trial()).solve()[1]
-        return min(errors, key=errors.__getitem__)
+
+        def tried() -> Iterator[tuple[float, str, Head]]:
+            for name, make in makers.items():
+                head = head_of(make())
+                error = 0.0
+                if len(makers) > 1:
+                    write_head(self.new, self.problem, head, moments)
+                    error = self._regression(head, out, self.data.trial()).solve()[1]
+                yield error, name, head
+
+        # Of all of them, no more than the best is kept.
+        _, name, head = min(tried(), key=itemgetter(0))
+        return name, head
 
     def _regression(self, head: Head, out: OutputProjection, batches: Iterable[tuple[int, Tensor, bool]]) -> Regression:
         """The converted heads' results against the original's output and a share of what its stream is off."""

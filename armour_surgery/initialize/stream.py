@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from armour_surgery.initialize.walk import Arguments, Walk, first_tensor
 
-__all__ = ["Branch", "Seen", "as_stream", "find_branch", "inverse_gain", "learned_tokens", "look", "match_width"]
+__all__ = ["Branch", "Seen", "as_stream", "few", "find_branch", "inverse_gain", "learned_tokens", "look", "match_width"]
 
 _TOLERANCE = 1e-3
 # A gain below this share of the largest is none.
 _LEAST_GAIN = 1e-3
+# Images of a batch that are looked at.
+_LOOKED = 4
 # Tokens that are looked at before all are.
 _GLANCE = 64
 
@@ -54,8 +56,16 @@ def as_stream(change: Tensor, stream: Tensor) -> Tensor:
     return change.mT.reshape(stream.shape)
 
 
+def few(tensor: Tensor, size: int) -> Tensor:
+    """What a tensor has of the first few of `size` images, or all of it where it is not one row an image."""
+    return tensor[:_LOOKED] if len(tensor) == size else tensor
+
+
 def look(walk: Walk, number: int, batch: Tensor, arguments: Arguments) -> tuple[Seen, Arguments]:
-    """Run unit `number` and note what modules get and what Linears and convolutions give, up to the next unit."""
+    """Run unit `number` and note what modules get and what Linears and convolutions give, up to the next unit.
+
+    Of a batch the first few images are noted: all layers of a block together are large, and those show as much.
+    """
     seen = Seen([], [])
     handles = []
     skipped = walk.skipped(number)
@@ -66,11 +76,11 @@ def look(walk: Walk, number: int, batch: Tensor, arguments: Arguments) -> tuple[
         # Copies, because what follows may write into its input (ReLU in place, +=).
         def before(_: nn.Module, args: tuple[object, ...], name: str = name) -> None:
             if args and isinstance(args[0], Tensor):
-                seen.inputs.append((name, args[0].clone()))
+                seen.inputs.append((name, few(args[0], len(batch)).clone()))
 
         def after(_: nn.Module, args: object, output: object, name: str = name) -> None:
             if isinstance(output, Tensor):
-                seen.outputs.append((name, output.clone()))
+                seen.outputs.append((name, few(output, len(batch)).clone()))
 
         handles.append(module.register_forward_pre_hook(before))
         if isinstance(module, nn.Linear | nn.Conv2d):

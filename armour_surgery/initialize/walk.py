@@ -104,6 +104,14 @@ class Store:
         whole = [tensors[leaf.name] if isinstance(leaf, _InFile) else leaf for leaf in leaves]
         return pytree.tree_unflatten(whole, form)
 
+    def pop(self, key: Any, default: Any) -> Any:
+        """A value, which is forgotten; the `default` if it is not there."""
+        if key not in self._memory and key not in self._files:
+            return default
+        value = self[key]
+        self.drop(key)
+        return value
+
     def drop(self, key: Any) -> None:
         """Forget a value, if it is there."""
         self._memory.pop(key, None)

@@ -96,6 +96,22 @@ def test_dry_run_writes_nothing(tiny: str, here: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--max-loss", "0.02"], "--max-loss"),
+        (["--params=-20%", "--mlp"], "--params, --mlp"),
+        (["--params=-20%", "--rank", "auto"], "--params, --rank auto"),
+    ],
+)
+def test_a_dry_run_says_what_it_cannot_know(options: list[str], named: str, tiny: str, here: Path) -> None:
+    result = good("convert", tiny, "--dry-run", "--init", "calibrated", *options)
+    assert f"what {named} would choose is measured on images" in result.stderr
+    whole = document("convert", tiny, "--dry-run", "--init", "calibrated")
+    assert document("convert", tiny, "--dry-run", "--init", "calibrated", *options)["sites"] == whole["sites"]
+    assert good("convert", tiny, "--dry-run", "--rank", "8", "--init", "joint-svd").stderr == ""
+
+
+@pytest.mark.parametrize(
     ("options", "sites"),
     [
         (["--include", "blocks.1*"], ["blocks.1.attn"]),

@@ -13,7 +13,15 @@ from tiny_hosts import case
 from torch import nn
 
 from armour_surgery.copies import full_copy
-from armour_surgery.initialize.closed_form import Head, joint_svd, loss, make_metric, refit_output
+from armour_surgery.initialize.closed_form import (
+    Head,
+    Metric,
+    joint_svd,
+    loss,
+    make_metric,
+    refit_output,
+    symmetric,
+)
 from armour_surgery.surgery.operation import Operation
 
 EXACT = [
@@ -78,6 +86,28 @@ def test_joint_svd_is_never_worse_than_keeping_wq(heads: int, d: int, width: int
     mix = torch.eye(d, dtype=torch.float64) + 0.2 * torch.randn(heads, d, d, dtype=torch.float64)
     other = Head(head.query @ mix, head.key @ torch.linalg.inv(mix).mT, head.value, head.out)
     assert loss(joint_svd(other, metric, metric, 1.0), other, metric, metric) == pytest.approx(best, rel=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 3), st.integers(2, 5), st.integers(0, 2**16))
+def test_a_singular_vector_s_sign_is_not_rounding_s_choice(heads: int, d: int, seed: int) -> None:
+    """What several processes sum differs in the last bits; weights are to be the same all the same."""
+    torch.manual_seed(seed)
+    width = 2 * d + 3
+    tokens = torch.randn(9, 7, width, dtype=torch.float64)
+    flat, centered = tokens.flatten(0, 1), (tokens - tokens.mean(1, keepdim=True)).flatten(0, 1)
+    metric = make_metric(flat.mT @ flat / 63, centered.mT @ centered / 63)
+    shape = (heads, width, d)
+    head = Head(*(torch.randn(shape, dtype=torch.float64) for _ in range(3)), torch.randn(heads, d, 4).double())
+    # The same head with channels of the other sign, and a metric whose basis has another sign.
+    flip = torch.randint(2, (d,), dtype=torch.float64) * 2 - 1
+    other = Head(head.query * flip, head.key * flip, head.value * flip, head.out * flip[:, None])
+    turn = torch.randint(2, (width,), dtype=torch.float64) * 2 - 1
+    turned = Metric(metric.whiten * turn[:, None], metric.color * turn, metric.spread)
+    for found in (joint_svd(other, metric, metric, 1.0), joint_svd(head, turned, turned, 1.0)):
+        assert torch.allclose(found.query, joint_svd(head, metric, metric, 1.0).query, rtol=1e-6, atol=1e-8)
+    for found in (symmetric(other, metric), symmetric(head, turned)):
+        assert torch.allclose(found, symmetric(head, metric), rtol=1e-6, atol=1e-7)
 
 
 def test_sums_in_single_precision_may_leave_directions_below_zero() -> None:

@@ -9,7 +9,8 @@ from small_models import vit
 from torch import Tensor, nn
 
 from armour_surgery import convert
-from armour_surgery.initialize.output_metric import ErrorMoment, error_moments
+from armour_surgery.initialize import output_metric
+from armour_surgery.initialize.output_metric import ErrorMoment, error_moments, in_groups
 
 # `armour_surgery.initialize.calibrate` is the function.
 CALIBRATE = importlib.import_module("armour_surgery.initialize.calibrate")
@@ -69,6 +70,29 @@ def test_what_has_no_gradient_counts_alike() -> None:
     found = ErrorMoment()
     found.add(torch.tensor([[1.0, 0.0, 0.0]]))
     assert torch.equal(found.root(torch.tensor([0.0, 1.0, 1.0])), identity)
+
+
+def test_as_many_sites_at_a_time_as_there_is_memory_for() -> None:
+    outputs = {str(width): torch.empty(width, 1) for width in (4, 8, 3, 16, 5)}
+    with patch.object(output_metric, "_ROOM", 8 * (8 * 8 + 3 * 3)):
+        groups = [list(group) for group in in_groups(outputs)]
+    assert groups == [["4"], ["8", "3"], ["16"], ["5"]]
+    assert not list(in_groups({}))
+
+
+def test_groups_change_nothing() -> None:
+    model = vit(depth=3)
+    images = list(torch.randn(96, 3, 32, 32, generator=torch.Generator().manual_seed(0)).split(8))
+
+    def converted() -> dict[str, Tensor]:
+        return convert(model, "qv", init="calibrated", calibration=images).state_dict()
+
+    wanted = converted()
+    with patch.object(output_metric, "_ROOM", 1), patch.object(CALIBRATE, "error_moments", wraps=error_moments) as run:
+        found = converted()
+    assert run.call_count == 3
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
 
 
 def test_what_later_layers_do_not_read_is_given_up_first() -> None:

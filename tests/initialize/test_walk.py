@@ -23,6 +23,9 @@ def test_what_does_not_fit_into_memory_is_kept_in_files() -> None:
     assert torch.equal(whole, base)
     assert torch.equal(part, base[:, 2:5].mT)
     assert (nothing, options) == (None, {"flag": True})
+    again, _ = store.pop("a", None)
+    assert torch.equal(again[0], base)
+    assert store.pop("a", "gone") == "gone"
     store.close()
 
 

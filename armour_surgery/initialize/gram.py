@@ -1,0 +1,78 @@
+"""The sum `X^T X` of wide inputs, of which half is kept: it is the same on both sides of its diagonal."""
+
+import torch
+from torch import Tensor
+
+from armour_surgery.initialize.processes import Processes
+
+__all__ = ["Gram"]
+
+# Rows that are multiplied, kept and sent at a time. Where inputs have no more channels, all are.
+_ROWS = 512
+
+
+class Gram:
+    """`X^T X [n, n]`, summed up in float64 on the CPU as rows of blocks, each from the left up to the diagonal.
+
+    For an MLP's second layer it is by far the largest thing that a fit holds: 128 MiB for 4096 channels in full.
+    """
+
+    def __init__(self, rows: list[Tensor] | None = None) -> None:
+        self._rows = rows or []
+
+    def __len__(self) -> int:
+        return sum(map(len, self._rows))
+
+    def __add__(self, other: "Gram") -> "Gram":
+        return Gram([mine + theirs for mine, theirs in zip(self._rows, other._rows, strict=True)])
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in `inputs [T, n]`. Products are made in the inputs' own precision."""
+        for place, start in enumerate(range(0, inputs.shape[1], _ROWS)):
+            stop = start + _ROWS
+            more = inputs[:, start:stop].mT @ inputs[:, :stop]
+            if place < len(self._rows):
+                self._rows[place].add_(more.cpu())
+            else:
+                self._rows.append(more.to("cpu", torch.float64, copy=True))
+
+    def gathered(self, processes: Processes) -> "Gram":
+        """The sum of all processes'; every one of them asks."""
+        if processes.world == 1:
+            return self
+        # One that has seen nothing has to ask as often as the others do.
+        count = max(processes.all(len(self._rows)))
+        mine = self._rows or [torch.zeros((), dtype=torch.float64)] * count
+        return Gram([processes.sum(row) for row in mine])
+
+    def diagonal(self) -> Tensor:
+        """`[n]`"""
+        return torch.cat([row.diagonal(row.shape[1] - row.shape[0]) for row in self._rows])
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """`X^T X matrix` for `matrix [n, E]`."""
+        product = torch.zeros_like(matrix)
+        stop = 0
+        for row in self._rows:
+            start, stop = stop, stop + len(row)
+            product[start:stop] += row @ matrix[:stop]
+            product[:start] += row[:, :start].mT @ matrix[start:stop]
+        return product
+
+    def lower(self, place: torch.device) -> Tensor:
+        """A new `[n, n]` on `place` that is right on and below its diagonal; its columns lie one after the other.
+
+        So a factorization has it in the form that it needs, and makes no copy of it.
+        """
+        size = len(self)
+        whole = torch.zeros(size, size, dtype=torch.float64, device=place).mT
+        stop = 0
+        for row in self._rows:
+            start, stop = stop, stop + len(row)
+            whole[start:stop, :stop] = row.to(place)
+        return whole
+
+    def dense(self) -> Tensor:
+        """All of it, `[n, n]`."""
+        lower = self.lower(torch.device("cpu")).tril()
+        return lower + lower.tril(-1).mT
