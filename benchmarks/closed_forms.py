@@ -48,6 +48,9 @@ def variants() -> dict[str, Variant]:
     found: dict[str, Variant] = {
         "as it is": contextlib.nullcontext,
         "output metric: diagonal": lambda: patch.object(output_metric.ErrorMoment, "root", diagonal_root),
+        "output metric: 16 projections an image": lambda: patch.object(
+            output_metric, "_DRAWS", 16 * output_metric.IMAGES
+        ),
         "output metric: also in the MLPs' elimination": metric_of_mlps,
         "weight of values: per head, by the softmax's derivative": heads_own_weights,
         "first layers refit to the original's tokens": first_layers,
