@@ -22,6 +22,8 @@ from armour_surgery.measure.fidelity import Features
 
 __all__ = ["calibrate"]
 
+# Bytes of output metrics that wait in memory: those of a large model's sites are more than a block's whole work takes.
+_METRICS = 2**26
 # Held-out images that are kept for a report.
 _REPORTED = 64
 
@@ -65,18 +67,18 @@ def calibrate(
         here[1].extend(mlp for mlp in mlps if mlp.fqn == fqn)
     parts = {unit: here for unit, here in parts.items() if any(here)}
     before, after = Walk(original, list(parts), call), Walk(converted, list(parts), call)
-    store = Store()
+    store, metrics = Store(), Store(_METRICS)
     try:
         data, first = _first_pass(before, after, batches, store, processes)
         with torch.no_grad():
             data.wanted = [features(original, batch) for batch in data.kept]
         with placement.differentiable():
-            _note_errors(original, problems, first, features, data, store)
+            _note_errors(original, problems, first, features, data, metrics)
         results: list[SiteResult] = []
         for number, (attention, hidden) in enumerate(parts.values()):
             with placement.held(before.unit(number), written=False), placement.held(after.unit(number), written=True):
                 block = Block(before, after, number, attention[0] if attention else None, data, store, placement)
-                solved = _solved(block, attention, hidden, alone)
+                solved = _solved(block, attention, metrics, hidden, alone)
                 processes.share(after.unit(number))
             results += solved
             for result in solved:
@@ -86,11 +88,13 @@ def calibrate(
         return results, data
     finally:
         store.close()
+        metrics.close()
 
 
 def _solved(
     block: Block,
     attention: list[Problem],
+    metrics: Store,
     hidden: list[MlpProblem],
     alone: bool,
 ) -> list[SiteResult]:
@@ -99,7 +103,7 @@ def _solved(
     block.run_original()
     solved = []
     for problem in attention:
-        site = Site(block, problem, ErrorMoment(*block.store.pop(("errors", problem.fqn), ())))
+        site = Site(block, problem, ErrorMoment(*metrics.pop(problem.fqn, ())))
         solved.append(site.solve(alone))
     solved += [narrow(block, mlp, alone) for mlp in hidden]
     if block.finish(alone):
@@ -113,15 +117,16 @@ def _note_errors(
     images: list[Tensor],
     features: Features,
     data: Batches,
-    store: Store,
+    metrics: Store,
 ) -> None:
     """Store how much errors of each site's output count, where that can be told."""
     for group in in_groups(_outputs(original, problems)):
         found = error_moments(
             original, group, images, lambda model, batch: features(model, batch)[0], data.weights, data.processes
         )
-        for fqn, errors in found.items():
-            store["errors", fqn] = errors.total, errors.count
+        while found:  # they are let go here, since the next group takes as much memory
+            fqn, errors = found.popitem()
+            metrics[fqn] = errors.total, errors.count
 
 
 def _outputs(original: nn.Module, problems: Sequence[Problem]) -> dict[str, Tensor]:
