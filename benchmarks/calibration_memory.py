@@ -2,21 +2,27 @@ r"""What calibrating a large model takes in memory beyond its weights: `convert(
 
     python benchmarks/calibration_memory.py --blocks 4                         # ViT-g, float32
     python benchmarks/calibration_memory.py --blocks 4 --dtype bfloat16
+    python benchmarks/calibration_memory.py --first-pass
     python benchmarks/calibration_memory.py --model vit_7b_patch16_dinov3 --dtype bfloat16 --depth 4 --blocks 2 \
         --images 96
 
 Weights are random, since only sizes matter here; images are drawn. With `--blocks` only the first so many blocks are
 converted, and with `--depth` the model has fewer: every block takes what the first one takes. (Two at least: all of a
 model is the block of a single attention.) The peak is that of the process's resident memory on Linux, counted from when
-the model is there. Appends a row to the JSON file, and writes Markdown beside it.
+the model is there. `--first-pass` measures what is there for all blocks at once, before the first one is worked on: the
+narrower projections, and output metrics. Appends a row to the JSON file, and writes Markdown beside it.
 """
 
 import argparse
+import contextlib
+import importlib
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import timm
 import torch
@@ -30,6 +36,8 @@ from armour_surgery.measure.cost import count_params
 
 ROOT = Path(__file__).parents[1]
 MIB = 2**20
+# `armour_surgery.initialize.calibrate` is the function.
+CALIBRATE = importlib.import_module("armour_surgery.initialize.calibrate")
 
 
 def main() -> None:
@@ -40,6 +48,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--depth", type=int, help="blocks that the model has (its own number)")
     parser.add_argument("--blocks", type=int, help="convert only so many blocks (all)")
+    parser.add_argument(
+        "--first-pass", action="store_true", help="stop before the blocks, when the output metrics of all are known"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "calibration_memory.json")
     options = parser.parse_args()
     rows = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else []
@@ -62,10 +73,9 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
 
     def calibrate() -> None:
         started = time.perf_counter()
-        converted = convert(
-            model, "qv", init="calibrated", calibration_images=options.images, include=include, inplace=True
-        )
-        found.update(seconds=time.perf_counter() - started, after=count_params(converted))
+        with stopped_after_first_pass() if options.first_pass else contextlib.nullcontext():
+            convert(model, "qv", init="calibrated", calibration_images=options.images, include=include, inplace=True)
+        found.update(seconds=time.perf_counter() - started)
 
     grown = peak_growth(calibrate, torch.device("cpu"))
     if grown is None:
@@ -77,6 +87,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         "dtype": options.dtype,
         "blocks": depth if options.blocks is None else options.blocks,
         "depth": depth,
+        "first_pass": options.first_pass,
         "parameters": parameters,
         "weights": weights,
         # A block is calibrated in float32.
@@ -88,6 +99,23 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     }
     say(f"beyond the weights {grown / MIB:.0f} MiB, {row['seconds']:.0f} s")
     return row
+
+
+class _Enough(Exception):
+    """What is measured is over."""
+
+
+@contextlib.contextmanager
+def stopped_after_first_pass() -> Iterator[None]:
+    """Inside, a calibration goes as far as to what it needs of all blocks at once."""
+    note = CALIBRATE._note_errors
+
+    def noted(*arguments: Any) -> None:
+        note(*arguments)
+        raise _Enough
+
+    with contextlib.suppress(_Enough), patch.object(CALIBRATE, "_note_errors", noted):
+        yield
 
 
 def random_model(options: argparse.Namespace, dtype: torch.dtype) -> nn.Module:
@@ -126,7 +154,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         sizes = [f"{row[key] / MIB:,.0f} MiB" for key in ("weights", "block", "moments", "beyond")]
         peak = (row["weights"] + row["beyond"]) / row["weights"]
-        name = f"{row['model']}, {row['dtype']}, {row['blocks']} of {row['depth']} blocks converted"
+        done = "blocks, first pass alone" if row["first_pass"] else "blocks converted"
+        name = f"{row['model']}, {row['dtype']}, {row['blocks']} of {row['depth']} {done}"
         cells = [name, str(row["pixels"]), str(row["images"]), *sizes, f"{peak:.2f}", f"{row['seconds']:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     here = rows[-1]["environment"]

@@ -166,12 +166,15 @@ def prepare(
     return Prepared(operations, refused)
 
 
-def operate(model: nn.Module, operation: Operation) -> Change:
-    """Do one site's surgery on the model itself; a fixed gauge with it, where it is known which."""
+def operate(model: nn.Module, operation: Operation, *, compares: bool = False) -> Change:
+    """Do one site's surgery on the model itself; a fixed gauge with it, where it is known which.
+
+    With `compares` the change says how far apart the roles that become one are.
+    """
     module = model.get_submodule(operation.fqn)
     params_before = count_params(module)
     # With fewer channels no old row has a new one in its place.
-    lost = residual(module, operation.rewritten.shares) if operation.rank is None else None
+    lost = residual(module, operation.rewritten.shares) if compares and operation.rank is None else None
     become(module, operation.rewritten, operation.cls)
     if operation.fixing is not None and operation.fixing.start is not None:
         fix(module, operation)

@@ -37,7 +37,9 @@ def perform(model: nn.Module, prepared: Prepared, order: Order, *, inplace: bool
         if inplace and chosen:
             original = sharing_copy(model) if shared else full_copy(model)
         converted = model if inplace else full_copy(model)
-        changes = [operate(converted, operation) for operation in prepared.operations]
+        # Other weights than `wq`'s are told of by those who choose them.
+        compares = order.init == "wq"
+        changes = [operate(converted, operation, compares=compares) for operation in prepared.operations]
         if chosen:
             asked = replace(prepared, operations=solved)
             results, fidelity = choose_weights(original, converted, asked, order, shared=shared)
