@@ -1,17 +1,28 @@
-"""Work in several processes of one gloo group.
+"""Work in several processes of one group.
 
-They are forked from this one, which is quick; `cli/test_finetune.py` goes through torchrun.
+Those of `in_processes` are forked from this one, which is quick; a command's are torchrun's.
 """
 
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
 
 from armour_surgery.recover.distributed import Process, distributed
 
 WORLD = 2
+
+
+def in_torchrun(*arguments: str) -> str:
+    """What two processes of a command write to stdout together."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
+    command = [*torchrun, "-m", "armour_surgery", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def in_processes(work: Callable[[Process], None], world: int = WORLD) -> None:

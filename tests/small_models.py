@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from armour_surgery import ArmourError, SurgeryPlan
 
-__all__ = ["Own", "Tied", "attention_caches", "refused", "surgery_of", "tiny_levit", "vit"]
+__all__ = ["VIT", "Own", "Tied", "attention_caches", "refused", "surgery_of", "tiny_levit", "vit"]
+
+# What `vit` is built with.
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 4, "num_classes": 5}
 
 
 def vit(**arguments: Any) -> nn.Module:
     torch.manual_seed(0)
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 4, "num_classes": 5}
-    model: nn.Module = timm.create_model("vit_tiny_patch16_224", **{**sizes, **arguments})
+    model: nn.Module = timm.create_model("vit_tiny_patch16_224", **{**VIT, **arguments})
     return model.eval()
 
 

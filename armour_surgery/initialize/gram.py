@@ -1,14 +1,24 @@
-"""The sum `X^T X` of wide inputs, of which half is kept: it is the same on both sides of its diagonal."""
+"""Sums in float64 on the CPU; of `X^T X` half is kept, since it is the same on both sides of its diagonal."""
 
 import torch
 from torch import Tensor
 
 from armour_surgery.initialize.processes import Processes
 
-__all__ = ["Gram"]
+__all__ = ["Gram", "added", "nothing"]
 
 # Rows that are multiplied, kept and sent at a time. Where inputs have no more channels, all are.
 _ROWS = 512
+
+
+def nothing() -> Tensor:
+    """What a sum in float64 starts from; it takes the shape of what is added first."""
+    return torch.zeros((), dtype=torch.float64)
+
+
+def added(total: Tensor, more: Tensor) -> Tensor:
+    """A sum in float64 on the CPU with one more term, in the sum's own memory once it has some."""
+    return total.add_(more.cpu()) if total.ndim else more.to("cpu", torch.float64, copy=True)
 
 
 class Gram:
@@ -30,11 +40,9 @@ class Gram:
         """Take in `inputs [T, n]`. Products are made in the inputs' own precision."""
         for place, start in enumerate(range(0, inputs.shape[1], _ROWS)):
             stop = start + _ROWS
-            more = inputs[:, start:stop].mT @ inputs[:, :stop]
-            if place < len(self._rows):
-                self._rows[place].add_(more.cpu())
-            else:
-                self._rows.append(more.to("cpu", torch.float64, copy=True))
+            if place == len(self._rows):
+                self._rows.append(nothing())
+            self._rows[place] = added(self._rows[place], inputs[:, start:stop].mT @ inputs[:, :stop])
 
     def gathered(self, processes: Processes) -> "Gram":
         """The sum of all processes'; every one of them asks."""
@@ -42,7 +50,7 @@ class Gram:
             return self
         # One that has seen nothing has to ask as often as the others do.
         count = max(processes.all(len(self._rows)))
-        mine = self._rows or [torch.zeros((), dtype=torch.float64)] * count
+        mine = self._rows or [nothing()] * count
         return Gram([processes.sum(row) for row in mine])
 
     def diagonal(self) -> Tensor:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from armour_surgery.errors import CalibrationError
 from armour_surgery.initialize.block import Block, refuse_not_finite
+from armour_surgery.initialize.gram import added, nothing
 from armour_surgery.initialize.last_layer import LastLayer
-from armour_surgery.initialize.moments import added, with_one
+from armour_surgery.initialize.moments import with_one
 from armour_surgery.initialize.site import SiteResult
 from armour_surgery.initialize.solving import solves_on
 from armour_surgery.initialize.taps import Stop, Tap, tokens
@@ -142,7 +143,7 @@ def _left(weight: Tensor, new: Tensor, moment: Tensor) -> float:
 def _moment(block: Block, problem: MlpProblem, layer: LastLayer) -> tuple[Tensor, float]:
     """`E [h 1]^T [h 1]` of the hidden channels with a last entry 1, `[n + 1, n + 1]`, and of how many tokens."""
     stride = block.stride(problem.hidden)
-    total, count = torch.zeros((), dtype=torch.float64), 0.0
+    total, count = nothing(), 0.0
     for index, image, held in block.data:
         if held:
             continue

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from armour_surgery.initialize.closed_form import Metric, make_metric
-from armour_surgery.initialize.gram import Gram
+from armour_surgery.initialize.gram import Gram, added, nothing
 from armour_surgery.initialize.processes import Processes
 from armour_surgery.initialize.solving import solves_on
 
-__all__ = ["Moments", "Regression", "added", "with_one"]
+__all__ = ["Moments", "Regression", "with_one"]
 
 # Ridge strengths that are tried, in units of the inputs' mean energy.
 _RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -25,16 +25,6 @@ def with_one(inputs: Tensor) -> Tensor:
     return torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], dim=-1)
 
 
-def _nothing() -> Tensor:
-    """What a sum in float64 starts from; it takes the shape of what is added first."""
-    return torch.zeros((), dtype=torch.float64)
-
-
-def added(total: Tensor, more: Tensor) -> Tensor:
-    """A sum in float64 on the CPU with one more term, in the sum's own memory once it has some."""
-    return total.add_(more.cpu()) if total.ndim else more.to("cpu", torch.float64, copy=True)
-
-
 def _energy(values: Tensor) -> float:
     """The sum of squares, summed in float64."""
     return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
@@ -45,8 +35,8 @@ class Moments:
 
     def __init__(self) -> None:
         self.count = 0
-        self._sum = _nothing()  # of [x 1]^T [x 1]
-        self._sum_of_means = _nothing()  # of the same for each sequence's mean, once per token
+        self._sum = nothing()  # of [x 1]^T [x 1]
+        self._sum_of_means = nothing()  # of the same for each sequence's mean, once per token
 
     def add(self, inputs: Tensor) -> None:
         """Take in `inputs [B, N, D]`. Products are made in the inputs' own precision and summed in float64."""
@@ -81,8 +71,8 @@ class _Sums:
 
     count: float = 0.0
     moment: Gram = field(default_factory=Gram)  # X^T X
-    cross: Tensor = field(default_factory=_nothing)  # X^T M
-    targets: Tensor = field(default_factory=_nothing)  # T, summed over rows
+    cross: Tensor = field(default_factory=nothing)  # X^T M
+    targets: Tensor = field(default_factory=nothing)  # T, summed over rows
     missing: float = 0.0  # |M|^2
     energy: float = 0.0  # |T|^2
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from armour_surgery.initialize.moments import added
+from armour_surgery.initialize.gram import added, nothing
 from armour_surgery.initialize.processes import ALONE, Processes
 from armour_surgery.initialize.stream import inverse_gain
 from armour_surgery.initialize.taps import Tap, Taps, tokens
@@ -33,7 +33,7 @@ _ROOM = 2**30
 class ErrorMoment:
     """`sum g g^T [E, E]` of an output projection's bare product, up to a factor, over `count` tokens."""
 
-    total: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    total: Tensor = field(default_factory=nothing)
     count: int = 0
 
     def add(self, rows: Tensor) -> None:

@@ -1,29 +1,20 @@
 """Where calibration images are run: `--device`, and torchrun's processes, of which one speaks and writes."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from command_line import bad, document
+from processes import in_torchrun
 
 from armour_surgery import load
 
 CALIBRATED = ("--init", "calibrated", "--calib-images", "64")
-TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "armour_surgery")
-
-
-def in_two(*arguments: str) -> str:
-    """What two processes of a command write to stdout together."""
-    done = subprocess.run([sys.executable, "-m", *TORCHRUN, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_torchrun_converts_in_two_processes_and_one_of_them_writes(tiny: str, here: Path) -> None:
     # On a machine with one GPU, `auto` has none for the second process.
-    found = json.loads(in_two("convert", tiny, *CALIBRATED, "--out", "two", "--device", "cpu", "--json"))
+    found = json.loads(in_torchrun("convert", tiny, *CALIBRATED, "--out", "two", "--device", "cpu", "--json"))
     alone = document("convert", tiny, *CALIBRATED, "--out", "one", "--device", "cpu")
     assert found["fidelity"]["cosine"] == pytest.approx(alone["fidelity"]["cosine"], rel=1e-4)
     two, one = load("two").state_dict(), load("one").state_dict()
@@ -33,7 +24,7 @@ def test_torchrun_converts_in_two_processes_and_one_of_them_writes(tiny: str, he
 
 def test_random_weights_are_the_first_process_s(here: Path) -> None:
     arguments = ("vit_tiny_patch16_224", "--no-pretrained", "--img-size", "32", "--model-kwargs", "depth=1")
-    found = json.loads(in_two("inspect", *arguments, "--calib", "synthetic", "--device", "cpu", "--json"))
+    found = json.loads(in_torchrun("inspect", *arguments, "--calib", "synthetic", "--device", "cpu", "--json"))
     assert [one["loss"] > 0 for one in found["sensitivities"] if one["mode"] == "qv"] == [True]
 
 

@@ -15,6 +15,7 @@ import timm
 import torch
 from command_line import document, failed, run
 from PIL import Image
+from processes import in_torchrun
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 
@@ -254,12 +255,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(here: Path) -> None:
 
 
 def test_torchrun_trains_in_two_processes_and_one_of_them_speaks(here: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = ["finetune", "armour", "--recipe", "recover", *SHORT, "--out", "two", "--json"]
-    launched = [*torchrun, "-m", "armour_surgery", *arguments]
-    done = subprocess.run(launched, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = json.loads(in_torchrun("finetune", "armour", "--recipe", "recover", *SHORT, "--out", "two", "--json"))
     assert found["steps"] == 6
     alone = document("finetune", "armour", "--recipe", "recover", *SHORT, "--out", "one")
     assert found["start"] == pytest.approx(alone["start"])

@@ -1,8 +1,6 @@
 """On a GPU a calibration finds what it finds on the CPU, and leaves the model where it was; skipped where none is."""
 
 import copy
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from command_line import document
-from small_models import surgery_of, vit
+from processes import in_torchrun
+from small_models import VIT, surgery_of, vit
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
@@ -25,8 +24,6 @@ GOALS: dict[str, dict[str, Any]] = {
     "ranks and MLPs": {"mode": "auto", "params": "-20%", "mlp": True, "rank": "auto"},
     "steps": {"mode": "qv", "reconstruct": 3},
 }
-# What `vit` builds.
-VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 4, "num_classes": 5}
 CALIBRATED = ("--init", "calibrated", "--calib", "synthetic", "--calib-images", "64")
 
 
@@ -107,10 +104,7 @@ def test_the_command_line_runs_images_on_the_gpu(saved: str, tmp_path: Path) -> 
 def test_two_processes_on_one_gpu_find_what_one_does(saved: str) -> None:
     """Moments are summed on the CPU, so that processes may share a GPU, which NCCL forbids."""
     document("convert", saved, *CALIBRATED, "--device", "cuda", "--out", "one")
-    launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command = [*launched, "armour_surgery", "convert", saved, *CALIBRATED, "--device", "cuda:0", "--out", "two"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    in_torchrun("convert", saved, *CALIBRATED, "--device", "cuda:0", "--out", "two")
     two, one = load("two").state_dict(), load("one").state_dict()
     for name, tensor in one.items():
         assert float((two[name] - tensor).abs().max()) < 1e-5, name
