@@ -28,6 +28,7 @@ __all__ = [
     "hand_over",
     "has_weights",
     "meta_copy",
+    "own_memory",
     "plain_size",
     "sharing_copy",
 ]
@@ -320,6 +321,13 @@ def hand_over(source: nn.Module, target: nn.Module) -> None:
     tensors = {**dict(source.named_parameters()), **dict(source.named_buffers())}
     for name, tensor in [*target.named_parameters(), *target.named_buffers()]:
         tensor.data = tensors[name].data
+
+
+def own_memory(module: nn.Module) -> None:
+    """Copy tensors that are a part of larger memory, in place: as views they would keep all of it."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size():
+            tensor.data = tensor.data.clone()
 
 
 def has_weights(module: nn.Module) -> bool:

@@ -122,20 +122,29 @@ def tensor_named(module: nn.Module, name: str) -> torch.Tensor:
     return tensor
 
 
-def _take(tensor: torch.Tensor, indices: torch.Tensor, axis: int = 0) -> torch.Tensor:
-    # A copy in any case: a view would keep all rows of the old weight in memory.
+def _take(tensor: torch.Tensor, indices: torch.Tensor, axis: int = 0, *, views: bool = False) -> torch.Tensor:
+    first, count = int(indices[0]), len(indices)
+    if views and axis == 0 and torch.equal(indices, torch.arange(first, first + count)):
+        return tensor.detach()[first : first + count]
+    # Otherwise a copy in any case: a view would keep all rows of the old weight in memory.
     kept = tensor.detach().index_select(axis, indices.to(tensor.device))
     return kept.clone(memory_format=torch.contiguous_format)
 
 
 def _keep(
-    module: nn.Module, names: tuple[str, ...], axis: int, channels: tuple[int, ...], sizes: tuple[tuple[str, str], ...]
+    module: nn.Module,
+    names: tuple[str, ...],
+    axis: int,
+    channels: tuple[int, ...],
+    sizes: tuple[tuple[str, str], ...],
+    *,
+    views: bool,
 ) -> None:
     indices = torch.tensor(channels)
     for name in names:
         owner, attribute = owner_of(module, name)
         tensor = getattr(owner, attribute)
-        kept = _take(tensor, indices, axis)
+        kept = _take(tensor, indices, axis, views=views)
         if isinstance(tensor, nn.Parameter):
             setattr(owner, attribute, nn.Parameter(kept, requires_grad=tensor.requires_grad))
         else:
@@ -147,19 +156,20 @@ def _keep(
             setattr(owner, attribute, len(channels))
 
 
-def apply_edits(module: nn.Module, edits: list[Edit]) -> None:
+def apply_edits(module: nn.Module, edits: list[Edit], *, views: bool = False) -> None:
     """Do the edits to a module, in place. New tensors keep dtype, device and requires_grad of the old ones.
 
-    New projections come first: they start from rows that the others then drop.
+    New projections come first: they start from rows that the others then drop. With `views` rows that lie next to each
+    other hold the old tensor's memory, and take none themselves: for who gives them other numbers anyway.
     """
     with torch.no_grad():
         for edit in sorted(edits, key=lambda edit: not isinstance(edit, AddGrouped | AddFixed)):
             if isinstance(edit, KeepRows):
-                _keep(module, edit.tensors, 0, edit.rows, edit.sizes)
+                _keep(module, edit.tensors, 0, edit.rows, edit.sizes, views=views)
             elif isinstance(edit, KeepColumns):
-                _keep(module, (edit.weight,), 1, edit.columns, edit.sizes)
+                _keep(module, (edit.weight,), 1, edit.columns, edit.sizes, views=views)
             elif isinstance(edit, KeepAlong):
-                _keep(module, (edit.tensor,), edit.axis, edit.kept, ())
+                _keep(module, (edit.tensor,), edit.axis, edit.kept, (), views=views)
             elif isinstance(edit, AddGrouped):
                 _add_grouped(module, edit)
             elif isinstance(edit, AddFixed):

@@ -35,9 +35,12 @@ class Rewritten:
     value: tuple[Part, ...]
 
 
-def become(module: nn.Module, rewritten: Rewritten, cls: type[nn.Module]) -> None:
-    """Make a module what its graph was rewritten to, in place: its tensors are edited, and it is of that class then."""
-    apply_edits(module, rewritten.edits)
+def become(module: nn.Module, rewritten: Rewritten, cls: type[nn.Module], *, views: bool = False) -> None:
+    """Make a module what its graph was rewritten to, in place: its tensors are edited, and it is of that class then.
+
+    `views` as in `apply_edits`.
+    """
+    apply_edits(module, rewritten.edits, views=views)
     # nn.Module.__setattr__ keeps a book of tensors and modules, and has no business with the class.
     object.__setattr__(module, "__class__", cls)
 

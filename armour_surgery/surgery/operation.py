@@ -166,16 +166,16 @@ def prepare(
     return Prepared(operations, refused)
 
 
-def operate(model: nn.Module, operation: Operation, *, compares: bool = False) -> Change:
+def operate(model: nn.Module, operation: Operation, *, compares: bool = False, views: bool = False) -> Change:
     """Do one site's surgery on the model itself; a fixed gauge with it, where it is known which.
 
-    With `compares` the change says how far apart the roles that become one are.
+    With `compares` the change says how far apart the roles that become one are. `views` as in `apply_edits`.
     """
     module = model.get_submodule(operation.fqn)
     params_before = count_params(module)
     # With fewer channels no old row has a new one in its place.
     lost = residual(module, operation.rewritten.shares) if compares and operation.rank is None else None
-    become(module, operation.rewritten, operation.cls)
+    become(module, operation.rewritten, operation.cls, views=views)
     if operation.fixing is not None and operation.fixing.start is not None:
         fix(module, operation)
     return Change(params_before, count_params(module), lost)

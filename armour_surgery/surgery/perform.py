@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from armour_surgery import hosts
-from armour_surgery.copies import full_copy, has_weights, sharing_copy
+from armour_surgery.copies import full_copy, has_weights, own_memory, sharing_copy
 from armour_surgery.errors import UsageError
 from armour_surgery.examples import recorded
 from armour_surgery.initialize import SiteResult
@@ -39,10 +39,14 @@ def perform(model: nn.Module, prepared: Prepared, order: Order, *, inplace: bool
         converted = model if inplace else full_copy(model)
         # Other weights than `wq`'s are told of by those who choose them.
         compares = order.init == "wq"
-        changes = [operate(converted, operation, compares=compares) for operation in prepared.operations]
+        # What two models share until one of them gets other numbers, it may share in part.
+        changes = [operate(converted, one, compares=compares, views=shared) for one in prepared.operations]
         if chosen:
             asked = replace(prepared, operations=solved)
             results, fidelity = choose_weights(original, converted, asked, order, shared=shared)
+        if shared:
+            for operation in solved:
+                own_memory(converted.get_submodule(operation.fqn))
         mlps = mlp_plans(original, prepared.mlps, results)
         operations, gauges = fix_gauges(converted, prepared.operations)
     after = count_macs(converted, order.example)

@@ -46,7 +46,7 @@ def measure_sites(model: nn.Module, sites: Sequence[SeenSite], order: Order, *, 
         fitting = [site for site in followed if mode in _modes_of(site, order.mode)]
         operations = prepare(model, fitting, mode, refit=True).operations
         converted = sharing_copy(model)
-        changes = [operate(converted, operation) for operation in operations]
+        changes = [operate(converted, operation, views=True) for operation in operations]
         effects = measure_alone(model, converted, Prepared(operations, []), order, _fewer(order.images))
         for operation, change, effect in zip(operations, changes, effects, strict=True):
             saved = change.params_before - change.params_after

@@ -14,6 +14,7 @@ from tiny_hosts import case
 from torch import nn
 
 from armour_surgery import convert
+from armour_surgery.benchmarking.memory import held_bytes
 from armour_surgery.copies import sharing_copy
 from armour_surgery.errors import CalibrationError
 from armour_surgery.initialize.output_metric import error_moments
@@ -129,7 +130,7 @@ def test_a_block_that_is_forgotten_keeps_its_shapes_and_no_memory() -> None:
     assert model.blocks[0].attn.qkv.weight.untyped_storage().nbytes() == 4
 
 
-@pytest.mark.parametrize("name", ["vit", "swin", "levit", "hf-vit", "hf-beit"])
+@pytest.mark.parametrize("name", ["vit", "vit-qk-norm", "swin", "levit", "hf-vit", "hf-beit"])
 def test_in_place_gives_the_same_weights(name: str) -> None:
     host = case(name)
     model = host.build()
@@ -142,6 +143,8 @@ def test_in_place_gives_the_same_weights(name: str) -> None:
     assert got.state_dict().keys() == wanted.state_dict().keys()
     for fqn, tensor in wanted.state_dict().items():
         assert torch.equal(got.state_dict()[fqn], tensor), fqn
+    # Nothing holds on to the old weights.
+    assert held_bytes(got) == held_bytes(wanted)
 
 
 def test_half_precision_with_narrower_mlps() -> None:

@@ -173,6 +173,18 @@ def test_edits_keep_type_flags_and_make_rows_contiguous() -> None:
     assert model.qkv.out_features == 3
 
 
+@pytest.mark.parametrize(
+    ("rows", "shared"), [((2, 3, 4), True), ((5, 0, 7), False), ((0, 2), False), ((4, 3), False)]
+)
+def test_neighboring_rows_may_hold_the_old_memory(rows: tuple[int, ...], shared: bool) -> None:
+    model = randomize(Plain())
+    old = model.qkv.weight.detach()
+    apply_edits(model, [KeepRows(("qkv.weight", "qkv.bias"), (("qkv", "out_features"),), rows)], views=True)
+    assert torch.equal(model.qkv.weight, old[list(rows)])
+    assert model.qkv.weight.is_contiguous()
+    assert (model.qkv.weight.untyped_storage().data_ptr() == old.untyped_storage().data_ptr()) == shared
+
+
 def test_grouped_rows_are_taken_before_they_are_dropped() -> None:
     model = randomize(Wide()).double()
     x = torch.randn(2, 6, 20, dtype=torch.float64)
