@@ -26,7 +26,7 @@ FLOORS = (
     ("images", "initialize", "rewrite", "discover"),
     ("hosts", "measure", "report", "modes", "traced", "progress", "devices"),
     ("errors", "notes", "records", "calls", "copies", "shapes", "altered"),
-    ("patching", "examples", "views"),
+    ("patching", "examples", "views", "freed"),
     ("tabular",),
     ("spelled",),
 )

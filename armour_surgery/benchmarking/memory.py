@@ -1,6 +1,5 @@
 """How much memory a model holds, and how much more a call of it takes."""
 
-import ctypes
 import gc
 import re
 from collections.abc import Callable
@@ -9,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from armour_surgery.freed import give_back
 
 __all__ = ["held_bytes", "peak_growth"]
 
@@ -55,10 +56,11 @@ def peak_growth(call: Callable[[], Any], device: torch.device) -> int | None:
 
 def _forget_peak() -> int | None:
     """Give free memory back and let the system's record of the peak start anew; the resident bytes now."""
+    if not give_back():
+        return None
     try:
-        ctypes.CDLL(None).malloc_trim(0)
         (_PROCESS / "clear_refs").write_text(_RESET_PEAK, encoding="ascii")
-    except (AttributeError, OSError, TypeError):
+    except OSError:
         return None
     return _status("VmRSS")
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from armour_surgery.errors import CalibrationError
 from armour_surgery.initialize.batches import HELD_OUT, Batches
 from armour_surgery.initialize.block import Block
+from armour_surgery.initialize.gram import Gram
 from armour_surgery.initialize.hidden import MlpProblem, narrow
 from armour_surgery.initialize.output_metric import IMAGES, ErrorMoment, error_moments, in_groups
 from armour_surgery.initialize.placement import Placement
@@ -103,7 +104,8 @@ def _solved(
     block.run_original()
     solved = []
     for problem in attention:
-        site = Site(block, problem, ErrorMoment(*metrics.pop(problem.fqn, ())))
+        rows, count = metrics.pop(problem.fqn, ([], 0))
+        site = Site(block, problem, ErrorMoment(Gram(rows), count))
         solved.append(site.solve(alone))
     solved += [narrow(block, mlp, alone) for mlp in hidden]
     if block.finish(alone):
@@ -126,7 +128,7 @@ def _note_errors(
         )
         while found:  # they are let go here, since the next group takes as much memory
             fqn, errors = found.popitem()
-            metrics[fqn] = errors.total, errors.count
+            metrics[fqn] = errors.total.rows, errors.count
 
 
 def _outputs(original: nn.Module, problems: Sequence[Problem]) -> dict[str, Tensor]:

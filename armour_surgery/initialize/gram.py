@@ -24,44 +24,45 @@ def added(total: Tensor, more: Tensor) -> Tensor:
 class Gram:
     """`X^T X [n, n]`, summed up in float64 on the CPU as rows of blocks, each from the left up to the diagonal.
 
-    For an MLP's second layer it is by far the largest thing that a fit holds: 128 MiB for 4096 channels in full.
+    `rows` are those. For an MLP's second layer it is by far the largest thing that a fit holds: 128 MiB for 4096
+    channels in full.
     """
 
     def __init__(self, rows: list[Tensor] | None = None) -> None:
-        self._rows = rows or []
+        self.rows = rows or []
 
     def __len__(self) -> int:
-        return sum(map(len, self._rows))
+        return sum(map(len, self.rows))
 
     def __add__(self, other: "Gram") -> "Gram":
-        return Gram([mine + theirs for mine, theirs in zip(self._rows, other._rows, strict=True)])
+        return Gram([mine + theirs for mine, theirs in zip(self.rows, other.rows, strict=True)])
 
     def add(self, inputs: Tensor) -> None:
         """Take in `inputs [T, n]`. Products are made in the inputs' own precision."""
         for place, start in enumerate(range(0, inputs.shape[1], _ROWS)):
             stop = start + _ROWS
-            if place == len(self._rows):
-                self._rows.append(nothing())
-            self._rows[place] = added(self._rows[place], inputs[:, start:stop].mT @ inputs[:, :stop])
+            if place == len(self.rows):
+                self.rows.append(nothing())
+            self.rows[place] = added(self.rows[place], inputs[:, start:stop].mT @ inputs[:, :stop])
 
     def gathered(self, processes: Processes) -> "Gram":
         """The sum of all processes'; every one of them asks."""
         if processes.world == 1:
             return self
         # One that has seen nothing has to ask as often as the others do.
-        count = max(processes.all(len(self._rows)))
-        mine = self._rows or [nothing()] * count
+        count = max(processes.all(len(self.rows)))
+        mine = self.rows or [nothing()] * count
         return Gram([processes.sum(row) for row in mine])
 
     def diagonal(self) -> Tensor:
         """`[n]`"""
-        return torch.cat([row.diagonal(row.shape[1] - row.shape[0]) for row in self._rows])
+        return torch.cat([row.diagonal(row.shape[1] - row.shape[0]) for row in self.rows])
 
     def times(self, matrix: Tensor) -> Tensor:
         """`X^T X matrix` for `matrix [n, E]`."""
         product = torch.zeros_like(matrix)
         stop = 0
-        for row in self._rows:
+        for row in self.rows:
             start, stop = stop, stop + len(row)
             product[start:stop] += row @ matrix[:stop]
             product[:start] += row[:, :start].mT @ matrix[start:stop]
@@ -75,7 +76,7 @@ class Gram:
         size = len(self)
         whole = torch.zeros(size, size, dtype=torch.float64, device=place).mT
         stop = 0
-        for row in self._rows:
+        for row in self.rows:
             start, stop = stop, stop + len(row)
             whole[start:stop, :stop] = row.to(place)
         return whole

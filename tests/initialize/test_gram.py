@@ -46,8 +46,8 @@ def test_it_is_the_whole_sum(width: int, batches: int, seed: int) -> None:
 def test_half_of_it_takes_memory() -> None:
     found = Gram()
     found.add(torch.randn(7, 64))
-    assert sum(row.numel() for row in found._rows) < 0.55 * 64**2
-    assert {row.dtype for row in found._rows} == {torch.float64}
+    assert sum(row.numel() for row in found.rows) < 0.55 * 64**2
+    assert {row.dtype for row in found.rows} == {torch.float64}
 
 
 def test_processes_have_what_all_have_seen() -> None:

@@ -43,7 +43,7 @@ def moments(model: HalfRead, features: Callable[[nn.Module, Tensor], Tensor] = f
 def test_what_is_not_read_counts_least_and_what_is_multiplied_most() -> None:
     found = moments(HalfRead())["site"]
     assert found.count == 4 * 40 * 16
-    size = found.total.diagonal() / found.total[1, 1]
+    size = found.total.diagonal() / found.total.diagonal()[1]
     assert torch.allclose(size, torch.tensor([100.0, 1, 1, 0, 0, 0], dtype=torch.float64), rtol=0.1)
     root = found.root(torch.ones(6, dtype=torch.float64))
     counts = (root @ root.mT).diagonal()
@@ -56,8 +56,8 @@ def test_what_is_not_read_counts_least_and_what_is_multiplied_most() -> None:
 
 def test_frozen_parameters_make_no_difference() -> None:
     model = HalfRead()
-    wanted = moments(model)["site"].total
-    assert torch.equal(moments(model.requires_grad_(False))["site"].total, wanted)
+    wanted = moments(model)["site"].total.dense()
+    assert torch.equal(moments(model.requires_grad_(False))["site"].total.dense(), wanted)
     assert model.out.weight.grad is None
 
 
@@ -74,7 +74,7 @@ def test_what_has_no_gradient_counts_alike() -> None:
 
 def test_as_many_sites_at_a_time_as_there_is_memory_for() -> None:
     outputs = {str(width): torch.empty(width, 1) for width in (4, 8, 3, 16, 5)}
-    with patch.object(output_metric, "_ROOM", 8 * (8 * 8 + 3 * 3)):
+    with patch.object(output_metric, "_ROOM", 4 * (8 * 8) + 4 * (3 * 3)):
         groups = [list(group) for group in in_groups(outputs)]
     assert groups == [["4"], ["8", "3"], ["16"], ["5"]]
     assert not list(in_groups({}))

@@ -173,9 +173,7 @@ def test_edits_keep_type_flags_and_make_rows_contiguous() -> None:
     assert model.qkv.out_features == 3
 
 
-@pytest.mark.parametrize(
-    ("rows", "shared"), [((2, 3, 4), True), ((5, 0, 7), False), ((0, 2), False), ((4, 3), False)]
-)
+@pytest.mark.parametrize(("rows", "shared"), [((2, 3, 4), True), ((5, 0, 7), False), ((0, 2), False), ((4, 3), False)])
 def test_neighboring_rows_may_hold_the_old_memory(rows: tuple[int, ...], shared: bool) -> None:
     model = randomize(Plain())
     old = model.qkv.weight.detach()
