@@ -19,6 +19,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from dinov2_weights import timm_model
 from feature_quality import cosines, final_tokens
 from mlp_rivals import hidden_moments, prune_by_activity, prune_by_taylor
 from rivals import feature_pca, in_blocks, prune_mlp_channels, prune_smallest
+from snapvit_rival import prune_by_evolution, search
 from torch import Tensor, nn
 
 from armour_surgery import convert, sensitivities
@@ -40,7 +42,13 @@ SIZES = (8.5, 15.0, 25.0, 33.0)
 OURS = "Armour: attention and MLPs"
 # Sizes that are those of a form that the model is not stored in here.
 COUNTED = ("PIFA", "zeros counted")
-Make = Callable[[int], nn.Module]
+# What takes minutes beforehand, by what its seconds are kept under.
+ONCE = {
+    "seconds_of_measuring": "What each attention and MLP costs alone was measured",
+    "seconds_of_searching": "SnapViT's scores and factors were searched",
+}
+# What a method needs beforehand, and how it makes a model from a number of parameters and that.
+Method = tuple[tuple["Once", ...], Callable[..., nn.Module]]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -70,10 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def beside(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """An earlier record in which some methods were measured again."""
-    again = {(row["size"], row["method"]): row for row in new["rows"]}
-    rows = [again.get((row["size"], row["method"]), row) for row in old["rows"]]
-    return {**new, "command": old["command"], "again": new["command"], "rows": rows}
+    """An earlier record in which some methods were measured again, or for the first time."""
+    rows = {(row["size"], row["method"]): row for row in old["rows"] + new["rows"]}
+    by_size = sorted(rows.values(), key=lambda row: row["size"])
+    # What was not done again took what it took then.
+    seconds = {key: old.get(key) if new[key] is None else new[key] for key in ONCE}
+    return {**new, **seconds, "command": old["command"], "again": new["command"], "rows": by_size}
 
 
 def measured(options: argparse.Namespace) -> dict[str, Any]:
@@ -83,17 +93,16 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     test = crops(options.photos / "test", prep, options.test_crops)
     wanted = final_tokens(model, test, "x")
     whole = count_params(model)
-    started = time.perf_counter()
-    made_by = methods(model, images)
-    seconds_of_measuring = time.perf_counter() - started
+    once, made_by = methods(model, images)
     rows = []
     for size in options.sizes:
         goal = round(whole * (1 - size / 100))
-        for name, make in made_by.items():
+        for name, (needs, make) in made_by.items():
             if options.only not in name:
                 continue
+            needed = [need() for need in needs]
             started = time.perf_counter()
-            made = make(goal)
+            made = make(goal, *needed)
             seconds = time.perf_counter() - started
             of_class, of_patches = cosines(wanted, final_tokens(made, test, "x"))
             rows.append(
@@ -108,17 +117,35 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
             )
             say(f"-{size:g} %: {name}: class {of_class:.4f}, patches {of_patches:.4f}, {seconds:.0f} s")
     seen = {"images": options.images, "test_crops": options.test_crops}
-    return {"parameters": whole, **seen, "seconds_of_measuring": seconds_of_measuring, "rows": rows}
+    seconds = {key: one.seconds for key, one in zip(ONCE, once, strict=True)}
+    return {"parameters": whole, **seen, **seconds, "rows": rows}
 
 
-def methods(model: nn.Module, images: list[Tensor]) -> dict[str, Make]:
-    """Ways to a model of so many parameters at most."""
+class Once:
+    """What all sizes share: made when a row first asks for it, and how many seconds that took, None before."""
+
+    def __init__(self, what: str, make: Callable[[], Any]) -> None:
+        self.what, self.make = what, make
+        self.seconds: float | None = None
+
+    def __call__(self) -> Any:
+        """What was made."""
+        if self.seconds is None:
+            say(f"{self.what}, once for all sizes")
+            started = time.perf_counter()
+            self.made = self.make()
+            self.seconds = time.perf_counter() - started
+        return self.made
+
+
+def methods(model: nn.Module, images: list[Tensor]) -> tuple[tuple[Once, Once], dict[str, Method]]:
+    """Ways to a model of so many parameters at most, and what they need beforehand that takes minutes, as in `ONCE`."""
 
     def call(one: nn.Module, batch: Tensor) -> Any:
         return one(batch)
 
-    def ours(**more: Any) -> Make:
-        return lambda goal: convert(
+    def ours(goal: int, found: Any, **more: Any) -> nn.Module:
+        return convert(
             model,
             init="calibrated",
             calibration=images,
@@ -129,35 +156,49 @@ def methods(model: nn.Module, images: list[Tensor]) -> dict[str, Make]:
             **more,
         ).eval()
 
-    def low_rank(stored: str) -> Make:
-        def make(goal: int) -> nn.Module:
-            return feature_pca(model, goal, images, call, in_blocks, by_variance=True, pivoted=stored == "PIFA")[0]
+    def low_rank(goal: int, *, pivoted: bool) -> nn.Module:
+        return feature_pca(model, goal, images, call, in_blocks, by_variance=True, pivoted=pivoted)[0]
 
-        return make
-
-    say("measuring what each attention and MLP costs alone, once for all sizes")
-    found = sensitivities(model, calibration=images, rank="auto", mlp=True)
-    moments = hidden_moments(model, images, call)
-    return {
-        OURS: ours(rank="auto"),
-        "Armour: MLPs alone": ours(include="*.mlp"),
-        "MLP channels by activity, refit, one share": lambda goal: prune_by_activity(
-            model, goal, moments, everywhere=False
+    measuring = Once(
+        "measuring what each attention and MLP costs alone",
+        lambda: sensitivities(model, calibration=images, rank="auto", mlp=True),
+    )
+    moments = Once("seeing the MLPs' hidden channels", lambda: hidden_moments(model, images, call))
+    searching = Once("searching factors of blocks", lambda: search(model, images, moments()))
+    return (measuring, searching), {
+        OURS: ((measuring,), partial(ours, rank="auto")),
+        "Armour: MLPs alone": ((measuring,), partial(ours, include="*.mlp")),
+        "MLP channels by activity, refit, one share": (
+            (moments,),
+            lambda goal, seen: prune_by_activity(model, goal, seen, everywhere=False),
         ),
-        "MLP channels by activity, refit, over all blocks": lambda goal: prune_by_activity(
-            model, goal, moments, everywhere=True
+        "MLP channels by activity, refit, over all blocks": (
+            (moments,),
+            lambda goal, seen: prune_by_activity(model, goal, seen, everywhere=True),
         ),
-        "MLP channels by Taylor (Torch-Pruning), refit": lambda goal: prune_by_taylor(model, goal, images, moments),
-        "MLP channels by magnitude": lambda goal: prune_mlp_channels(model, goal),
-        "low rank by variance, two factors": low_rank("factors"),
-        "low rank by variance, stored as PIFA": low_rank("PIFA"),
-        "single weights by magnitude (zeros counted as gone)": lambda goal: prune_smallest(model, goal),
+        "MLP channels by Taylor (Torch-Pruning), refit": (
+            (moments,),
+            lambda goal, seen: prune_by_taylor(model, goal, images, seen),
+        ),
+        "SnapViT-like (local Hessian, xNES over blocks), refit": (
+            (moments, searching),
+            lambda goal, seen, searched: prune_by_evolution(model, goal, searched, seen),
+        ),
+        "MLP channels by magnitude": ((), lambda goal: prune_mlp_channels(model, goal)),
+        "low rank by variance, two factors": ((), partial(low_rank, pivoted=False)),
+        "low rank by variance, stored as PIFA": ((), partial(low_rank, pivoted=True)),
+        "single weights by magnitude (zeros counted as gone)": ((), lambda goal: prune_smallest(model, goal)),
     }
 
 
 def markdown(record: dict[str, Any]) -> str:
     here = record["environment"]
     again = f", and some rows later by `{record['again']}`" if "again" in record else ""
+    once = [
+        f"{what} once for all sizes ({record[key]:.0f} s, not in the rows below)."
+        for key, what in ONCE.items()
+        if record.get(key) is not None
+    ]
     lines = [
         "# The best model of a size",
         "",
@@ -165,8 +206,7 @@ def markdown(record: dict[str, Any]) -> str:
         "",
         f"DINOv2-S/14 at 224 pixels, {record['parameters']:,} parameters, calibrated on {record['images']} images, "
         f"judged on {record['test_crops']} crops of other photos. Cosine of class and patch tokens to the original's. "
-        "Nothing was trained. What each attention and MLP costs alone was measured once for all sizes "
-        f"({record['seconds_of_measuring']:.0f} s, not in the rows below).",
+        f"Nothing was trained. {' '.join(once)}".rstrip(),
         "",
         "| parameters | method | class | patches | seconds |",
         "|---:|---|---:|---:|---:|",

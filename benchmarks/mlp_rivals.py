@@ -21,12 +21,19 @@ _RIDGE = 1e-3
 
 def hidden_moments(model: nn.Module, batches: Iterable[Tensor], call: Call) -> dict[str, Tensor]:
     """`E [h 1]^T [h 1]` of every MLP's hidden channels in the original, by the MLP's name."""
-    moments = {name: Moments() for name in mlps_of(model)}
+    return input_moments(model, {name: mlp.fc2 for name, mlp in mlps_of(model).items()}, batches, call)
+
+
+def input_moments(
+    model: nn.Module, layers: dict[str, nn.Module], batches: Iterable[Tensor], call: Call
+) -> dict[str, Tensor]:
+    """`E [x 1]^T [x 1]` of what goes into layers of a model, by the names that they are given under."""
+    moments = {name: Moments() for name in layers}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda layer, inputs: moments[name].add(inputs[0])
 
-    handles = [mlp.fc2.register_forward_pre_hook(watch(name)) for name, mlp in mlps_of(model).items()]
+    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
     with torch.no_grad():
         for batch in batches:
             call(model, batch)
@@ -129,14 +136,32 @@ def prune_by_taylor(
     return result.eval()
 
 
-def _keep(mlp: Any, kept: Tensor, moment: Tensor) -> None:
-    """Leave an MLP those channels, and give `fc2` the ridge solution for what it gave."""
+def ridge(layer: Any, moment: Tensor, dtype: torch.dtype = torch.float64) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """A Linear on fewer of its inputs: `kept -> weight [out, kept], bias`, by ridge for what it gave on images.
+
+    With C the inputs' covariance and its ridge, and P its inverse, the weight is `C_kk^-1 C_k W`. It is worked out as
+    `W_k - P_kg P_gg^-1 W_g`, g the inputs that go: the same, and cheaper the fewer go.
+    """
     mean = moment[-1, :-1]
     covariance = moment[:-1, :-1] - mean[:, None] * mean
     covariance = covariance + torch.eye(len(mean), dtype=torch.float64) * (_RIDGE * covariance.diagonal().mean())
-    weight = mlp.fc2.weight.detach().double().T
-    new = torch.linalg.solve(covariance[kept][:, kept], covariance[kept] @ weight)
-    offset = mlp.fc2.bias.detach().double() + mean @ weight - mean[kept] @ new
+    precision = torch.linalg.inv(covariance).to(dtype)
+    weight = layer.weight.detach().double().T
+    bias = layer.bias.detach().double() + mean @ weight
+    weight = weight.to(dtype)
+
+    def solve(kept: Tensor) -> tuple[Tensor, Tensor]:
+        goes = torch.ones(len(mean), dtype=torch.bool)
+        goes[kept] = False
+        given = torch.linalg.solve(precision[goes][:, goes], weight[goes])
+        new = weight[kept] - precision[kept][:, goes] @ given
+        return new.T.float().contiguous(), (bias - mean[kept] @ new.double()).float()
+
+    return solve
+
+
+def _keep(mlp: Any, kept: Tensor, moment: Tensor) -> None:
+    """Leave an MLP those channels, and give `fc2` the ridge solution for what it gave."""
+    weight, bias = ridge(mlp.fc2, moment)(kept)
     keep_channels(mlp, kept)
-    mlp.fc2.weight = nn.Parameter(new.T.float().contiguous())
-    mlp.fc2.bias = nn.Parameter(offset.float())
+    mlp.fc2.weight, mlp.fc2.bias = nn.Parameter(weight), nn.Parameter(bias)
