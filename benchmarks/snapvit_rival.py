@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from feature_quality import final_tokens
 from mlp_rivals import input_moments, keep_channels, mlps_of, ridge
 from torch import Tensor, nn
 from torchvision.transforms.v2 import RandomResizedCrop
@@ -251,7 +252,7 @@ def search(
     def shown(generation: int) -> tuple[Tensor, Tensor]:
         places = torch.arange(seen) * (len(images) // seen) + generation
         chosen = images[places % len(images)]
-        return chosen, tokens_of(original, chosen)
+        return chosen, final_tokens(original, [chosen], "x")
 
     @torch.no_grad()
     def loss(point: Tensor, generation: int) -> float:
@@ -259,7 +260,7 @@ def search(
         lost = []
         for share in _SHARES:
             model = shrink(original, kept_of(parts, point.exp(), round(share * whole)), refits)
-            similarity = F.cosine_similarity(wanted, tokens_of(model, chosen), dim=-1)
+            similarity = F.cosine_similarity(wanted, final_tokens(model, [chosen], "x"), dim=-1)
             # Logarithms, or the smallest size would outweigh the others.
             lost.append(math.log(1 - float(similarity[:, 0].mean() + similarity[:, 1:].mean()) / 2))
         return sum(lost) / len(lost)
@@ -267,12 +268,6 @@ def search(
     start = torch.zeros(len(parts), dtype=torch.float64)
     found = xnes(loss, start, _SPREAD, generations, torch.Generator().manual_seed(0))
     return Searched(parts, found.exp(), attended)
-
-
-def tokens_of(model: Any, images: Tensor) -> Tensor:
-    """The tokens after the last norm; in bfloat16, as the paper takes float16: losses are some hundred times larger."""
-    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
-        return model.forward_features(images).float()
 
 
 def refits_of(original: nn.Module, moments: dict[str, Tensor], dtype: torch.dtype) -> Refits:
