@@ -1,7 +1,6 @@
 """The rival after SnapViT does what it says: scores, ranking, heads that go, and the search."""
 
 import pytest
-import snapvit_rival
 import torch
 from mlp_rivals import hidden_moments
 from oracle import outputs, relative_error
@@ -86,10 +85,9 @@ def test_heads_and_channels_that_give_nothing_go_first_and_nothing_changes() -> 
         assert relative_error(outputs(model, batch), outputs(small, batch)) < 1e-5
 
 
-def test_the_search_gives_models_of_each_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_search_gives_models_of_each_size() -> None:
     model = case("vit").build()
     moments = hidden_moments(model, images(), call)
-    monkeypatch.setattr(snapvit_rival, "_SHARES", (0.1,))
     searched = search(model, images(), moments, scored=2, small=1, seen=2, generations=1)
     state = torch.random.get_rng_state()
     whole = count_params(model)
