@@ -6,7 +6,7 @@ r"""What calibrating a large model takes in memory beyond its weights: `convert(
     python benchmarks/calibration_memory.py --model vit_7b_patch16_dinov3 --dtype bfloat16 --depth 4 --blocks 2 \
         --images 96
 
-Weights are random, since only sizes matter here; images are drawn. With `--blocks` only the first so many blocks are
+Weights are random, since only sizes matter here; images are noise. With `--blocks` only the first so many blocks are
 converted, and with `--depth` the model has fewer: every block takes what the first one takes. (Two at least: all of a
 model is the block of a single attention.) The peak is that of the process's resident memory on Linux, counted from when
 the model is there. `--first-pass` measures what is there for all blocks at once, before the first one is worked on: the
@@ -70,11 +70,20 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     include = None if options.blocks is None else [f"blocks.{number}.*" for number in range(options.blocks)]
     say(f"{options.model}: {parameters / 1e6:.0f} M parameters, {weights / MIB:.0f} MiB")
     found: dict[str, Any] = {}
+    noise = torch.randn(options.images, 3, options.pixels, options.pixels, generator=torch.Generator().manual_seed(1))
 
     def calibrate() -> None:
         started = time.perf_counter()
         with stopped_after_first_pass() if options.first_pass else contextlib.nullcontext():
-            convert(model, "qv", init="calibrated", calibration_images=options.images, include=include, inplace=True)
+            convert(
+                model,
+                "qv",
+                init="calibrated",
+                calibration=noise.split(16),
+                calibration_images=options.images,
+                include=include,
+                inplace=True,
+            )
         found.update(seconds=time.perf_counter() - started)
 
     grown = peak_growth(calibrate, torch.device("cpu"))
@@ -143,7 +152,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Memory of a calibration, block by block",
         "",
-        "`python benchmarks/calibration_memory.py`, one command a row. Weights are random, images drawn, "
+        "`python benchmarks/calibration_memory.py`, one command a row. Weights are random, images noise, "
         "`convert(model, inplace=True)`; the peak of resident memory beyond what the model holds. A block is the "
         "largest one's weights in float32, and moments one matrix of second moments of the widest layer's inputs in "
         "float64.",

@@ -43,7 +43,8 @@ def calibrate(
     processes: Processes,
     *,
     alone: bool,
-    forgets: bool = False,
+    forgets: bool,
+    by_features: bool,
 ) -> tuple[list[SiteResult], Batches]:
     """Give every site of `converted` the weights that do best on the images of `batches`; in place.
 
@@ -52,8 +53,9 @@ def calibrate(
     that each of all these is in, in the order in which they run. `call(model, batch)` runs a model, `features` does so
     to its end, `done(fqn)` is told of every finished site. Labels play no part. With `alone` every site gets what it
     gets in the original, as if no other were converted. With `forgets` the original's blocks are let go one by one:
-    afterwards it has no weights there. Of `processes` every one calls this, with the same arguments; then each keeps
-    and runs its share of the batches, and all end with the same weights.
+    afterwards it has no weights there. With `by_features` errors of a site's output count by what they do to the final
+    features (`output_metric.py`), and all alike without. Of `processes` every one calls this, with the same arguments;
+    then each keeps and runs its share of the batches, and all end with the same weights.
 
     Returns the sites' results, those of MLPs among them, and the batches; these have kept some of the held-out images,
     at most 64, and what the original makes of them, for a report.
@@ -73,8 +75,9 @@ def calibrate(
         data, first = _first_pass(before, after, batches, store, processes)
         with torch.no_grad():
             data.wanted = [features(original, batch) for batch in data.kept]
-        with placement.differentiable():
-            _note_errors(original, problems, first, features, data, metrics)
+        if by_features:
+            with placement.differentiable():
+                _note_errors(original, problems, first, features, data, metrics)
         results: list[SiteResult] = []
         for number, (attention, hidden) in enumerate(parts.values()):
             with placement.held(before.unit(number), written=False), placement.held(after.unit(number), written=True):

@@ -52,6 +52,7 @@ class CalibrationData:
         self.name = _images_argument(model, example)
         # Names alone, since it is kept with the model, which travels.
         self.source = names_only(images.source) if isinstance(images.source, str) else "images given in Python"
+        self.drawn = isinstance(images.source, str) and images.source == SYNTHETIC
         self._images = images
         self._progress = progress
         weight = next(p for p in model.parameters() if p.is_floating_point())

@@ -120,7 +120,10 @@ class _Calibration:
     def calibrate(
         self, done: Callable[[str], None], *, alone: bool, forgets: bool = False
     ) -> tuple[list[SiteResult], Batches]:
-        """Calibrate what was prepared, on the images once."""
+        """Calibrate what was prepared, on the images once.
+
+        What features notice of drawn images is not what they notice of photos (docs/calibration.md).
+        """
         return calibrate(
             self.before,
             self.after,
@@ -135,6 +138,7 @@ class _Calibration:
             self.processes,
             alone=alone,
             forgets=forgets,
+            by_features=not self.data.drawn,
         )
 
 

@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Callable
 from unittest.mock import patch
 
+import pytest
 import torch
 from small_models import vit
 from torch import Tensor, nn
@@ -94,6 +95,14 @@ def test_groups_and_files_change_nothing() -> None:
     assert run.call_count == 3
     for name, tensor in wanted.items():
         assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_only_images_that_somebody_gave_say_what_counts(given: bool) -> None:
+    images = {"calibration": list(torch.randn(48, 3, 32, 32).split(8))} if given else {"calibration_images": 48}
+    with patch.object(CALIBRATE, "error_moments", wraps=error_moments) as run:
+        convert(vit(depth=1), "qv", init="calibrated", **images)
+    assert run.call_count == given
 
 
 def test_what_later_layers_do_not_read_is_given_up_first() -> None:
