@@ -8,7 +8,8 @@ The package has none of these variants: each is put over it for one conversion, 
 with a quarter fewer parameters (`params="-25%", mlp=True, rank="auto"`). Which sites and ranks that model has is
 measured once, and kept in the file of `--measured`. Cosine of class and patch tokens to the original's. Rows are added
 to what --out holds: `--only` runs those variants whose name has this in it, and `--plain` puts them on a conversion
-without the output metric, which is what the package did before. `--measured` may be of more images.
+without the output metric, which is what the package did before. With `--drawn` images are drawn, and given like photos;
+of those that it draws itself the package makes no metric. `--measured` may be of more images.
 """
 
 import argparse
@@ -32,11 +33,12 @@ from torch import Tensor
 from armour_surgery import convert, sensitivities
 from armour_surgery.benchmarking.environment import environment
 from armour_surgery.hosts.preprocessing import preprocessing
+from armour_surgery.images.for_calibration import calibration_batches
 from armour_surgery.initialize import block, closed_form, hidden, moments, output_metric, site
 from armour_surgery.records import Sensitivity
 
 ROOT = Path(__file__).parents[1]
-PLAIN = " (without the output metric)"
+PLAIN, DRAWN = " (without the output metric)", " (drawn images)"
 QV, SMALLER = "all blocks qv", "-25 %"
 # `armour_surgery.initialize.calibrate` is the function.
 CALIBRATE = importlib.import_module("armour_surgery.initialize.calibrate")
@@ -120,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--test-crops", type=int, default=48, help="crops of test photos (%(default)s)")
     parser.add_argument("--only", nargs="+", default=[""], help="only variants whose name has one of these in it")
     parser.add_argument("--plain", action="store_true", help="on top of conversion without the output metric")
+    parser.add_argument("--drawn", action="store_true", help="calibrate on drawn images")
     parser.add_argument("--models", nargs="+", default=[QV, SMALLER], choices=(QV, SMALLER))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "closed_forms.json")
     options = parser.parse_args(arguments)
@@ -135,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             with base, variant():
                 of_class, of_patches = harness.judged(kind)
-            told = f"{name}{PLAIN}" if options.plain else name
+            told = f"{name}{PLAIN if options.plain else ''}{DRAWN if options.drawn else ''}"
             say(f"{told}, {kind}: class {of_class:.4f}, patches {of_patches:.4f}")
             keep({"variant": told, "model": kind, "class": of_class, "patches": of_patches}, options)
 
@@ -146,7 +149,10 @@ class Harness:
     def __init__(self, options: argparse.Namespace) -> None:
         self.model = timm_model(options.dinov2).eval()
         prep = preprocessing(self.model)
-        self.images = crops(options.photos / "calib", prep, options.images)
+        if options.drawn:
+            self.images = list(calibration_batches("synthetic", prep, images=options.images))
+        else:
+            self.images = crops(options.photos / "calib", prep, options.images)
         self.test = crops(options.photos / "test", prep, options.test_crops)
         self.wanted = final_tokens(self.model, self.test, "x")
         self._file: Path | None = options.measured
@@ -184,7 +190,7 @@ def keep(row: dict[str, Any], options: argparse.Namespace) -> None:
             raise SystemExit(f"{options.out} is of other numbers of images; name another file with --out")
         rows = record["rows"]
     rows = [one for one in rows if (one["variant"], one["model"]) != (row["variant"], row["model"])]
-    names = [name + base for base in ("", PLAIN) for name in variants()]
+    names = [name + base + images for images in ("", DRAWN) for base in ("", PLAIN) for name in variants()]
     rows = sorted([*rows, row], key=lambda one: names.index(one["variant"]))
     record = {"environment": environment().to_dict(), **seen, "rows": rows}
     options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -197,7 +203,7 @@ def markdown(record: dict[str, Any]) -> str:
         "# Closed forms that were tried",
         "",
         "Made by `python benchmarks/closed_forms.py --dinov2 DINOV2 --photos PHOTOS --measured MEASURED`, with "
-        "`--plain` where a row says so, in several runs; torch "
+        "`--plain` and `--drawn` where a row says so, in several runs; torch "
         f"{here['torch']}, timm {here['timm']}, {here['system']}.",
         "",
         f"DINOv2-S/14 at 224 pixels, calibrated on {record['images']} images, judged on {record['test_crops']} crops "
