@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from armour_surgery import convert
 from armour_surgery.benchmarking.environment import environment
 from armour_surgery.hosts.preprocessing import Preprocessing, preprocessing
-from armour_surgery.images.for_calibration import calibration_batches
+from armour_surgery.images.for_calibration import SYNTHETIC, calibration_batches
 from armour_surgery.initialize import HELD_OUT
 from armour_surgery.measure.cost import count_params
 from armour_surgery.surgery.conversion import sensitivities
@@ -89,7 +89,8 @@ class Task:
             self.model,
             self.mode,
             init=init,
-            calibration=images,
+            # Named, as a user does: of images that the package draws it knows that it did.
+            calibration=SYNTHETIC if source == SYNTHETIC else images,
             calibration_images=count,
             example_input=self.example,
             **options,
@@ -207,7 +208,7 @@ def dinov2(options: argparse.Namespace) -> dict[str, Any]:
     prep = preprocessing(loaded)
     images = {
         "photos": crops(options.photos / "calib", prep, options.images),
-        "synthetic": crops("synthetic", prep, options.images),
+        SYNTHETIC: crops(SYNTHETIC, prep, options.images),
     }
     test = crops(options.photos / "test", prep, options.test_crops)
     methods = [
@@ -215,7 +216,7 @@ def dinov2(options: argparse.Namespace) -> dict[str, Any]:
         ours("wq-refit"),
         ours("joint-svd"),
         *rivals("photos"),
-        ours("calibrated", "synthetic"),
+        ours("calibrated", SYNTHETIC),
         ours("calibrated", "photos"),
         Method("calibrated, sites and ranks chosen", lambda task: spread(task, "photos"), "photos"),
     ]
@@ -250,8 +251,8 @@ def fashion_mnist(options: argparse.Namespace) -> dict[str, Any]:
     for name, mode in FASHION:
         say(f"Fashion-MNIST {name}, {mode}")
         model = load(name, WEIGHTS / f"fashion_{name}.safetensors")
-        drawn = list(calibration_batches("synthetic", preprocessing(model), images=FASHION_IMAGES))
-        task = Task(model, mode, "x", {"training images": real, "synthetic": drawn})
+        drawn = list(calibration_batches(SYNTHETIC, preprocessing(model), images=FASHION_IMAGES))
+        task = Task(model, mode, "x", {"training images": real, SYNTHETIC: drawn})
         mean = Method("mean of what is merged", lambda task: mean_of_shared(task.model, task.mode, task.example))
         others = rivals("training images")[1:] if mode == "qv" else rivals("training images")[-1:]
         methods = [
@@ -260,7 +261,7 @@ def fashion_mnist(options: argparse.Namespace) -> dict[str, Any]:
             ours("joint-svd"),
             mean,
             *others,
-            ours("calibrated", "synthetic"),
+            ours("calibrated", SYNTHETIC),
             ours("calibrated", "training images"),
         ]
         rows = [row("original", model, top1=accuracy(model, *test))]

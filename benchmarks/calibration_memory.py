@@ -157,15 +157,15 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "largest one's weights in float32, and moments one matrix of second moments of the widest layer's inputs in "
         "float64.",
         "",
-        "| model | pixels | images | weights | block | moments | beyond the weights | peak in models | seconds |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| model | pixels | images | weights | block | moments | beyond the weights | peak in models |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         sizes = [f"{row[key] / MIB:,.0f} MiB" for key in ("weights", "block", "moments", "beyond")]
         peak = (row["weights"] + row["beyond"]) / row["weights"]
         done = "blocks, first pass alone" if row["first_pass"] else "blocks converted"
         name = f"{row['model']}, {row['dtype']}, {row['blocks']} of {row['depth']} {done}"
-        cells = [name, str(row["pixels"]), str(row["images"]), *sizes, f"{peak:.2f}", f"{row['seconds']:.0f}"]
+        cells = [name, str(row["pixels"]), str(row["images"]), *sizes, f"{peak:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     here = rows[-1]["environment"]
     return "\n".join([*lines, "", f"torch {here['torch']}, timm {here['timm']}, {here['system']}.", ""])
