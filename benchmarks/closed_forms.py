@@ -202,9 +202,9 @@ def markdown(record: dict[str, Any]) -> str:
     lines = [
         "# Closed forms that were tried",
         "",
-        "Made by `python benchmarks/closed_forms.py --dinov2 DINOV2 --photos PHOTOS --measured MEASURED`, with "
-        "`--plain` and `--drawn` where a row says so, in several runs; torch "
-        f"{here['torch']}, timm {here['timm']}, {here['system']}.",
+        "Made by `python benchmarks/closed_forms.py --dinov2 DINOV2 --photos PHOTOS --measured MEASURED --images "
+        f"{record['images']} --test-crops {record['test_crops']}`, with `--plain` and `--drawn` where a row says so, "
+        f"in several runs; torch {here['torch']}, timm {here['timm']}, {here['system']}.",
         "",
         f"DINOv2-S/14 at 224 pixels, calibrated on {record['images']} images, judged on {record['test_crops']} crops "
         "of other photos: cosine of class and patch tokens to the original's. Nothing was trained. `-` was not tried.",
