@@ -33,7 +33,7 @@ from torch import Tensor
 from armour_surgery import convert, sensitivities
 from armour_surgery.benchmarking.environment import environment
 from armour_surgery.hosts.preprocessing import preprocessing
-from armour_surgery.images.for_calibration import calibration_batches
+from armour_surgery.images.for_calibration import SYNTHETIC, calibration_batches
 from armour_surgery.initialize import block, closed_form, hidden, moments, output_metric, site
 from armour_surgery.records import Sensitivity
 
@@ -150,7 +150,7 @@ class Harness:
         self.model = timm_model(options.dinov2).eval()
         prep = preprocessing(self.model)
         if options.drawn:
-            self.images = list(calibration_batches("synthetic", prep, images=options.images))
+            self.images = list(calibration_batches(SYNTHETIC, prep, images=options.images))
         else:
             self.images = crops(options.photos / "calib", prep, options.images)
         self.test = crops(options.photos / "test", prep, options.test_crops)

@@ -123,9 +123,10 @@ def shrink(original: nn.Module, kept: Kept, refits: Refits) -> nn.Module:
     """A copy with those channels and heads; the layers that read them are fitted again where `refits` has a way."""
     # Weights are never written into, so that a copy shares those that stay as they are: thousands are made.
     model: Any = copy.deepcopy(original, {id(weight): weight for weight in original.parameters()})
+    mlps = mlps_of(original)
     for name, stays in kept.items():
         module = model.get_submodule(name)
-        if name in mlps_of(original):
+        if name in mlps:
             keep_channels(module, stays)
             reader, inputs = module.fc2, stays
         else:
@@ -214,9 +215,10 @@ def squared_gradients(original: nn.Module, images: Iterable[Tensor], small: int)
 def parts_of(original: nn.Module, scores: dict[str, Tensor]) -> dict[str, Part]:
     """Structures with their scores, each block's divided by their sum: factors start from 1."""
     parts = {}
+    mlps = mlps_of(original)
     for name, score in scores.items():
         module: Any = original.get_submodule(name)
-        if name in mlps_of(original):
+        if name in mlps:
             price, least = module.fc1.in_features + 1 + module.fc2.out_features, _LEAST_CHANNELS
         else:
             size, inputs = module.head_dim, module.qkv.in_features

@@ -1,7 +1,6 @@
 """Memory that was freed goes back to the system, and before large systems of equations it does."""
 
 import sys
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -9,23 +8,22 @@ import torch
 from quick_benchmarks import MIB
 
 from armour_surgery import freed
+from armour_surgery.benchmarking.memory import _status
 from armour_surgery.initialize import moments
 from armour_surgery.initialize.moments import Regression
-
-
-def resident() -> int:
-    """Bytes of this process that are in memory."""
-    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * 4096
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
 def test_holes_between_blocks_go_back_to_the_system() -> None:
     # Of 64 KiB, which are too small for the C library to take each from the system by itself.
     kept = [torch.ones(2**14) for _ in range(40 * 16)]
-    before = resident()
+    before = _status("VmRSS")
     del kept[::2]
     assert freed.give_back()
-    assert before - resident() > 10 * MIB
+    after = _status("VmRSS")
+    assert before is not None
+    assert after is not None
+    assert before - after > 10 * MIB
 
 
 def test_where_the_system_has_no_such_thing_nothing_happens() -> None:
